@@ -76,8 +76,6 @@ TABLE: dict[str, str] = {
     "final.deliver": NOTHING,  # a choice among finished adapters
     "final.all_rows": NOTHING,  # a training of its own
     "generation.max_new_tokens": "answers",
-    "generation.batch_size": NOTHING,
-    "generation.batch_tokens": NOTHING,
     "generation.stop": "answers",
     "generation.allow_empty": "answers",
     "metrics": "scores",

@@ -217,10 +217,10 @@ def test_an_adapter_of_the_full_model_is_taken_with_a_warning(
         (None, "backbone.quantise=hqq", "'hqq': transformers cannot train on HQQ yet; use 'nf4'"),
         (None, "backbone.quantise=int4", "'int4': torchao's int4 cannot be trained on; use 'nf4'"),
         (None, "backbone.load_in_4bit=true", "set backbone.quantise to nf4"),
-        ({"quant_method": "hqq"}, "seed=42", "quantised by HQQ, on which no adapter is trained"),
-        ({"quant_method": "torchao", "quant_type": "int8_weight_only"}, "seed=42", "quantised by torchao, on which no adapter"),
+        ({"quant_method": "hqq"}, "seed=42", "quantised by 'hqq', and is taken as it is; take its full"),
+        ({"quant_method": "torchao", "quant_type": "int8_weight_only"}, "seed=42", "quantised by 'torchao', and is taken"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "backbone.quantise=nf4",
-         "comes quantised ('bitsandbytes'), and is taken as it is: leave"),
+         "comes quantised by 'bitsandbytes', and is taken as it is; leave"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_had_is_refused_by_name(
@@ -245,8 +245,10 @@ def test_a_library_that_is_missing_is_named(
     kind: str, library: str, tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = importlib.util.find_spec
-    monkeypatch.setattr(backbones.importlib.util, "find_spec", lambda name: None if name == library else real(name))
-    with pytest.raises(GraspError, match=re.escape(f'needs {library}: run pip install "grasp-lora[quant]"')):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == library else real(name))
+    with pytest.raises(
+        GraspError, match=rf"needs {library}, which is not installed: pip install 'grasp-lora\[quant\]'"
+    ):
         run_tiny(f"backbone.quantise={kind}")
 
 

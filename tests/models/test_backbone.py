@@ -199,15 +199,10 @@ def test_missing_eos_token_is_refused(folder):
         load(folder)
 
 
-def test_a_path_that_does_not_exist(tmp_path):
-    with pytest.raises(GraspError, match="does not exist"):
+def test_a_place_where_nothing_is(tmp_path):
+    with pytest.raises(GraspError, match=r"there is no such folder, and it is no hub id either; check the path"):
         load(tmp_path / "nothing")
-
-
-def test_a_hub_id_while_offline():
-    with pytest.raises(
-        GraspError, match="it is no folder, it is not in the local Hugging Face cache and offline is set"
-    ):
+    with pytest.raises(GraspError, match=r"there is no such folder, and the hub gave: "):
         load("nobody/no-such-model", offline=True)
 
 
@@ -226,16 +221,13 @@ def test_a_folder_without_a_tokenizer(folder):
     assert "tokenizer" in str(caught.value)
 
 
-def test_an_adapter_folder_is_not_a_backbone(tmp_path):
-    (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(GraspError, match="is the folder of an adapter"):
-        load(tmp_path)
-
-
-def test_a_folder_that_is_a_model_and_an_adapter_is_no_backbone(folder):
-    (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(GraspError, match=r"both a model and an adapter.*in a folder without adapter_config\.json"):
-        load(folder)
+def test_a_folder_with_an_adapter_is_no_backbone(folder, tmp_path):
+    for place in (folder, tmp_path):  # beside a model, and alone
+        (place / "adapter_config.json").write_text("{}")
+        with pytest.raises(
+            GraspError, match=r"it holds an adapter \(adapter_config\.json\): give the model that it was"
+        ):
+            load(place)
 
 
 def test_layers_of_unequal_heads_are_told_by_all_of_them(tmp_path, tiny_tokenizer):
@@ -341,7 +333,7 @@ def test_own_code_runs_only_when_asked_for(folder, caplog, monkeypatch, tmp_path
     with pytest.raises(GraspError, match="set trust_remote_code to true"):
         load(folder)
     assert not caplog.records
-    with caplog.at_level(logging.WARNING), pytest.raises(GraspError, match="not a causal language model"):
+    with caplog.at_level(logging.WARNING), pytest.raises(GraspError, match="Unrecognized configuration class"):
         load(folder, trust_remote_code=True)  # its code ran, and gave a config that has no model
     assert "will run on this machine" in caplog.text
 
@@ -395,26 +387,12 @@ def test_cuda_where_there_is_none(tiny_backbone_folder):
     assert load(tiny_backbone_folder, device="auto").model.device.type == "cpu"
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"name": " "}, "name is empty"),
-        ({"dtype": "float8"}, "dtype is 'float8'"),
-        ({"quantise": "int3"}, "quantise is 'int3': use one of None, 'nf4', 'int8'"),
-        ({"device": "tpu"}, "device is 'tpu'"),
-        ({"revision": "main"}, "has no revisions"),
-    ],
-)
-def test_settings_are_checked(values, message):
-    with pytest.raises(ValueError, match=message):
-        BackboneSettings(**values)
-
-
-def test_settings_nest_in_pydantic_and_unknown_keys_are_errors():
+def test_unknown_keys_and_values_are_errors():
     adapter = TypeAdapter(BackboneSettings)
     assert adapter.validate_python({"dtype": "float32"}) == BackboneSettings(dtype="float32")
-    with pytest.raises(ValidationError, match="dtyp"):
-        adapter.validate_python({"dtyp": "float32"})
+    for wrong in ({"dtyp": "float32"}, {"dtype": "float8"}, {"quantise": "int3"}, {"device": "tpu"}):
+        with pytest.raises(ValidationError, match=next(iter(wrong))):
+            adapter.validate_python(wrong)
 
 
 def test_settings_import_without_torch():

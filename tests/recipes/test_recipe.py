@@ -279,7 +279,7 @@ MISTAKES = {
     "a choice": ("final: {deliver: both}", r"final\.deliver: input should be 'best' or 'grasp' \(it is 'both'\)"),
     "code in a preset": ("controller: {preset: 'json:loads'}", r"controller\.preset is 'json:loads'; allowed: spread"),
     "out of range": ("final: {training: {epochs: -1}}", r"final\.training: epochs is -1\.0; it must be above 0"),
-    "no number": ("lora: {alpha: .nan}", "LoRA alpha is nan"),
+    "no number": ("lora: {alpha: .nan}", r"lora\.alpha.*finite number"),
     "a key twice": ("seed: 1\nseed: 1", "the key 'seed' stands twice; remove one"),
     "a tag": ("seed: !!python/object:os.system x", "no valid YAML in line 3"),
     "no YAML": ("a: [1, 2", "no valid YAML in line 4"),

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter
+
 from grasp_lora.data.encode import Encoder, Tally, begin_of_chat, check_has_template, encode_labels, prompt_ids
 from grasp_lora.data.files import READERS, Row, Table, read_file
 from grasp_lora.data.records import SPEAKERS, XLSUM_COLUMNS, Message, Record, clean_text, make_pool
@@ -24,7 +26,7 @@ from grasp_lora.models.generation import generate, likeliest_labels
 from grasp_lora.models.model_settings import GenerationSettings
 from grasp_lora.recipes.load import backbone_of_run
 from grasp_lora.recipes.text import RUN_FILE
-from grasp_lora.storage.reading import is_file, is_folder, is_there
+from grasp_lora.storage.reading import is_file, is_folder, is_there, reading
 from grasp_lora.text.display import SURROGATES, escaped, first_line, listed, quoted
 
 if TYPE_CHECKING:
@@ -148,14 +150,13 @@ def asking(
     """
     adapter = adapter or adapter_at(place)
     form = adapter.info.answers or Answers()
-    try:
-        settings = GenerationSettings(
-            max_new_tokens=form.max_new_tokens if max_new_tokens is None else max_new_tokens,
-            stop=tuple(form.stop if stop is None else stop),
-            allow_empty=form.allow_empty,
-        )
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
+    asked = {
+        "max_new_tokens": form.max_new_tokens if max_new_tokens is None else max_new_tokens,
+        "stop": tuple(form.stop if stop is None else stop),
+        "allow_empty": form.allow_empty,
+    }
+    with reading("how to answer", RecipeError):
+        settings = TypeAdapter(GenerationSettings).validate_python(asked)
     _templates_of(form)
     backbone = backbone or backbone_of_run(place)
     loaded = backbone_of(adapter, backbone, device, revision=revision, trust_remote_code=trust_remote_code)

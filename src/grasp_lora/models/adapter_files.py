@@ -4,10 +4,9 @@ Weights come from safetensors files only: a pickle can run any program. What is 
 `{"r": 8, "lora_alpha": 16, "rank_pattern": {"q_proj": 4}}` gives q_proj rank 4 and the scaling 16 / 4, all others 8 and 16 / 8.
 """
 
-import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -31,31 +30,14 @@ PREFIX = "base_model.model."
 _CHANGES_BACKBONE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def _uses(attribute: str) -> Callable[[Any], bool]:
-    return lambda config: bool(getattr(config, attribute, None))
-
-
-# What a config may ask for that factors A and B with a scaling do not represent: whether it does -> its name for the message.
-REFUSED: tuple[tuple[Callable[[Any], bool], str], ...] = (
-    (lambda config: config.peft_type != "LORA", "another method than LoRA"),
-    (_uses("use_dora"), "DoRA"),
-    (_uses("lora_bias"), "a trained LoRA bias (lora_bias)"),
-    (lambda config: config.bias not in ("none", None), "trained biases (bias)"),
-    (_uses("modules_to_save"), "modules_to_save"),
-    (_uses("trainable_token_indices"), "trainable_token_indices"),
-    (_uses("target_parameters"), "target_parameters"),
-    (_uses("layer_replication"), "layer_replication"),
-    (_uses("use_qalora"), "QALoRA"),
-    (_uses("alora_invocation_tokens"), "activated LoRA"),
-    (_uses("arrow_config"), "an Arrow router"),
-    (_uses("kasa_config"), "KaSA"),
-    (_uses("monteclora_config"), "MonteCLoRA"),
-    (_uses("use_bdlora"), "block-diagonal factors (BD-LoRA)"),
-    (
-        lambda config: str(config.init_lora_weights).lower().startswith(_CHANGES_BACKBONE),
-        "an initialisation that changes the backbone (init_lora_weights)",
-    ),
-)
+# What a config may ask for that factors A and B with a scaling do not represent: its field -> the name for the message.
+REFUSED = {
+    "use_dora": "DoRA", "lora_bias": "a trained LoRA bias (lora_bias)", "modules_to_save": "modules_to_save",
+    "trainable_token_indices": "trainable_token_indices", "target_parameters": "target_parameters",
+    "layer_replication": "layer_replication", "use_qalora": "QALoRA", "alora_invocation_tokens": "activated LoRA",
+    "arrow_config": "an Arrow router", "kasa_config": "KaSA", "monteclora_config": "MonteCLoRA",
+    "use_bdlora": "block-diagonal factors (BD-LoRA)",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -92,7 +74,6 @@ class AdapterInfo:
     """What grasp-lora writes beside the weights of an adapter.
 
     Args:
-        backbone: public name of the backbone.
         backbone_fingerprint: see `backbone.fingerprint`; None if another program wrote the adapter.
         backbone_quantised: whether its weights were stored in fewer bits than they were computed with.
         quantise: how grasp-lora quantised them for the training; None where it did not.
@@ -103,12 +84,11 @@ class AdapterInfo:
         embedded: whether the backbone is the embedded model.
     """
 
-    backbone: str | None = None
     backbone_fingerprint: str | None = None
     backbone_quantised: bool = False
     segments: dict[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
     answers: Answers | None = None
-    quantise: str | None = None
+    quantise: Literal["nf4", "int8"] | None = None
     backbone_float16: bool = False
     backbone_dtype: Literal["bfloat16", "float16", "float32"] | None = None
     embedded: bool = False
@@ -157,11 +137,6 @@ class LoadedAdapter:
             for name, pair in self.weights.items()
         }
 
-    @property
-    def identity(self) -> str:
-        """Hash of the weights file and of `facts`: it changes with `lora_alpha`, too."""
-        return hashlib.sha256(json.dumps([self.sha256, self.facts], sort_keys=True).encode()).hexdigest()
-
 
 def read_adapter(place: str | Path, *, offline: bool = False) -> LoadedAdapter:
     """Read a LoRA adapter from a PEFT folder or a hub id.
@@ -175,31 +150,34 @@ def read_adapter(place: str | Path, *, offline: bool = False) -> LoadedAdapter:
 
     shown, local = escaped(str(place)), is_folder(expanded(place))
     folder = (expanded(place) if local else _download(str(place), offline)).absolute()
-    _check_files(folder, shown)
     with reading(f"adapter {shown}: {CONFIG_FILE}", AdapterError):
         config: Any = PeftConfig.from_pretrained(str(folder))
-        name = next((name for applies, name in REFUSED if applies(config)), None)
-    if name is not None:
-        raise AdapterError(
-            f"adapter {shown} uses {name}, which cannot be merged exactly; train or convert it to plain LoRA"
-        )
+        _refuse_more_than_factors(config)
     info = _read_info(folder, shown)
     with reading(f"adapter {shown}: {WEIGHTS_FILE}", AdapterError):
-        tensors = load_peft_weights(str(folder), device="cpu")
-        pairs, base = _split(tensors, config, info)
+        if not (folder / WEIGHTS_FILE).is_file():
+            raise ValueError(
+                "there is none; a pickle (.bin) is never loaded: save it again with PEFT's save_pretrained"
+            )
+        pairs, base = _split(load_peft_weights(str(folder), device="cpu"), config, info)
         digest = sha256_of(folder / WEIGHTS_FILE)
     with reading(f"adapter {shown}: {CHAT_FILE}", AdapterError):
         template = (folder / CHAT_FILE).read_text(encoding="utf-8") if (folder / CHAT_FILE).is_file() else None
-    return LoadedAdapter(
-        AdapterWeights(pairs),
-        escaped(folder.resolve().name) if local else shown,
-        config.base_model_name_or_path,
-        digest,
-        info,
-        base,
-        config.revision,
-        template,
-    )
+    name = escaped(folder.resolve().name) if local else shown
+    base_model, revision = config.base_model_name_or_path, config.revision
+    return LoadedAdapter(AdapterWeights(pairs), name, base_model, digest, info, base, revision, template)
+
+
+def _refuse_more_than_factors(config: Any) -> None:
+    used = next((name for key, name in REFUSED.items() if getattr(config, key, None)), None)
+    if config.peft_type != "LORA":
+        used = "another method than LoRA"
+    elif config.bias not in ("none", None):
+        used = "trained biases (bias)"
+    elif str(config.init_lora_weights).lower().startswith(_CHANGES_BACKBONE):
+        used = "an initialisation that changes the backbone (init_lora_weights)"
+    if used is not None:
+        raise ValueError(f"it uses {used}, which cannot be merged exactly; train or convert it to plain LoRA")
 
 
 def read_backbone(place: str) -> str | None:
@@ -243,16 +221,6 @@ def _download(
         raise AdapterError(f"adapter {escaped(hub_id)}: {not_there(error)}") from error
 
 
-def _check_files(folder: Path, shown: str) -> None:
-    if not (folder / CONFIG_FILE).is_file():
-        raise AdapterError(f"adapter {shown}: this is no PEFT adapter: it has no {CONFIG_FILE}")
-    if not (folder / WEIGHTS_FILE).is_file():  # PEFT would take adapter_model.bin
-        raise AdapterError(
-            f"adapter {shown}: it has no {WEIGHTS_FILE}; a pickle (.bin) is never loaded, since it can run any program: "
-            "load what you trust with PEFT and save it again with save_pretrained"
-        )
-
-
 def _read_info(folder: Path, shown: str) -> AdapterInfo:
     file = folder / OUR_FILE
     with reading(f"adapter {shown}: {OUR_FILE} (delete that file to do without it)", AdapterError):
@@ -276,9 +244,7 @@ def _split(
         elif key.startswith(PREFIX) and not module and key.endswith(".weight"):
             base[key.removeprefix(PREFIX).removesuffix(".weight").removesuffix(".base_layer")] = tensor
         else:
-            raise ValueError(
-                f"it holds {key} of shape {tuple(tensor.shape)}, which is no LoRA factor of a linear layer and cannot be merged"
-            )
+            raise ValueError(f"it holds {key} of shape {tuple(tensor.shape)}, no LoRA factor of a linear layer")
     if not factors:
         raise ValueError("it holds no LoRA weights")
     return {module: _pair(module, pair, config, info) for module, pair in factors.items()}, base
@@ -292,25 +258,17 @@ def _pair(module: str, factors: Mapping[str, torch.Tensor], config: Any, info: A
     rank: int = ranks.get(get_pattern_key(list(ranks), module), config.r)
     alpha: float = alphas.get(get_pattern_key(list(alphas), module), config.lora_alpha)
     shapes = {name: tuple(factor.shape) for name, factor in sorted(factors.items())}
-    if len(shapes) < 2 or shapes["A"][0] != rank or shapes["B"][1] != rank:
-        raise ValueError(
-            f"the factors of {module} have the shapes {shapes}, {CONFIG_FILE} says rank {rank}: they are not of one adapter"
-        )
-    if not all(factor.isfinite().all() for factor in factors.values()):
-        raise ValueError(f"{module} holds NaN or infinity; it is broken, train it again")
+    segments = tuple(Segment(*row) for row in info.segments.get(module, ()))
+    stated = sum(segment.rank for segment in segments) or rank
+    if len(shapes) < 2 or {shapes["A"][0], shapes["B"][1], stated} != {rank}:
+        says = f"{CONFIG_FILE} says rank {rank}" + (f", {OUR_FILE} {stated}" if segments else "")
+        raise ValueError(f"the factors of {module} have the shapes {shapes}, {says}: they are not of one adapter")
+    pair = LoraPair(factors["A"], factors["B"], alpha / (math.sqrt(rank) if config.use_rslora else rank), segments)
+    if not (math.isfinite(pair.scaling) and pair.A.isfinite().all() and pair.B.isfinite().all()):
+        raise ValueError(f"{module}, or its lora_alpha, holds NaN or infinity; it is broken, train it again")
     chosen = config.target_modules not in (None, "all-linear")  # else PEFT chooses by the backbone
     if chosen and not check_target_module_exists(config, module):
         raise ValueError(
-            f"it holds weights of {module}, which {CONFIG_FILE} does not name in target_modules or excludes; PEFT would leave "
-            "them out: add it there, or save the adapter again"
+            f"PEFT would leave out {module}: {CONFIG_FILE} does not name it in target_modules, or excludes it"
         )
-    scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
-    if not math.isfinite(scaling):
-        raise ValueError(f"lora_alpha of {module} is {alpha}, no finite number")
-    segments = tuple(Segment(*row) for row in info.segments.get(module, ()))
-    if segments and sum(segment.rank for segment in segments) != rank:
-        raise ValueError(
-            f"{OUR_FILE} describes another rank of {module} than its weights have; delete it if the adapter was trained on or "
-            "replaced by another program"
-        )
-    return LoraPair(factors["A"], factors["B"], scaling, segments)
+    return pair

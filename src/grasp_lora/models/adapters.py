@@ -53,7 +53,7 @@ def check_fits(adapter: LoadedAdapter, backbone: Backbone, *, strict: bool = Fal
     _check_shapes(model, adapter.weights, f"adapter {adapter.name}", f"backbone {backbone.name}")
     _check_base_weights(adapter, backbone)
     name, on = quoted(adapter.name), quoted(backbone.name)
-    quantised = is_quantised(model.config)
+    unchecked = None
     if stated is None:
         made_on, loaded = adapter.revision or "main", backbone.revision or "main"
         if made_on != loaded and adapter.base_model == backbone.name:
@@ -64,19 +64,18 @@ def check_fits(adapter: LoadedAdapter, backbone: Backbone, *, strict: bool = Fal
             logger.warning(text, name, quoted(adapter.base_model), on)
     elif stated == backbone.fingerprint:
         return
-    elif quantised != info.backbone_quantised and not strict:
-        text = (
-            "adapter %s was trained on a %s backbone, so that %s is the same model could not be checked by its weights"
-        )
-        logger.warning(text, name, "full-precision" if quantised else "quantised", on)
+    elif is_quantised(model.config) != info.backbone_quantised and not strict:
+        unchecked = f"trained on a {'quantised' if info.backbone_quantised else 'full-precision'} backbone"
     elif (model.dtype == torch.float16) != info.backbone_float16:
-        text = "adapter %s was trained in or is read for float16, so that %s is the same model could not be checked by weights"
-        logger.warning(text, name, on)
+        unchecked = "trained in or is read for float16"
     else:
         raise AdapterError(
             f"adapter {adapter.name} was trained on a backbone with fingerprint {stated}, but {backbone.name} has "
             f"{backbone.fingerprint}: same shapes, other weights; use the backbone it was trained on"
         )
+    if unchecked is not None:
+        text = "adapter %s was %s, so that %s is the same model could not be checked by its weights"
+        logger.warning(text, name, unchecked, on)
 
 
 @contextmanager
@@ -93,7 +92,7 @@ def fresh_adapter(model: "PreTrainedModel", settings: LoraSettings, seed: int) -
     targets = check_target_modules(model, settings.target_modules)
     config = LoraConfig(
         r=settings.rank,
-        lora_alpha=_whole(settings.alpha),  # type: ignore[arg-type]
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # PEFT divides it, so a float is right
         lora_dropout=settings.dropout,
         target_modules=list(targets),
         exclude_modules=_outside_decoder(model, targets) or None,
@@ -137,7 +136,7 @@ def config_of(weights: AdapterWeights, model: "PreTrainedModel", dropout: float 
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     return LoraConfig(
         r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT divides it, so a float is right
+        lora_alpha=alpha,  # type: ignore[arg-type]
         lora_dropout=dropout,
         target_modules=_shortest_targets(tuple(weights), model),
         rank_pattern={_anchored(name): pair.rank for name, pair in weights.items() if pair.rank != rank},
@@ -196,7 +195,6 @@ def save_adapter(
     # Not by save_file, which lets nobody but the owner read the file.
     (folder / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
     info = AdapterInfo(
-        without_place(backbone_name),
         fingerprint_of(model) if fingerprint is None else fingerprint,
         is_quantised(model.config),
         {
@@ -205,40 +203,33 @@ def save_adapter(
             if pair.segments
         },
         answers,
-        quantise,
+        quantise,  # type: ignore[arg-type]
         model.dtype == torch.float16,
         dtype,  # type: ignore[arg-type]
         embedded,
     )
-    stated = {key: value for key, value in asdict(info).items() if value not in (None, False)}
-    _state(folder, stated, answers)
+    _write_info(folder, {key: value for key, value in asdict(info).items() if value not in (None, False)})
 
 
 def restate_answers(folder: Path, answers: Answers) -> None:
     """Write anew how a saved adapter is asked and answers: no part of its training, so another recipe may have it otherwise."""
-    _state(folder, json.loads((folder / OUR_FILE).read_text(encoding="utf-8")), answers)
+    _write_info(folder, json.loads((folder / OUR_FILE).read_text(encoding="utf-8")) | {"answers": asdict(answers)})
 
 
-def _state(folder: Path, stated: dict[str, Any], answers: Answers | None) -> None:
-    if answers is not None:
-        stated["answers"] = asdict(answers)
+def _write_info(folder: Path, stated: dict[str, Any]) -> None:
     (folder / OUR_FILE).write_text(json.dumps(stated, indent=1) + "\n", encoding="utf-8")
 
 
 def _check_shapes(model: torch.nn.Module, weights: AdapterWeights, adapter: str, backbone: str) -> None:
     modules = dict(model.named_modules())
     for name, pair in weights.items():
-        module = modules.get(name)
-        shape = None if module is None else linear_shape(module)
-        if shape == pair.shape:
-            continue
-        if module is None:
-            problem = f"changes {name}, which {backbone} does not have"
-        elif shape is None:
-            problem = f"changes {name}, which is a {type(module).__name__} in {backbone}, no linear layer"
-        else:
-            problem = f"fits a {name} of shape {pair.shape} (d_out, d_in), but {backbone} has {shape}"
-        raise AdapterError(f"{adapter} {problem}; use an adapter of this backbone")
+        shape = linear_shape(modules[name]) if name in modules else None
+        if shape != pair.shape:
+            has = f"has {shape}" if shape else "has no such linear layer"
+            raise AdapterError(
+                f"{adapter} changes a {name} of shape {pair.shape} (d_out, d_in), but {backbone} {has}; use an adapter of this "
+                "backbone"
+            )
 
 
 def _check_base_weights(adapter: LoadedAdapter, backbone: Backbone) -> None:
@@ -250,9 +241,8 @@ def _check_base_weights(adapter: LoadedAdapter, backbone: Backbone) -> None:
             torch.equal(weight.detach().cpu().to(dtype), stored.to(dtype)) for dtype in {weight.dtype, stored.dtype}
         ):
             raise AdapterError(
-                f"adapter {adapter.name} stores a base weight of {module} that is not the one of {backbone.name}, and only LoRA "
-                "factors can be merged; if it was not trained, save the adapter again with "
-                "save_pretrained(save_embedding_layers=False)"
+                f"adapter {adapter.name} stores a base weight of {module} that is not the one of {backbone.name}; if it was not "
+                "trained, save the adapter again with save_pretrained(save_embedding_layers=False)"
             )
 
 
@@ -288,10 +278,8 @@ def _outside_decoder(model: "PreTrainedModel", target_modules: tuple[str, ...]) 
 
 
 def _transposed(model: torch.nn.Module, target_modules: tuple[str, ...]) -> bool:
-    kinds = {is_conv1d(module) for name, module in linear_modules(model).items() if is_named(name, target_modules)}
-    if len(kinds) > 1:
-        raise AdapterError("the target modules mix Conv1D and Linear layers; PEFT takes one kind in an adapter")
-    return kinds == {True}
+    """Whether PEFT has to transpose the deltas of these modules."""
+    return any(is_conv1d(module) for name, module in linear_modules(model).items() if is_named(name, target_modules))
 
 
 @contextmanager
@@ -312,8 +300,9 @@ def _injected(
     try:
         layers = lora_layers(peft_model)
         if missing := sorted(modules - layers.keys()):  # PEFT takes the experts of some types for the names of an MLP
-            ways = "name other lora.target_modules, such as q_proj"
-            raise AdapterError(f"PEFT puts no adapter on {listed(missing)} in a model of this type; {ways}")
+            raise AdapterError(
+                f"PEFT puts no adapter on {listed(missing)} of this model; name others in lora.target_modules"
+            )
         for module in layers.values():
             module.lora_A[ADAPTER_NAME].float()
             module.lora_B[ADAPTER_NAME].float()
@@ -332,11 +321,6 @@ def _shortest_targets(modules: tuple[str, ...], model: torch.nn.Module) -> list[
     endings = sorted({name.rsplit(".", 1)[-1] for name in modules})
     matched = {name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in endings}
     return endings if matched == set(modules) else sorted(modules)
-
-
-def _whole(value: float) -> float:
-    """An int where the value is one: other programs read alpha as an integer."""
-    return int(value) if float(value).is_integer() else value
 
 
 def _alpha(scaling: float, rank: int) -> float:

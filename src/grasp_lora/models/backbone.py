@@ -5,7 +5,6 @@ kind of machine loads the same numbers on every day.
 """
 
 import hashlib
-import importlib.util
 import inspect
 import json
 import logging
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from pydantic import TypeAdapter
 
 from grasp_lora.errors import AdapterError, GraspError, RecipeError
 from grasp_lora.models import embedded
@@ -27,9 +27,9 @@ from grasp_lora.models.model_settings import EMBEDDED_HUB_ID, EMBEDDED_NAME, QUA
 from grasp_lora.storage.memory import enough_memory
 from grasp_lora.storage.network import hub_problem, no_network, not_there
 from grasp_lora.storage.processes import join, on_first_process, world_size
-from grasp_lora.storage.reading import expanded, is_folder, is_there
+from grasp_lora.storage.reading import expanded, is_folder, is_there, reading
 from grasp_lora.text.display import first_line, one_line, quoted
-from grasp_lora.text.names import without_place
+from grasp_lora.text.names import needs, without_place
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SMALLER = "set backbone.quantise to nf4, or backbone.dtype to bfloat16 if it is float32, or take a smaller model"
-UNTRAINABLE = {"hqq": "HQQ", "torchao": "torchao"}  # method of a saved model -> as people call it
+UNTRAINABLE = ("hqq", "torchao")  # methods of a saved model
 AT_ONCE = 1 << 24  # numbers
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a number
 SAMPLED_WEIGHTS = 16  # of every parameter, in a fingerprint
@@ -94,19 +94,18 @@ def load_backbone(settings: BackboneSettings) -> Backbone:
         GraspError: the model is missing, gated, not cached while offline, incomplete, not a causal language
             model, or has no usable tokenizer; it cannot be quantised as asked; or the device is not there.
     """
-    device = _device_for(settings)
-    started = time.perf_counter()
-    location, name = _place(settings)
+    device, started = _device_for(settings), time.perf_counter()
     is_embedded = settings.name == EMBEDDED_NAME
+    name = embedded.PUBLIC_NAME if is_embedded else settings.name
+    location = str(embedded.embedded_folder() if is_embedded else expanded(name) if is_folder(expanded(name)) else name)
     if settings.trust_remote_code and not is_embedded:
-        logger.warning(
-            "trust_remote_code is on: Python code that comes with %s will run on this machine", one_line(name)
-        )
+        text = "trust_remote_code is on: Python code that comes with %s will run on this machine"
+        logger.warning(text, one_line(name))
     with _explained(name, settings):
         model, tokenizer = _load(location, settings, device)
         stop_ids = find_stop_ids(model, tokenizer)
-    if tokenizer.eos_token_id is None:
-        raise GraspError(f"The tokenizer of backbone {name!r} has no EOS token: answers could not end; add one to it")
+        if tokenizer.eos_token_id is None:
+            raise ValueError("its tokenizer has no EOS token, so answers could not end; add one to it")
     rows = getattr(model.get_input_embeddings(), "num_embeddings", math.inf)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:  # added to it, but not to the model
         tokenizer.pad_token = tokenizer.eos_token  # safe: padding is always covered by an attention mask
@@ -118,16 +117,8 @@ def load_backbone(settings: BackboneSettings) -> Backbone:
     model.eval()
     seconds = time.perf_counter() - started
     logger.info("Loaded backbone %s in %s on %s (%.1f s)", name, model.dtype, device, seconds)
-    return Backbone(
-        model,
-        tokenizer,
-        without_place(name),
-        fingerprint(model),
-        stop_ids,
-        _commit_of(location, settings.revision),
-        settings.quantise,
-        settings.revision,
-    )
+    facts = (_commit_of(location, settings.revision), settings.quantise, settings.revision)
+    return Backbone(model, tokenizer, without_place(name), fingerprint(model), stop_ids, *facts)
 
 
 def backbone_of(
@@ -153,25 +144,21 @@ def backbone_of(
         logger.info("adapter %s names revision %s of %s", quoted(adapter.name), quoted(revision), quoted(name or ""))
     if not name:
         raise AdapterError(f"adapter {adapter.name} does not name its base model; give it with --backbone")
-    try:
-        settings = BackboneSettings(
-            name,
-            dtype=dtype or _dtype_of_training(adapter, device),  # type: ignore[arg-type]
-            device=device,  # type: ignore[arg-type]
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            quantise=None if whole else adapter.info.quantise,  # type: ignore[arg-type]
-        )
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
+    asked = {
+        "name": name,
+        "dtype": dtype or _dtype_of_training(adapter, device),
+        "device": device,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+        "quantise": None if whole else adapter.info.quantise,
+    }
+    with reading("backbone", RecipeError):
+        settings = TypeAdapter(BackboneSettings).validate_python(asked)
     try:
         return load_backbone(settings)
     except GraspError as error:
-        if named:
-            raise
-        raise GraspError(
-            f"{error} (adapter {adapter.name} names this backbone; give its folder with --backbone)"
-        ) from error
+        hint = "" if named else f" (adapter {adapter.name} names this backbone; give its folder with --backbone)"
+        raise type(error)(f"{error}{hint}") from error
 
 
 def _dtype_of_training(adapter: "LoadedAdapter", device: str) -> str:
@@ -275,8 +262,7 @@ def find_dtype(device: str, model_type: str = "") -> Literal["bfloat16", "float1
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bfloat16"
         return "float32" if model_type.startswith("gemma") else "float16"
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return "bfloat16" if capabilities.get("amx_bf16") else "float32"
+    return "bfloat16" if _capabilities().get("amx_bf16") else "float32"
 
 
 def computes_in(dtype: str, device: str) -> bool:
@@ -288,10 +274,13 @@ def computes_in(dtype: str, device: str) -> bool:
     """
     if device != "cpu":
         return dtype != "bfloat16" or torch.cuda.is_bf16_supported(including_emulation=False)
-    if dtype == "float32":
-        return True
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return dtype == "bfloat16" and any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    has_bfloat16 = any(_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return dtype == "float32" or (dtype == "bfloat16" and has_bfloat16)
+
+
+def _capabilities() -> dict[str, Any]:
+    """What the processor can do, where torch tells."""
+    return dict(getattr(torch.cpu, "get_capabilities", dict)())
 
 
 def is_quantised(config: "PretrainedConfig") -> bool:
@@ -338,19 +327,6 @@ def _kind(config: "PretrainedConfig") -> str:
     return str(getattr(method, "value", method))
 
 
-def _place(settings: BackboneSettings) -> tuple[str, str]:
-    """Where a backbone is read from, and its public name."""
-    is_embedded = settings.name == EMBEDDED_NAME
-    location = str(embedded.embedded_folder()) if is_embedded else _find_location(settings.name)
-    name = embedded.PUBLIC_NAME if is_embedded else settings.name
-    if settings.revision is not None and is_folder(Path(location)):
-        raise GraspError(
-            f"Backbone revision is {quoted(settings.revision)}, but {quoted(name)} is a folder, which has "
-            "no revisions: leave it out"
-        )
-    return location, name
-
-
 @contextmanager
 def _explained(name: str, settings: BackboneSettings) -> Iterator[None]:
     """Turn what transformers raises into one line, and keep it off the network where that is asked for."""
@@ -361,32 +337,23 @@ def _explained(name: str, settings: BackboneSettings) -> Iterator[None]:
         raise
     # On a damaged or hostile folder the libraries raise whatever comes first: KeyError, ZeroDivisionError, Exception itself.
     except Exception as error:
-        raise GraspError(_explain(error, name, settings)) from error
-
-
-def _find_location(name: str) -> str:
-    """Tell a local folder from a hub id; what can only be a path must exist."""
-    folder = expanded(name)
-    if is_folder(folder):
-        # Beside a model transformers would load the adapter, too, whatever is put on top.
-        if is_there(folder / CONFIG_FILE):
-            kind = "both a model and an adapter" if is_there(folder / "config.json") else "an adapter"
-            raise GraspError(
-                f"Backbone {name!r} is the folder of {kind}: give the model it was trained on, in a folder without {CONFIG_FILE}"
-            )
-        return str(folder)
-    if name.startswith((".", "~", "/")) or name.count("/") > 1 or "\\" in name:
-        raise GraspError(f"Backbone folder {name!r} does not exist: check the path")
-    return name
+        reason, is_local = first_line(error), name == embedded.PUBLIC_NAME or is_folder(expanded(name))
+        if problem := hub_problem(error):
+            reason = problem
+        elif "trust_remote_code" in str(error):
+            reason = "it needs Python code of its own; read that code, then set trust_remote_code to true"
+        elif not isinstance(error, OSError | ValueError | ImportError):
+            reason = f"its files are damaged or do not fit each other ({type(error).__name__}: {reason})"
+        elif not is_local and isinstance(error, OSError):
+            reason = not_there(error)
+        raise GraspError(f"Cannot load backbone {name!r}: {reason}") from error
 
 
 def _commit_of(location: str, revision: str | None) -> str | None:
     """Return the commit of a model on the hub whose config has just been read; None for a folder."""
     from huggingface_hub import try_to_load_from_cache
 
-    if is_folder(Path(location)):
-        return None
-    config = try_to_load_from_cache(location, "config.json", revision=revision)
+    config = None if is_folder(Path(location)) else try_to_load_from_cache(location, "config.json", revision=revision)
     return Path(config).parent.name if isinstance(config, str) else None
 
 
@@ -394,174 +361,121 @@ def _device_for(settings: BackboneSettings) -> str:
     """Return "cpu", or a GPU as "cuda:0".
 
     Raises:
-        GraspError: no GPU is there, or the backbone is to be split and there is nothing to split it over.
+        GraspError: no GPU is there, or there is nothing to split the backbone over.
     """
     available = torch.cuda.is_available()
     if settings.device == "cuda" and not available:
         raise GraspError("backbone device is 'cuda', but torch sees no CUDA GPU: use 'auto' or 'cpu'")
     on_cpu = settings.device == "cpu" or not available
-    if settings.shard:
-        if world_size() == 1:
-            raise GraspError(
-                "backbone.shard is true, but there is one process: start it with torchrun --nproc-per-node N -m grasp_lora run, "
-                "or set backbone.shard to false"
-            )
-        if on_cpu and available:  # transformers takes the GPUs whatever is asked for
-            raise GraspError("backbone.shard is true, which takes the GPUs, but backbone.device is 'cpu': use 'auto'")
+    if settings.shard and world_size() == 1:
+        raise GraspError(
+            "backbone.shard is true, but there is one process: start it with torchrun --nproc-per-node N -m grasp_lora run, "
+            "or set backbone.shard to false"
+        )
     return "cpu" if on_cpu else f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"  # torchrun: one GPU for each process
 
 
-def _source_of(settings: BackboneSettings) -> dict[str, Any]:
-    """What every `from_pretrained` is told of where a model comes from."""
-    return {
-        "revision": settings.revision,
-        "trust_remote_code": settings.trust_remote_code,
-        "local_files_only": settings.offline,
-    }
-
-
-def _read_config(location: str, settings: BackboneSettings) -> "PretrainedConfig":
+def _read_config(location: str, settings: BackboneSettings, source: dict[str, Any]) -> "PretrainedConfig":
     """Read the config of a model and check that it is one that can be loaded and trained on here.
 
     Raises:
-        GraspError: it asks for foreign code, or is quantised in a way nothing trains on.
-        ValueError: it is not a causal language model.
+        ValueError: it is no causal language model, asks for foreign code, or comes quantised in a way nothing trains on.
     """
     from transformers import AutoConfig
 
-    config: PretrainedConfig = AutoConfig.from_pretrained(location, **_source_of(settings))
+    config: PretrainedConfig = AutoConfig.from_pretrained(location, **source)
     architectures = config.architectures or []
     if config.is_encoder_decoder or any(str(name).endswith("ForMaskedLM") for name in architectures):
         # AutoModelForCausalLM would load it, but not as a language model that reads left to right.
         raise ValueError(f"{architectures[0] if architectures else config.model_type} is not a causal language model")
     kernels = [part._attn_implementation for part in (config, config.get_text_config(decoder=True))]
-    if not settings.trust_remote_code and (foreign := [name for name in kernels if name is not None and "/" in name]):
-        raise GraspError(  # transformers would fetch and run it
+    foreign = [name for name in kernels if name is not None and "/" in name]
+    if foreign and not settings.trust_remote_code:  # transformers would fetch and run it
+        raise GraspError(
             f"The config of the backbone asks for compiled attention code of the hub ({quoted(foreign[0])}): read that "
             "code, then set trust_remote_code to true, or remove the entry"
         )
-    if is_quantised(config) and (name := UNTRAINABLE.get(_kind(config))):
-        raise GraspError(
-            f"The backbone comes quantised by {name}, on which no adapter is trained here: take its full-precision model, with "
-            f"backbone.quantise {' or '.join(QUANTISERS)} where memory is short"
-        )
+    if is_quantised(config) and (settings.quantise is not None or _kind(config) in UNTRAINABLE):
+        advice = "leave backbone.quantise out" if settings.quantise else "take its full-precision model to train on"
+        raise ValueError(f"it comes quantised by {quoted(_kind(config))}, and is taken as it is; {advice}")
     return config
 
 
-def _quantiser(name: str, config: "PretrainedConfig", dtype: torch.dtype) -> Any:
+def _quantiser(name: str, dtype: torch.dtype) -> Any:
     """Return what `from_pretrained` takes as `quantization_config`.
 
     Args:
         name: a key of `QUANTISERS`.
-        config: of the backbone, which must not be quantised yet.
         dtype: what is computed in.
 
     Raises:
-        GraspError: the backbone comes quantised, or the library is not installed.
+        RecipeError: the library is not installed.
     """
     library = QUANTISERS[name]
-    if is_quantised(config):
-        raise GraspError(
-            f"backbone.quantise is {name!r}, but the backbone comes quantised ({quoted(_kind(config))}), and is taken as it is: "
-            "leave backbone.quantise out"
-        )
-    if importlib.util.find_spec(library) is None:
-        raise GraspError(
-            f'backbone.quantise is {name!r}, which needs {library}: run pip install "grasp-lora[quant]", or leave it out'
-        )
+    needs(f"backbone.quantise: {name}", library, library, extra="quant")
     # It warns at each product that activations are rounded to float16.
     logging.getLogger(library).setLevel(logging.ERROR)
     with no_network(True):  # bitsandbytes fetches compiled code from the hub where it can
         import bitsandbytes  # noqa: F401
         from transformers import BitsAndBytesConfig
 
-        if name == "int8":
-            return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
-        return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-        )
+        of_four_bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+        return BitsAndBytesConfig(**({"load_in_8bit": True} if name == "int8" else of_four_bits))  # type: ignore[no-untyped-call]
 
 
 def _load(location: str, settings: BackboneSettings, device: str) -> tuple[Any, "PreTrainedTokenizerBase"]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.distributed.configuration_utils import DistributedConfig
 
-    source, config = _source_of(settings), _read_config(location, settings)
+    source = {
+        "revision": settings.revision,
+        "trust_remote_code": settings.trust_remote_code,
+        "local_files_only": settings.offline,
+    }
+    if is_folder(Path(location)):
+        if settings.revision is not None:
+            raise ValueError(f"it is a folder, which has no revision {quoted(settings.revision)}: leave that out")
+        if is_there(Path(location) / CONFIG_FILE):  # transformers would put the adapter on the model
+            raise ValueError(f"it holds an adapter ({CONFIG_FILE}): give the model that it was trained on, alone")
+    config = _read_config(location, settings, source)
+    packed = settings.quantise is not None or is_quantised(config)
+    if settings.shard and packed:
+        raise ValueError(
+            "it is quantised, and only full weights can be split: leave out backbone.quantise or backbone.shard"
+        )
     tokenizer = AutoTokenizer.from_pretrained(location, **source)
     dtype: str = settings.dtype
     if dtype == "auto":  # of processes on machines of several kinds the first one decides
         join(settings.device)
         dtype = on_first_process(lambda: find_dtype(device, config.model_type))
-    computed = getattr(torch, dtype)
-    quantised = (
-        {} if settings.quantise is None else {"quantization_config": _quantiser(settings.quantise, config, computed)}
-    )
-    packed = bool(quantised) or is_quantised(config)
-    split: dict[str, Any] = {}
+    more: dict[str, Any] = {}
+    if settings.quantise is not None:
+        more["quantization_config"] = _quantiser(settings.quantise, getattr(torch, dtype))
     if settings.shard:
-        if packed:
-            raise GraspError(
-                f"backbone.shard is true, but backbone {settings.name!r} is quantised, and only full weights can be split: "
-                "set it to false, or take the model in full precision"
-            )
         join(settings.device)
-        split["distributed_config"] = DistributedConfig(fsdp_size=world_size())
+        more["distributed_config"] = DistributedConfig(fsdp_size=world_size())
     result: Any = AutoModelForCausalLM.from_pretrained(
         location,
         config=config,
-        dtype=computed,
+        dtype=getattr(torch, dtype),
         # Quantised weights are packed for the device they arrive on, and refuse `.to` later.
         device_map={"": device} if packed else None,
         use_safetensors=True,
         output_loading_info=True,
-        **split,
-        **quantised,
+        **more,
         **source,
     )
     model, loaded = result
     if getattr(model, "_hf_peft_config_loaded", False):
-        raise GraspError(
-            f"Backbone {settings.name!r} comes with an adapter, which transformers has put on it: take the model alone"
-        )
+        raise ValueError("it comes with an adapter, which transformers has put on it: take the model alone")
     if missing := sorted(loaded["missing_keys"]):  # transformers would fill them with random numbers
         raise ValueError(f"the checkpoint lacks {len(missing)} weights of the language model, first {missing[0]}")
     if unexpected := sorted(loaded["unexpected_keys"]):
-        logger.warning(
-            "the checkpoint of backbone %s holds %d weights that its config has no place for, first %s; they are left out",
-            one_line(settings.name),
-            len(unexpected),
-            one_line(unexpected[0]),
-        )
+        text = "the checkpoint of backbone %s holds %d weights that its config has no place for, first %s; they are left out"
+        logger.warning(text, one_line(settings.name), len(unexpected), one_line(unexpected[0]))
     keep_exact(model)
-    if split:
+    if settings.shard:
         model.set_reshard_after_forward(True)  # else norm and head stay whole in each process after a pass
     elif not packed:
         model.to(device)
     return model, tokenizer
-
-
-def _explain(error: Exception, name: str, settings: BackboneSettings) -> str:
-    """Say in one line why a model could not be loaded, and what to do."""
-    from huggingface_hub import constants
-
-    text = str(error)
-    reason = first_line(error)
-    if not isinstance(error, OSError | ValueError | ImportError):
-        reason = f"its files are damaged or do not fit each other ({type(error).__name__}: {reason})"
-    if "ignore_mismatched_sizes" in text:
-        reason = "its weights have other shapes than its config says"
-    head = f"Cannot load backbone {name!r}"
-    is_local = name == embedded.PUBLIC_NAME or is_folder(expanded(name))
-    if problem := hub_problem(error):
-        return f"{head}: {problem}"
-    if "trust_remote_code" in text:
-        return f"{head}: it needs Python code of its own; read that code, then set trust_remote_code to true"
-    if "Unrecognized configuration class" in text:
-        return f"{head}: it is not a causal language model; choose one that generates text"
-    if not is_local and isinstance(error, OSError) and (settings.offline or constants.HF_HUB_OFFLINE):
-        return (
-            f"{head}: it is no folder, it is not in the local Hugging Face cache and offline is set; download it first"
-        )
-    if not is_local and isinstance(error, OSError):
-        return f"{head}: {not_there(error)}"
-    return f"{head}: {reason}"

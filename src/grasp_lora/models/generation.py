@@ -47,7 +47,7 @@ def generate(
 
     Args:
         model: causal language model, on its device.
-        tokenizer: the tokenizer of the model.
+        tokenizer: of the model.
         prompts: token ids of each prompt, BOS included where the model wants one.
         settings: lengths and stop texts.
         progress: called after each batch with the prompts answered so far and their total.
@@ -69,7 +69,7 @@ def generate(
     special = {
         token for token, added in tokenizer.added_tokens_decoder.items() if added.special and added.content in stops
     }
-    ending = _Ending(tokenizer, settings, {*find_stop_ids(inner, tokenizer), *special, *ends})
+    ending = _Ending(inner, tokenizer, settings, {*find_stop_ids(inner, tokenizer), *special, *ends})
     most_rows = 1 if inner.config.model_type in _ONE_BY_ONE else BATCH_SIZE
     batches = list(_batches([len(prompt) for prompt in prompts], settings.max_new_tokens, most_rows))
     batches += [[]] * calls_behind(inner, len(batches))
@@ -82,13 +82,12 @@ def generate(
         for batch in batches:
             rows = [torch.tensor(prompts[index]) for index in batch] or [torch.zeros(1, dtype=torch.long)]
             ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
-            masks = [torch.ones_like(row) for row in rows]
-            ending.start, ending.model = ids.shape[1], inner
+            lengths = torch.tensor([[len(row)] for row in rows])
+            mask = (torch.arange(ids.shape[1]) >= ids.shape[1] - lengths).long()  # 0 where there is padding
+            ending.start = ids.shape[1]
             generated = inner.generate(
                 ids.to(inner.device),
-                attention_mask=torch.nn.utils.rnn.pad_sequence(masks, batch_first=True, padding_side="left").to(
-                    inner.device
-                ),
+                attention_mask=mask.to(inner.device),
                 stopping_criteria=StoppingCriteriaList([ending.is_reached]),
                 logits_processor=LogitsProcessorList([ending.wait_for_text]),
                 synced_gpus=is_split(inner),
@@ -108,24 +107,22 @@ class _Ending:
 
     Example: with the stop text "\\n" the tokens of "\\n Paris\\nQuestion" give "Paris"; "\\n" alone is no answer yet.
 
-    Attributes:
-        start: width of the prompts of the batch.
-        model: that answers.
+    `start` is the width of the prompts of the batch.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", settings: GenerationSettings, stop_ids: set[int]) -> None:
+    def __init__(
+        self, model: Any, tokenizer: "PreTrainedTokenizerBase", settings: GenerationSettings, stop_ids: set[int]
+    ) -> None:
         self.stop_ids, self.start = stop_ids, 0
-        self.model: Any = None
-        self._tokenizer, self._settings = tokenizer, settings
+        self._model, self._tokenizer, self._settings = model, tokenizer, settings
 
     def texts(self, ids: torch.Tensor) -> list[tuple[str, bool]]:
         """Return the text of each row of prompts and answers [rows, tokens], and whether a stop text cut it."""
         answers = []
         for row in ids[:, self.start :].tolist():
             length = next((place for place, token in enumerate(row) if token in self.stop_ids), len(row))
-            text = str(
-                self._tokenizer.decode(row[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            )
+            options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+            text = str(self._tokenizer.decode(row[:length], **options))
             text = text if self._settings.allow_empty else text.lstrip()
             cuts = [place for place in map(text.find, self._settings.stop) if place >= 0]
             answers.append((text[: min(cuts)] if cuts else text, bool(cuts)))
@@ -142,7 +139,7 @@ class _Ending:
             ProbeError: a score is no number.
         """
         if scores.amax(dim=-1).isnan().any():
-            raise _no_numbers(self.model)
+            raise _no_numbers(self._model)
         if not self._settings.allow_empty:
             waiting = [row for row, (text, _) in enumerate(self.texts(ids)) if not text.strip()]
             ends = [token for token in sorted(self.stop_ids) if token < scores.shape[-1]]

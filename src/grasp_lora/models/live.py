@@ -76,16 +76,12 @@ def live_pairs(
     pairs, layers = {}, lora_layers(model, adapter)
     if strange := [name for name in origins if name not in layers]:
         raise AdapterError(
-            f"segments names {quoted(strange[0])}, which the adapter does not have; it has {listed(layers)}; take the names of "
-            "segments_of, and give the PeftModel itself, not what wraps it"
+            f"segments names {quoted(strange[0])}, which the adapter does not have; it has {listed(layers)}; give the PeftModel "
+            "itself, not what wraps it"
         )
     for name, layer in layers.items():
         _refuse_other_weights(name, layer, adapter)
-        if adapter in layer.lora_embedding_A:
-            A, B = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
-            pairs[name] = LoraPair(A, B, layer.scaling[adapter], origins.get(name, ()))
-        else:
-            pairs[name] = _live_pair(layer, adapter, origins.get(name, ()))
+        pairs[name] = _live_pair(layer, adapter, origins.get(name, ()))
     return pairs
 
 
@@ -158,13 +154,11 @@ def keep_apart(layer: Any, adapter: str, segments: tuple[Segment, ...]) -> None:
 
 
 def _live_pair(layer: Any, adapter: str, segments: tuple[Segment, ...]) -> LoraPair:
-    """Return the pair of a PEFT LoRA layer whose A and B are the parameters that train.
-
-    Args:
-        layer: of an ordinary adapter, or one that `keep_apart` has changed.
-        adapter: its name in the layer.
-        segments: of an ordinary adapter.
-    """
+    """Return the pair of a LoRA layer of linear or embedding, whose A and B are the parameters that train."""
+    if adapter in layer.lora_embedding_A:
+        return LoraPair(
+            layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter], layer.scaling[adapter], segments
+        )
     A, B, scaling = layer.lora_A[adapter], layer.lora_B[adapter], layer.scaling[adapter]
     if parametrize.is_parametrized(A, "weight"):
         of_A, of_B = A.parametrizations.weight, B.parametrizations.weight
@@ -184,9 +178,8 @@ def frozen_adapter(model: "PreTrainedModel", weights: AdapterWeights) -> Iterato
         model: the backbone, without a PEFT adapter yet.
         weights: an adapter that fits it.
     """
-    modules, handles = dict(model.named_modules()), []
-    for name, pair in weights.together().items():
-        handles.append(modules[name].register_forward_hook(_adds(pair)))
+    pairs = weights.together().items()
+    handles = [model.get_submodule(name).register_forward_hook(_adds(pair)) for name, pair in pairs]
     try:
         yield
     finally:

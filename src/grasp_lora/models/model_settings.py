@@ -1,11 +1,13 @@
-"""Settings of backbones, fresh adapters and answers, importable without torch so that the command line starts at once."""
+"""Settings of backbones, fresh adapters and answers, importable without torch so that the command line starts at once.
 
-import math
+Ranges are checked by pydantic, where a recipe or a command is read.
+"""
+
 import re
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, WithJsonSchema
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 EMBEDDED_NAME = "gemma3-270m"
 ALL_LINEAR = "all-linear"  # PEFT's word
@@ -40,9 +42,6 @@ class BackboneSettings:
         shard: split the weights over the processes that torchrun starts, each of which holds its part; for models that are too
             large for one GPU.
         gradient_checkpointing: compute activations again in each backward pass, in all trainings: slower, with less memory.
-
-    Raises:
-        ValueError: a value is not among those allowed, or does not go with the name.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -57,26 +56,6 @@ class BackboneSettings:
     shard: bool = False
     gradient_checkpointing: bool = False
 
-    def __post_init__(self) -> None:
-        if not self.name.strip():
-            raise ValueError("backbone name is empty: give a local folder, a hub id or 'gemma3-270m'")
-        for name, value, allowed in (
-            ("dtype", self.dtype, ("auto", "bfloat16", "float16", "float32")),
-            ("device", self.device, ("auto", "cpu", "cuda")),
-            ("quantise", self.quantise, (None, *QUANTISERS)),
-        ):
-            if value not in allowed:
-                raise ValueError(f"backbone {name} is {value!r}: use one of {', '.join(map(repr, allowed))}")
-        if self.quantise is not None and self.shard:
-            raise ValueError(
-                f"backbone shard is true and quantise is {self.quantise!r}, but only full weights can be split: leave out one"
-            )
-        if self.name == EMBEDDED_NAME and self.revision is not None:
-            raise ValueError(
-                f"backbone revision is {self.revision!r}, but the embedded {EMBEDDED_NAME!r} has no revisions: "
-                "leave it out"
-            )
-
 
 @dataclass(frozen=True)
 class LoraSettings:
@@ -89,31 +68,16 @@ class LoraSettings:
         target_modules: names or name endings of the modules to adapt, or `all-linear` for all linear ones but the output layer.
         rslora: scale by alpha / sqrt(r) instead.
 
-    Raises:
-        ValueError: a setting is outside its range.
-
     Paper: r 8, alpha 32, dropout 0.05, q_proj and v_proj.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
-    rank: int = 8
-    alpha: float = 32.0
-    dropout: float = 0.05
-    target_modules: Texts = ("q_proj", "v_proj")
+    rank: Annotated[int, Field(ge=1)] = 8
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 32.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    target_modules: Annotated[Texts, Field(min_length=1)] = ("q_proj", "v_proj")
     rslora: bool = False
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"LoRA rank is {self.rank}; it must be at least 1")
-        if not 0.0 < self.alpha < math.inf:
-            raise ValueError(f"LoRA alpha is {self.alpha}; it must be above 0")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"LoRA dropout is {self.dropout}; it must lie in [0, 1)")
-        if ALL_LINEAR in self.target_modules and len(self.target_modules) > 1:
-            raise ValueError(f"LoRA target_modules names {ALL_LINEAR!r} and more; leave the others out")
-        if not self.target_modules:
-            raise ValueError("LoRA target_modules is empty; name at least one module, such as q_proj")
 
 
 @dataclass(frozen=True)
@@ -122,37 +86,25 @@ class GenerationSettings:
 
     Args:
         max_new_tokens: longest answer, >= 1.
-        batch_size: most prompts in a batch, >= 1.
-        batch_tokens: most tokens in a batch, padding and room for the answers included, >= 1. A single prompt that
-            needs more makes a batch of its own.
         stop: texts that end an answer; they are cut off, with all that follows. A special token of the tokenizer, such as
             `<|im_end|>`, is an end token.
         allow_empty: whether the end may come before any text. No training answer is empty, so by default neither is one here:
             white space at the start is skipped, and an end token has to wait for a text. A stop text does not wait.
 
     Raises:
-        ValueError: a number is below 1, or a stop text is empty or spells a line break with a backslash.
+        ValueError: a stop text spells a line break with a backslash.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
-    max_new_tokens: int = 32
-    batch_size: int = 16
-    batch_tokens: int = 8192
-    stop: tuple[str, ...] = ("\n",)
+    max_new_tokens: Annotated[int, Field(ge=1)] = 32
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ("\n",)
     allow_empty: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "batch_size", "batch_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: use a whole number of at least 1")
-        if isinstance(self.stop, str):
-            raise ValueError(f"stop is the text {self.stop!r}: give a list of texts")
-        if "" in self.stop:
-            raise ValueError("stop contains an empty text, which would end every answer at once: remove it")
         for text in self.stop:
             if re.search(r"\\[nt](?![a-z])", text):  # LaTeX's \nabla may be meant
                 raise ValueError(
-                    f'stop contains {text!r}, a backslash and a letter, which is no line break or tab: write it as ["\\n"], in '
-                    "double quotes, in YAML, and as $'\\n' in bash"
+                    f'stop contains {text!r}, a backslash and a letter: write a line break as ["\\n"], in double quotes, in '
+                    "YAML, and as $'\\n' in bash"
                 )

@@ -66,9 +66,7 @@ class Recipe(BaseModel):
     mask: Annotated[MaskSettings, Section()] = Field(default_factory=MaskSettings)
     controller: Annotated[ControllerStage, Section()] = Field(default_factory=ControllerStage)
     final: Annotated[FinalStage, Section(("mask",))] = Field(default_factory=FinalStage)
-    generation: Annotated[GenerationSettings, Section(("batch_size", "batch_tokens", "allow_empty"))] = Field(
-        default_factory=GenerationSettings
-    )
+    generation: Annotated[GenerationSettings, Section(("allow_empty",))] = Field(default_factory=GenerationSettings)
     metrics: tuple[str, ...] = ()
     bertscore: Annotated[BertScoreSettings, Section()] = Field(default_factory=BertScoreSettings)
     report_to: Texts = ()
