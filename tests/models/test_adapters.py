@@ -506,6 +506,7 @@ def test_a_config_that_cannot_be_right_is_refused(folder, changes, message):
     assert "\n" not in str(error.value)
 
 
+FIRST_Q = "model.layers.0.self_attn.q_proj"
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
 
 
@@ -582,19 +583,21 @@ def test_a_place_that_is_neither_folder_nor_hub_id_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("segments", "message"),
+    ("facts", "message"),
     [
         (
-            {"model.layers.0.self_attn.q_proj": [["source", 1], ["target", 1]]},
+            {"segments": {FIRST_Q: [["source", 1], ["target", 1]]}},
             "q_proj have the shapes .*says rank 4, grasp_lora.json 2",
         ),
-        ({"model.layers.0.self_attn.q_proj": [["source"]]}, r"delete that file.*segments.*q_proj.*Field required"),
-        ({"model.layers.0.self_attn.q_proj": [["source", "many"]]}, r"segments.*q_proj.*integer"),
-        (["source"], "delete that file.*segments: "),
+        ({"segments": {FIRST_Q: [["source"]]}}, r"delete that file.*segments.*q_proj.*Field required"),
+        ({"segments": {FIRST_Q: [["source", "many"]]}}, r"segments.*q_proj.*integer"),
+        ({"segments": ["source"]}, "delete that file.*segments: "),
+        ({"backbone_dtype": "fp8"}, r"delete that file.*backbone_dtype: .*'bfloat16', 'float16' or 'float32'"),
+        ({"quantise": "int3"}, r"delete that file.*quantise: .*'nf4' or 'int8'"),
     ],
 )
-def test_wrong_facts_beside_the_weights_are_refused(folder, segments, message):
-    (folder / "grasp_lora.json").write_text(json.dumps({"segments": segments}), encoding="utf-8")
+def test_wrong_facts_beside_the_weights_are_refused(folder, facts, message):
+    (folder / "grasp_lora.json").write_text(json.dumps(facts), encoding="utf-8")
     with pytest.raises(AdapterError, match=message) as error:
         read_adapter(folder)
     assert "grasp_lora.json" in str(error.value)

@@ -1,7 +1,6 @@
 """An adapter says what its backbone computed in, and `predict` and `export` load it so."""
 
 import importlib.util
-import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +11,6 @@ import torch
 from conftest import build_tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights, LoraPair
 from grasp_lora.models import backbone as module
 from grasp_lora.models.adapter_files import AdapterInfo, LoadedAdapter, read_adapter
@@ -70,15 +68,6 @@ def test_processors_compute_in_halves_only_where_they_say_so(monkeypatch: pytest
     assert computes_in("float16", "cuda:1")
 
 
-def test_another_format_beside_the_weights_is_refused(tmp_path: Path, make_tiny_model: Callable[..., Any]) -> None:
-    save(Backbone(make_tiny_model("llama"), None, "b", "f", ()), tmp_path, dtype="bfloat16")  # type: ignore[arg-type]
-    file = tmp_path / "grasp_lora.json"
-    assert read_adapter(tmp_path).info.backbone_dtype == "bfloat16"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"backbone_dtype": "fp8"}))
-    with pytest.raises(AdapterError, match=r"delete that file.*backbone_dtype: .*'bfloat16', 'float16' or 'float32'"):
-        read_adapter(tmp_path)
-
-
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved Llama of width 128 whose weights bfloat16 does not hold, so that codes depend on what it is loaded in."""
@@ -130,20 +119,6 @@ def test_a_whole_backbone_is_looked_at_in_bfloat16(wide: Path, tmp_path: Path, m
         save(backbone, tmp_path / name, dtype=stated)
         export_folder(str(tmp_path / name), tmp_path / f"{name}-out", gguf=True, backbone=str(wide))
         assert read.pop() == dtype
-
-
-@pytest.mark.parametrize(
-    ("info", "loaded"),
-    [
-        ({"backbone_fingerprint": "a", "embedded": True}, "gemma3-270m"),
-        ({"backbone_fingerprint": "a", "embedded": False}, HUB),  # also of another program's, exported or merged by us
-        ({}, HUB),
-    ],
-)
-def test_the_hubs_weights_are_told_from_the_embedded_ones_of_the_same_name(info: dict[str, Any], loaded: str) -> None:
-    pairs = {"m": LoraPair(torch.ones(1, 2), torch.ones(2, 1))}
-    adapter = LoadedAdapter(AdapterWeights(pairs), "mine", HUB, "", AdapterInfo(**info))
-    assert adapter.backbone == loaded
 
 
 def test_an_adapter_on_either_is_saved_under_its_own_name(tmp_path: Path, make_tiny_model: Callable[..., Any]) -> None:
