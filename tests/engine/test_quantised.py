@@ -213,10 +213,7 @@ def test_an_adapter_of_the_full_model_is_taken_with_a_warning(
 @pytest.mark.parametrize(
     ("saved", "change", "message"),
     [
-        (None, "backbone.quantise=nf8", "'nf8': use 'nf4', 'int8', or leave it out"),
-        (None, "backbone.quantise=hqq", "'hqq': transformers cannot train on HQQ yet; use 'nf4'"),
-        (None, "backbone.quantise=int4", "'int4': torchao's int4 cannot be trained on; use 'nf4'"),
-        (None, "backbone.load_in_4bit=true", "set backbone.quantise to nf4"),
+        (None, "backbone.quantise=hqq", "backbone.quantise: input should be 'nf4' or 'int8'"),
         ({"quant_method": "hqq"}, "seed=42", "quantised by 'hqq', and is taken as it is; take its full"),
         ({"quant_method": "torchao", "quant_type": "int8_weight_only"}, "seed=42", "quantised by 'torchao', and is taken"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "backbone.quantise=nf4",
