@@ -467,7 +467,7 @@ class TestMethods:
     def test_a_method_that_fails_says_why_and_the_others_go_on(self, tiny_workspace, monkeypatch) -> None:
         measure = Steps.measure
 
-        def fail(self: Steps, adapter: Adapter) -> Any:
+        def fail(self: Steps, adapter: Adapter, **_: Any) -> Any:
             if adapter.key == "backbone":
                 raise AdapterError("no such luck")
             return measure(self, adapter)

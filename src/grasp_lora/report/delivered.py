@@ -187,11 +187,7 @@ def next_steps(run: Run, recipe: str, overrides: Sequence[str], folder: Path, al
     if delivered.low is not None and delivered.high is not None and delivered.low <= 0 <= delivered.high:
         split = (delivered.split or "dev").replace("-", "_")
         files, key = getattr(target, f"{split}_files"), f"data.target.{split}"
-        how = (
-            f"add examples to data.target.files.{split}"
-            if files
-            else f"add examples and raise {key} (now {delivered.examples})"
-        )
+        place = f"to data.target.files.{split}" if files else f"and raise {key} (now {delivered.examples})"
         steps.append(f"more {delivered.split} rows tell more: add examples {place}")
     if delivered.name != "grasp":
         steps.append(f"GRASP's result all the same, at no cost: it is {folder / FINAL_FOLDER}")
