@@ -295,7 +295,7 @@ MUTATIONS = (
         "data: the hash of examples leaves their answers out",
         "example.prompt_ids, example.completion_ids)).encode()",
         "example.prompt_ids)).encode()",
-        ("data/test_splits.py",),
+        ("engine/test_keys.py",),
         "corrected answers, and the old training counts as done",
     ),
 )

@@ -266,10 +266,10 @@ def test_what_cannot_be_split_is_refused_before_anything(tiny_workspace: Path, m
         (2, "backbone.quantise=nf4", "is quantised, and only full weights can be split"),
         (2, "backbone.name=packed", "is quantised, and only full weights can be split"),
     ):
-        monkeypatch.setattr(backbones, "world_size", lambda processes=processes: processes)
-        with pytest.raises(GraspError, match=message):
-            run_tiny("backbone.shard=true", change)
-    monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            patch.setattr(backbones, "world_size", lambda processes=processes: processes)
+            with pytest.raises(GraspError, match=message):
+                run_tiny("backbone.shard=true", change)
     for name, what in (("ACCELERATE_USE_FSDP", "FSDP by accelerate"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
         with monkeypatch.context() as patch:
             patch.setenv(name, "true")
