@@ -46,7 +46,9 @@ def test_all_that_a_run_needs_is_said_and_measured_and_nothing_is_written(check:
     assert found["target"].startswith("de: read 40")
     assert "loss on the answer only, for example ' " in found["label mask"]
     assert "<eos>" in found["label mask"]
-    assert found["cost"] == "at most 42 training examples and 48 probed examples, 132 forward passes in all"
+    assert found["cost"] == (
+        "at most 42 training examples and 48 probed ones, 132 forward passes; dev losses and answers come on top"
+    )
     assert "intervals of" in found.get("power", "intervals of")
     numbers = [float(number) for number in re.findall(r"\d+\.\d+|\d+", found["time"] + found["memory"])]
     assert len(numbers) >= 4
@@ -171,7 +173,7 @@ def test_few_rows_and_few_rounds_are_warned_of(check: Check) -> None:
     assert (more.level, more.text) == ("ok", "the controller will run at most 3 rounds")
     late = check("controller.preset=late", "controller.rounds.pool=both", "controller.rounds.in_turn=5")
     assert (late["rounds"].level, late["rounds"].text) == ("ok", "the controller will run 3 rounds")
-    assert "and 60 probed examples," in late["cost"].text  # the baseline and 3 candidates on 5 examples
+    assert "and 60 probed ones," in late["cost"].text  # the baseline and 3 candidates on 5 examples
 
 
 def test_what_the_recipe_asks_for_is_counted(check: Check) -> None:
@@ -180,7 +182,7 @@ def test_what_the_recipe_asks_for_is_counted(check: Check) -> None:
 
     given = check("final.prune_ratio=0.4", "controller.rounds.every=1000")
     assert not {"rounds", "probes"} & set(given)
-    assert given["cost"].text == "at most 32 training examples and 0 probed examples, 64 forward passes in all"
+    assert given["cost"].text.startswith("at most 32 training examples and 0 probed ones, 64 forward passes")
     assert trained("target.on=auto") == 42 + 10  # the target's once more
     both = ("final.deliver=best", "target.training.epochs=3", "final.training.epochs=2")
     assert trained(*both, "final.all_rows=true") - trained(*both) == (3 + 2) * 10  # as many steps as on 10 rows

@@ -167,7 +167,9 @@ def test_its_adapter_works_on_the_full_model_in_plain_peft(
         alone = full(ids).logits
         plain = PeftModel.from_pretrained(full, folder).eval()(ids).logits
     assert (quantised - plain).norm() < NEAR[kind] * plain.norm()
-    assert (quantised - plain).norm() < 0.6 * (plain - alone).norm()  # what the adapter does is larger than what bits do
+    assert (quantised - plain).norm() < 0.6 * (
+        plain - alone
+    ).norm()  # what the adapter does is larger than what bits do
 
 
 def test_each_way_has_a_fingerprint_of_its_own_that_stays(kind: str, load: Callable[..., Backbone]) -> None:

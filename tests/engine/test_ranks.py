@@ -22,7 +22,10 @@ from grasp_lora.storage.checkpoints import complete
 from grasp_lora.storage.processes import STARTED, distribute, is_first, on_first_process, world_size
 from grasp_lora.training.training_settings import TrainingSettings
 
-TWO_A_STEP = [f"{stage}.training.accumulation=2" for stage in ("source", "target", "controller", "final")]
+TWO_A_STEP = [
+    *(f"{stage}.training.accumulation=2" for stage in ("source", "target", "final")),
+    "controller.training.batch_size=2",  # it has no accumulation
+]
 CHANGES = [*TWO_A_STEP, "controller.rounds.every=2"]
 READ_DATA, ANSWER = "read and split the data", "answer the test questions"
 
@@ -117,7 +120,7 @@ def test_what_cannot_be_shared_is_refused(tiny_workspace: Path) -> None:
     status, output = launch_forked()
     assert status != 0
     assert "error: target.training: an optimizer step takes batch_size 1 times accumulation 1 examples" in output
-    assert "2 processes cannot share evenly; make accumulation a multiple of 2, or start fewer processes" in output
+    assert "2 processes cannot share evenly; make their product a multiple of 2, or start fewer processes" in output
     assert not Path("run").exists()
 
 

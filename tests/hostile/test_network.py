@@ -85,6 +85,6 @@ def test_offline_opens_no_socket(how: str, environment: dict[str, str], hub_home
     assert (tried.pop("online") > 0) is not bool(environment)  # so the sockets are watched
     assert not any(tried.values()), tried
     assert (came["backbone"], came["adapter"], came["data"]) == ("lab/tiny", "lab/adapter", 5)
-    assert "offline is set; download it first" in came["no backbone"]
+    assert "check the name, or download it first" in came["no backbone"]
     assert "there is no such folder, and the hub gave" in came["no adapter"]
     assert "the hub cannot be reached" in came["no data"]

@@ -66,7 +66,7 @@ def test_an_adapter_names_its_backbone_without_its_place(
         assert str(tmp_path).encode() not in saved
     moved = cli("predict", "merge", "hi")
     assert (moved.status, moved.err.count("\n")) == (2, 1)
-    assert re.search(r"'tiny-llama': it is no folder.*adapter merge names .*with --backbone", moved.err)
+    assert re.search(r"'tiny-llama': there is no such folder.*adapter merge names .*with --backbone", moved.err)
     assert cli("predict", "merge", "hi", "--backbone", run.parent / "tiny-llama").status == 0
 
 
