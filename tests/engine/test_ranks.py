@@ -27,7 +27,6 @@ TWO_A_STEP = [
     "controller.training.batch_size=2",  # it has no accumulation
 ]
 CHANGES = [*TWO_A_STEP, "controller.rounds.every=2"]
-READ_DATA, ANSWER = "read and split the data", "answer the test questions"
 
 
 def launch(*changes: str, during: Callable[[subprocess.Popen[str]], None] | None = None) -> tuple[int, str]:
@@ -48,8 +47,9 @@ def command(*changes: str, folder: str = "run") -> list[str]:
 
 def test_two_processes_take_as_many_steps_as_one_and_go_on_where_they_were(tiny_workspace: Path) -> None:
     status, output = launch(*CHANGES)
-    assert status == 0, output[-3000:]
-    assert output.count(READ_DATA) == output.count(ANSWER) == output.count("adapter run/adapter") == 1
+    assert status == 0, output
+    assert output.count("adapter run/adapter") == 1, "only the first process speaks"
+    assert output.count("answer the test prompts") == len(step_folders("run", "answers"))
     results = [result_of("run", name) for name in ("source", "target", "controller", "final-*")]
     # 12 examples of the source in fours; 10 of the target in twos, with a round after every other step
     assert [result["steps"] for result in results] == [3, 5, 5, 5]
@@ -59,7 +59,7 @@ def test_two_processes_take_as_many_steps_as_one_and_go_on_where_they_were(tiny_
     assert not Path("run/grasp-lora.lock").exists()
     forget("run", "final-*", "test-losses", "answers", "scores")
     status, output = launch_forked(*CHANGES)
-    assert status == 0, output[-3000:]
+    assert status == 0, output
     assert read("run/metrics.json") == metrics
 
 
@@ -80,7 +80,7 @@ def test_two_processes_that_a_signal_stopped_end_in_the_same_bits(tiny_workspace
     assert len(re.findall(r"stopped by SIGTERM at .*target.* step", output)) == 1, output[-3000:]
     assert list(Path("run/store").glob("target-*/work/checkpoint-*/manifest.json"))
     status, output = launch(*changes)
-    assert status == 0, output[-3000:]
+    assert status == 0, output
     resumed, metrics = Path("run/target/adapter_model.safetensors").read_bytes(), read("run/metrics.json")
     shutil.rmtree("run")
     assert launch(*changes)[0] == 0
@@ -94,7 +94,7 @@ def test_another_number_of_processes_goes_on_with_the_next_stage(tiny_workspace:
     settings = [part for change in changes for part in ("--set", change)]
     assert cli("run", "tiny.yaml", "--output", "alone", *settings).status == 0
     status, output = launch_forked(*changes)
-    assert status == 0, output[-3000:]
+    assert status == 0, output
     [target] = step_folders("run", "target")
     assert [target.name] == [step.name for step in step_folders("alone", "target")]
     assert read(target / "done.json")["made_with"]["processes"] == "2"
@@ -227,12 +227,12 @@ def results(folder: str) -> dict[str, Any]:
 def test_a_split_backbone_changes_no_bit(tiny_workspace: Path, changes: list[str]) -> None:
     for folder, shard in (("whole", "false"), ("split", "true")):
         status, output = launch_forked(*CHANGES, *changes, f"backbone.shard={shard}", folder=folder)
-        assert status == 0, output[-3000:]
+        assert status == 0, output
     assert results("split") == results("whole")
     # It is the same run: without the split one goes on with it.
     forget("split", "final-*")
     status, output = launch_forked(*CHANGES, *changes, folder="split")
-    assert status == 0, output[-3000:]
+    assert status == 0, output
     assert results("split") == results("whole")
 
 
@@ -244,7 +244,7 @@ def test_labels_are_scored_on_a_split_backbone_too(tiny_workspace: Path) -> None
     changes = [*CHANGES, "data.task=classification", "data.target.test=3"]
     for folder, shard in (("whole", "false"), ("split", "true")):
         status, output = launch_forked(*changes, f"backbone.shard={shard}", folder=folder)
-        assert status == 0, output[-3000:]
+        assert status == 0, output
     assert results("split") == results("whole")
 
 

@@ -43,7 +43,7 @@ from grasp_lora.method.merging import MergeSettings, merge, merge_rule
 from grasp_lora.method.search import plain_policy
 from grasp_lora.models.adapter_files import LoadedAdapter, read_adapter
 from grasp_lora.models.adapters import attached, fresh_adapter
-from grasp_lora.models.backbone import Backbone, weight_sum
+from grasp_lora.models.backbone import Backbone
 from grasp_lora.models.generation import generate, likeliest_labels
 from grasp_lora.models.live import adapter_weights, frozen_adapter, segments_of
 from grasp_lora.recipes.stages import AUTO, ControllerStage, FinalStage
@@ -666,11 +666,10 @@ def computed_with(backbone: Backbone) -> dict[str, str | None]:
     """
     config = backbone.model.config.get_text_config(decoder=True).to_diff_dict()
     text = json.dumps({key: value for key, value in config.items() if key not in IDLE}, sort_keys=True, default=str)
-    local = backbone.commit is None and not backbone.is_embedded
     return {
         "backbone": backbone.fingerprint,
         "config": hashlib.sha256(text.encode()).hexdigest()[:16],
-        "sum": str(weight_sum(backbone.model)) if local else None,
+        "sum": None if backbone.weight_sum is None else str(backbone.weight_sum),
         "dtype": str(backbone.model.dtype),
         "quantise": backbone.quantise,
     }

@@ -62,6 +62,7 @@ class Backbone:
         commit: of a model on the hub; None for a folder and for the embedded model.
         quantise: how its weights were quantised here, see `BackboneSettings`.
         revision: the branch, tag or commit that was asked for.
+        weight_sum: see `weight_sum`; None where a commit or the embedded model says which weights they are.
     """
 
     model: "PreTrainedModel"
@@ -72,6 +73,7 @@ class Backbone:
     commit: str | None = None
     quantise: str | None = None
     revision: str | None = None
+    weight_sum: int | None = None
 
     @property
     def base_model(self) -> str:
@@ -117,7 +119,9 @@ def load_backbone(settings: BackboneSettings) -> Backbone:
     model.eval()
     seconds = time.perf_counter() - started
     logger.info("Loaded backbone %s in %s on %s (%.1f s)", name, model.dtype, device, seconds)
-    facts = (_commit_of(location, settings.revision), settings.quantise, settings.revision)
+    commit = _commit_of(location, settings.revision)
+    total = weight_sum(model) if commit is None and not is_embedded else None
+    facts = (commit, settings.quantise, settings.revision, total)
     return Backbone(model, tokenizer, without_place(name), fingerprint(model), stop_ids, *facts)
 
 
@@ -304,16 +308,16 @@ def keep_exact(model: torch.nn.Module) -> None:
             state.__class__ = type("Exact", (state.__class__,), {"is_training": always})
 
 
-def weight_sum(model: torch.nn.Module) -> int | None:
-    """Add up the stored numbers of all parameters as integers, LoRA layers left out: exact, in whatever order; None if split.
+def weight_sum(model: torch.nn.Module) -> int:
+    """Add up the stored numbers of all parameters as integers, LoRA layers left out: exact, in whatever order.
 
-    Scales that a quantiser keeps beside its codes are left out.
+    Scales that a quantiser keeps beside its codes are left out. Of a split model all processes ask for it together.
     """
-    weights = [weight.detach() for name, weight in model.named_parameters() if ".lora_" not in name]
-    if any(hasattr(weight, "full_tensor") for weight in weights):
-        return None
     total = 0
-    for weight in weights:
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            continue
+        weight = (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).detach()
         numbers = weight.contiguous().view(INTEGERS[weight.element_size()]).flatten()
         for first in range(0, numbers.numel(), AT_ONCE):  # a sum in int64 makes a copy of what it adds up
             total += int(numbers[first : first + AT_ONCE].sum(dtype=torch.int64))
