@@ -221,7 +221,7 @@ def test_rows_that_are_another_split_count(session: Session) -> None:
         (lambda backbone: setattr(backbone, "fingerprint", "other"), COMPUTED),
         (lambda backbone: setattr(backbone, "quantise", "nf4"), COMPUTED),
         (lambda backbone: backbone.model.bfloat16(), COMPUTED),
-        (lambda backbone: backbone.model.model.embed_tokens.weight[3, 1:3].add_(1.0), COMPUTED),  # which no fingerprint sees
+        (lambda backbone: setattr(backbone, "weight_sum", 1), COMPUTED),  # of weights that no fingerprint sees
         (lambda backbone: setattr(backbone.model.config, "rms_norm_eps", 0.5), COMPUTED),
         (lambda backbone: setattr(backbone, "stop_ids", (*backbone.stop_ids, 9)), "answers"),
         (lambda backbone: setattr(backbone, "name", "other"), NOTHING),
