@@ -80,6 +80,7 @@ TWICE = """
 import os, signal
 from grasp_lora.storage import processes
 processes.ECHO = 0.0
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
 stop = processes.Interruption(lambda: "here")
 with stop.handled(), stop.deferred():
     for number in (signal.SIGTERM, signal.SIGINT):
