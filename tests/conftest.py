@@ -62,6 +62,14 @@ def pytest_collection_modifyitems() -> None:
     optimizer.is_lomo_available = cache(optimizer.is_lomo_available)
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """What a test draws does not depend on the tests before it in its process."""
+    import torch
+
+    torch.manual_seed(0)
+
+
 def build_tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Build a tokenizer with one token per UTF-8 byte, so that any language round-trips; it adds BOS."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors

@@ -189,7 +189,7 @@ def test_sampling_settings_of_the_model_are_ignored_in_silence(make_tiny_model, 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_peft_model_answers_with_its_adapter(architecture, make_tiny_model, tiny_tokenizer, wake_lora):
     prompts = make_prompts(5)
-    settings = GenerationSettings(max_new_tokens=NEW_TOKENS, stop=())
+    settings = GenerationSettings(max_new_tokens=NEW_TOKENS, stop=(), allow_empty=True)
     plain = generate(make_tiny_model(architecture), tiny_tokenizer, prompts, settings)
     config = LoraConfig(
         r=4,
@@ -213,7 +213,7 @@ def test_adapted_head_works(make_tiny_model, tiny_tokenizer, wake_lora):
     config = LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM")
     model = wake_lora(get_peft_model(make_tiny_model("llama"), config)).eval()
     prompts = make_prompts(4)
-    answers = generate(model, tiny_tokenizer, prompts, GenerationSettings(max_new_tokens=NEW_TOKENS, stop=()))
+    answers = generate(model, tiny_tokenizer, prompts, GenerationSettings(max_new_tokens=NEW_TOKENS, stop=(), allow_empty=True))
     assert answers == [expected_text(tiny_tokenizer, greedy_tokens(model, prompt)) for prompt in prompts]
 
 
