@@ -46,16 +46,11 @@ class TestResolveFile:
         (tmp_path / "recipe/x.json").write_text("variable")
         assert resolve_file("x.json", base=tmp_path / "recipe").parent.name == "variable"
 
-    def test_a_root_that_is_not_there_is_not_passed_over(self, tmp_path):
-        (tmp_path / "x.json").write_text("x")
-        with pytest.raises(DataError, match=r"data\.root is 'nowhere', but there is no folder .*nowhere; mend it"):
-            resolve_file("x.json", root="nowhere", base=tmp_path)
-
     def test_demo_texts(self):
         records = make_pool([read_file("demo:zh.json", resolve_file("demo:zh.json"))], "qa").records
         assert len(records) > 50
-        with pytest.raises(DataError, match=r"no demo text 'xx\.json'; available: ar\.json, en\.json, zh\.json"):
-            resolve_file("demo:xx.json")
+        with pytest.raises(DataError, match=r"^demo:xx\.json: No such file or directory"):
+            read_file("demo:xx.json", resolve_file("demo:xx.json"))
 
 
 class TestHub:
@@ -110,22 +105,7 @@ class TestHub:
         assert seen == [(True, True), (False, False)]
         assert not datasets.config.HF_HUB_OFFLINE
 
-    def test_offline(self):
-        with pytest.raises(DataError, match=r"hub:no/such/train: the hub cannot be reached .* under `files`"):
+    def test_what_the_library_says_is_one_line_with_the_name(self):
+        with pytest.raises(DataError, match=r"^hub:no/such/train: [^\n]*no/such") as caught:
             read_hub("no/such", None, "train")
-
-    @pytest.mark.parametrize(
-        "error",
-        [
-            ValueError("BuilderConfig 'x' not found"),
-            datasets.exceptions.DatasetNotFoundError("does not exist"),
-            RuntimeError("odd"),
-        ],
-    )
-    def test_other_failures(self, monkeypatch, error):
-        def load(*args: object, **kwargs: object) -> None:
-            raise error
-
-        monkeypatch.setattr(datasets, "load_dataset", load)
-        with pytest.raises(DataError, match=r"hub:a/b/c/train: cannot be loaded \(.*\)\. Check the names"):
-            read_hub("a/b", "c", "train")
+        assert "\n" not in str(caught.value)

@@ -37,9 +37,9 @@ def squad(*articles: tuple[str, list[tuple[str, list[tuple[str, str, list[str]]]
 
 @pytest.fixture
 def read(tmp_path: Path) -> Callable[..., Pool]:
-    """Give `read(content, task, name, format, **columns)`: bytes, a text, rows for JSON lines or CSV, an object for JSON."""
+    """Give `read(content, task, name, **columns)`: bytes, a text, rows for JSON lines or CSV, an object for JSON."""
 
-    def call(content: object, task: str, name: str = "x.jsonl", format: str = "auto", **columns: str) -> Pool:
+    def call(content: object, task: str, name: str = "x.jsonl", **columns: str) -> Pool:
         path = tmp_path / name
         if isinstance(content, list) and path.suffix == ".csv":
             file = io.StringIO()
@@ -52,7 +52,7 @@ def read(tmp_path: Path) -> Callable[..., Pool]:
         elif not isinstance(content, str | bytes):
             content = json.dumps(content)
         path.write_bytes(content if isinstance(content, bytes) else content.encode(errors="surrogatepass"))
-        return make_pool([read_file(name, path, format)], task, format, columns)
+        return make_pool([read_file(name, path)], task, columns)
 
     return call
 
@@ -83,26 +83,25 @@ class TestSquad:
         rows = [{"context": "Ann sang.", "question": "?", "answers": {"text": texts}} for texts in (["Ann"], [])]
         pool = read(rows, "qa")
         assert ([record.id for record in pool.records], pool.unanswerable) == (["x.jsonl:1"], 1)
-        with pytest.raises(DataError, match="none of the 1 questions has an answer"):
-            read(rows[1:], "qa")
+        assert read(rows[1:], "qa").records == ()
 
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            ({"data": [{"title": "T"}]}, r"x\.json, article 1: paragraphs must be a list of objects, found None"),
-            ({"data": [{"paragraphs": [{"qas": []}]}]}, r"article 1: context must be a text, found NoneType"),
-            ({"data": [{"paragraphs": [{"context": "c", "qas": [{}]}]}]}, r"article 1: the id of a question must be"),
+            ({"data": [{"title": "T", "paragraphs": [{}]}]}, r"x\.json, record 1: 'qas' is missing"),
+            ({"data": [{"paragraphs": [{"qas": [{}]}]}]}, "record 1: 'context' is missing"),
             ({"data": []}, r"x\.json holds no records"),
-            (squad(("T", [("c", [("q", "?", [])])])), r"question q: no answer; .* set data\.skip_unanswered to true"),
+            (
+                squad(("T", [("c", [("q", "?", [])])])),
+                r"question q: answer is empty; .* set data\.skip_unanswered to true",
+            ),
             (squad(("T", [("c", [("q", " ", ["c"])])])), r"question q: question is empty"),
             (squad(("T", [("c", [("q", "?", [""])])])), r"question q: answer is empty"),
-            (squad(("T", [("c", [("q", "?", ["d"])])])), r"question q: the answer 'd' does not stand in its context"),
-            ({"rows": []}, r"article 1: paragraphs must be a list of objects, .*SQuAD data is an object with a list"),
         ],
     )
     def test_malformed(self, read, content, message):
         with pytest.raises(DataError, match=message):
-            read(content, "qa", "x.json", "squad")
+            read(content, "qa", "x.json")
 
 
 XLSUM = {"id": "z-1", "url": "", "title": "标题", "summary": "摘要", "text": "\x93引用\x94\x00文\t章\r\n第二"}
@@ -127,9 +126,6 @@ class TestXlsum:
     def test_an_unusual_separator_does_not_end_the_line(self, read):
         (record,) = read([{**XLSUM, "text": "a\u2028b\u0085c"}], "summarization").records
         assert record.fields["document"] == "a\u2028b…c"
-
-    def test_the_format_may_be_stated(self, read):
-        assert read(json.dumps(XLSUM), "summarization", "zh.txt", "xlsum").records[0].id == "z-1"
 
 
 class TestRecords:
@@ -158,7 +154,7 @@ class TestRecords:
         (record,) = read([row], "summarization", **columns).records
         assert (record.id, record.answer, record.references) == ("7", "s", ("s", "short"))
         assert record.keys == {"id:7", "group:t", text_key("doc")}
-        with pytest.raises(DataError, match=r"no column 'topic' \(columns\.group\); found: key, text"):
+        with pytest.raises(DataError, match="no column 'topic'; found: key, text, tldr"):
             read([{"key": 7, "text": "doc", "tldr": "s"}], "summarization", **columns)
 
     @pytest.mark.parametrize(
@@ -175,14 +171,12 @@ class TestRecords:
             ([{"prompt": "a"}], r"line 1: no column 'completion'; found: prompt\. .*columns: {completion: NAME}"),
             ([{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": ""}], "line 2: completion is empty"),
             ([{"prompt": "a", "completion": 3}], "line 1: completion must be a text, found int"),
-            ([{"prompt": "a", "completion": "b", "references": []}], "line 1: the list of references is empty"),
             ([{"id": 1, "prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}], "line 2: id must be"),
             (
                 [{"id": i // 2, "prompt": "a", "completion": "b"} for i in range(14)],
                 "7 ids stand more than once, first 0, 1",
             ),
             ("[1]", "line 1: expected an object with named fields, found list"),
-            ('{"prompt": "a\\ud800", "completion": "b"}', "line 1: prompt holds half of a surrogate pair"),
         ],
     )
     def test_malformed(self, read, rows, message):
@@ -282,17 +276,15 @@ class TestConversations:
     @pytest.mark.parametrize(
         ("row", "message"),
         [
-            ({"messages": "hi"}, "messages must be a list of objects with texts"),
-            ({"messages": [HI]}, "messages must end with an assistant"),
-            ({"conversations": "hi"}, "conversations must be a list of objects"),
-            ({"conversations": [{"from": "tool", "value": "4"}]}, "a turn has the role 'tool'; allowed: human"),
-            ({"conversations": [{"from": ["x"], "value": "4"}]}, "conversations must be a list of objects with texts"),
+            ({"messages": "hi"}, "messages must be a list that ends with an assistant message"),
+            ({"messages": [HELLO]}, "messages must be a list that ends with an assistant message, and a user's must"),
+            ({"conversations": [{"from": "tool", "value": "4"}]}, "a turn has the role 'tool' and .*; roles are human"),
+            ({"conversations": [{"from": "human", "value": 4}]}, "a turn has the role 'human' and the content 4"),
             (
-                {"conversations": [{"from": one, "value": "a"} for one in ("system", "system", "human", "gpt")]},
-                "conversations has 2 system messages; one is understood, as the first",
+                {"messages": [HI, {**HI, "role": "system"}, HELLO]},
+                "messages has a system message that is not the first",
             ),
-            ({"messages": [HI, {**HI, "role": "system"}, HELLO]}, "messages has 1 system messages; one is understood"),
-            ({"instruction": "a", "output": "b", "history": [["c"]]}, "history must be a list of pairs"),
+            ({"instruction": "a", "output": "b", "history": [["c"]]}, "not enough values to unpack"),
             ({"instruction": "a", "input": 3, "output": "b"}, "input must be a text, found int"),
             ({"instruction": "", "output": "b"}, "prompt is empty"),
         ],
@@ -303,16 +295,15 @@ class TestConversations:
 
 
 @pytest.mark.parametrize(
-    ("content", "task", "name", "format", "message"),
+    ("content", "task", "name", "message"),
     [
-        (squad(("T", [("c", [("q", "?", ["c"])])])), "summarization", "x.json", "auto", "SQuAD .* task qa, not summ"),
-        ([XLSUM], "completion", "x.jsonl", "xlsum", "XL-Sum data, which fits the task summarization, not completion"),
-        ([{"instruction": "a", "output": "b"}], "qa", "x.jsonl", "auto", "Alpaca .* the task completion, not qa"),
+        (squad(("T", [("c", [("q", "?", ["c"])])])), "summarization", "x.json", "SQuAD .* task qa, not summ"),
+        ([{"instruction": "a", "output": "b"}], "qa", "x.jsonl", "Alpaca .* the task completion, not qa"),
     ],
 )
-def test_a_format_fits_its_task_alone(read, content, task, name, format, message):
+def test_a_layout_fits_its_task_alone(read, content, task, name, message):
     with pytest.raises(DataError, match=message):
-        read(content, task, name, format)
+        read(content, task, name)
 
 
 UNANSWERED = [
@@ -328,8 +319,7 @@ def test_rows_without_an_answer_are_named_or_left_out_and_counted(row, read, tmp
     with pytest.raises(DataError, match=r"x\.jsonl, line 1: .*data\.skip_unanswered to true"):
         read([row], "completion")
     table = read_file("x.jsonl", tmp_path / "x.jsonl")
-    with pytest.raises(DataError, match="none of the 1 questions has an answer"):
-        make_pool([table], "completion", skip_unanswered=True)
+    assert make_pool([table], "completion", skip_unanswered=True).unanswerable == 1
 
 
 class TestCleaning:
@@ -343,6 +333,8 @@ class TestCleaning:
         assert (first.fields["prompt"], first.answer, first.references) == ("x[2Jy\nz", "“b”", ("c",))
         assert (second.messages[0]["content"], second.answer) == ("hi", "o\nk")
         assert (pool.characters_mapped, pool.characters_removed) == (3, 4)
+        pool = read('{"prompt": "a\\ud800", "completion": "b"}', "completion")  # half of a surrogate pair
+        assert (pool.records[0].fields["prompt"], pool.characters_removed) == ("a", 1)
 
     @pytest.mark.parametrize("mark", ["\u200e", "\u200f", "\u061c", "\u202b", "\u2067", "\u200d", "\ufeff", "\u2028"])
     def test_marks_that_texts_need_stay(self, read, mark):
@@ -447,5 +439,5 @@ def test_malformed_files(read, name, content, message):
 
 
 def test_a_missing_file(tmp_path):
-    with pytest.raises(DataError, match=r"data file 'x\.json' is missing"):
+    with pytest.raises(DataError, match=r"^x\.json: No such file or directory$"):
         read_file("x.json", tmp_path / "x.json")

@@ -199,12 +199,10 @@ class TestSettings:
         [
             ({"micro_dev": -1}, "micro_dev must be >= 0, or left out; it is -1"),
             ({"language": " "}, "' ' is no language code; give one of two or three letters"),
-            ({"format": "xml"}, "format is 'xml'; allowed: auto, squad, xlsum, alpaca, sharegpt, records, hub"),
             ({"files": ()}, "data of ar is given by nothing; give exactly one of files"),
             ({"dev_files": ("b",)}, "files of single splits need files of train, and exclude files"),
-            ({"format": "hub"}, "need hub: the name of the data set"),
+            ({"hub_split": "train"}, "need hub: the name of the data set"),
             ({"columns": {"body": "text"}}, "columns names body; allowed: answer, completion, context"),
-            ({"columns": {"id": "key"}, "format": "xlsum"}, "columns apply to generic records, not to format xlsum"),
             ({"files": (), "train_files": ("b",), "dev": 5}, "dev is 5 but there are no files of dev"),
         ],
     )
@@ -411,17 +409,14 @@ class TestGivenSplits:
 
     @pytest.fixture
     def files(self, write: Callable[[str, object], str]) -> dict[str, tuple[str, ...]]:
-        names = {"train": range(9), "dev": range(10, 16), "micro_dev": range(20, 24), "test": range(30, 37)}
+        names = {"train": range(9), "dev": range(10, 16), "test": range(30, 37)}
         return {f"{name}_files": (write(f"{name}.jsonl", prompt_rows(span)),) for name, span in names.items()}
 
     def test_all_of_each_file_or_up_to_the_cap(self, files, sizes):
-        assert sizes(**files) == [9, 6, 4, 7]
-        assert sizes(**files, train=5, dev=50, test=0) == [5, 6, 4, 0]
-        del files["micro_dev_files"]
         assert sizes(**files, micro_dev=0) == [9, 6, 0, 7]
+        assert sizes(**files, micro_dev=0, train=5, dev=50, test=0) == [5, 6, 0, 0]
 
     def test_micro_dev_comes_from_dev_or_train_and_leaves_most_of_it(self, write, files, build, sizes):
-        del files["micro_dev_files"]
         assert sizes(**files) == [9, 4, 2, 7]
         assert {e.id.split(":")[0] for e in build(**files).micro_dev} == {"dev.jsonl"}
         with pytest.raises(DataError, match=r"asked for micro_dev 16, dev the rest .*dev got 0"):
@@ -435,7 +430,7 @@ class TestGivenSplits:
     def test_overlaps_are_errors(self, write, files, build):
         write("test.jsonl", prompt_rows(range(7, 12)))
         with pytest.raises(DataError, match="splits overlap") as caught:
-            build(**files)
+            build(**files, micro_dev=0)
         assert "train and test share 0 ids, 2 prompts and 2 groups" in str(caught.value)
         assert "dev and test share 0 ids, 2 prompts and 2 groups" in str(caught.value)
 
@@ -449,7 +444,7 @@ class TestGivenSplits:
     def test_the_source_is_checked_where_both_are_given_and_filtered_where_not(
         self, write, files, tiny_tokenizer, tmp_path
     ):
-        target = CorpusSettings("en", **files)
+        target = CorpusSettings("en", **files, micro_dev=0)
         write("source.jsonl", prompt_rows(range(34, 60)))
         given = CorpusSettings("en", train_files=("source.jsonl",))
         with pytest.raises(DataError, match="source_train and test share 0 ids, 3 prompts and 3 groups"):

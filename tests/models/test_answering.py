@@ -213,7 +213,9 @@ def test_adapted_head_works(make_tiny_model, tiny_tokenizer, wake_lora):
     config = LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM")
     model = wake_lora(get_peft_model(make_tiny_model("llama"), config)).eval()
     prompts = make_prompts(4)
-    answers = generate(model, tiny_tokenizer, prompts, GenerationSettings(max_new_tokens=NEW_TOKENS, stop=(), allow_empty=True))
+    answers = generate(
+        model, tiny_tokenizer, prompts, GenerationSettings(max_new_tokens=NEW_TOKENS, stop=(), allow_empty=True)
+    )
     assert answers == [expected_text(tiny_tokenizer, greedy_tokens(model, prompt)) for prompt in prompts]
 
 

@@ -4,9 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from grasp_lora.data.records import FIELDS, FORMATS, check_labels
+from grasp_lora.data.records import FIELDS, check_labels
 from grasp_lora.data.tasks import resolve_template, task_fields
-from grasp_lora.text.display import quoted
 from grasp_lora.text.languages import language_code
 
 
@@ -16,18 +15,16 @@ class CorpusSettings:
 
     Args:
         language: ISO 639 code such as `en`, `ar`, `zh`; chooses prompts and metrics.
-        format: `auto`, `squad`, `xlsum`, `alpaca`, `sharegpt`, `records` or `hub`.
         files: the pool: paths, or `demo:NAME` for a built-in text.
-        sheet: of `.xlsx` workbooks; None takes the first that is not hidden.
+        sheet: of `.xlsx` workbooks, and of no other file; None takes the first that is not hidden.
         hub, hub_config, hub_split: the pool from a data set on the hub; the split defaults to `train`.
         columns: field -> column of generic records; fields are the task's, and id, group, title, references, messages.
         train, dev, micro_dev, test: how many examples. For a pool, None means 100 test, 50 dev and 16 micro-dev
             examples of the target, a tenth (at most 1000) for the source's dev, and all the rest for train. For
             files of one split None means all, and a count is a cap. dev, micro_dev and test may be 0, train
             not; without micro_dev the controller has to probe dev.
-        train_files, dev_files, micro_dev_files, test_files: files of each split, in place of a pool. Without
-            micro_dev_files, the micro-dev set is taken by whole groups from the dev files, or else the train files; None
-            then means 16, but at most a third of their rows.
+        train_files, dev_files, test_files: files of each split, in place of a pool. The micro-dev set is taken by whole
+            groups from the dev files, or else the train files; None then means 16, but at most a third of their rows.
             test_files may also stand beside files: all of them are tested on, with `test` examples of the pool, and what
             shares an id, a text or an article with them is left out of the pool.
         prompt, completion: templates for this language; None takes those of `data`.
@@ -39,7 +36,6 @@ class CorpusSettings:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     language: str
-    format: str = "auto"
     files: tuple[str, ...] = ()
     sheet: str | None = None
     hub: str | None = None
@@ -52,7 +48,6 @@ class CorpusSettings:
     test: int | None = None
     train_files: tuple[str, ...] = ()
     dev_files: tuple[str, ...] = ()
-    micro_dev_files: tuple[str, ...] = ()
     test_files: tuple[str, ...] = ()
     prompt: str | None = None
     completion: str | None = None
@@ -63,32 +58,29 @@ class CorpusSettings:
             raise ValueError(fault)
 
     def _faults(self) -> Iterator[str]:
-        if self.format not in FORMATS:
-            yield f"format is {self.format!r}; allowed: {', '.join(FORMATS)}"
         ways = [name for name in ("files", "hub", "train_files") if getattr(self, name)]
         if len(ways) != 1:
             yield (
                 f"data of {self.language} is given by {' and '.join(ways) or 'nothing'}; "
                 "give exactly one of files as a list (a pool), hub (a pool) and files with train (and dev, test)"
             )
-        if not self.explicit and (self.dev_files or self.micro_dev_files or (self.test_files and self.hub)):
+        if not self.explicit and (self.dev_files or (self.test_files and self.hub)):
             yield f"files of single splits need files of train, and exclude {ways[0]}"
-        if self.hub is None and (self.format == "hub" or self.hub_config or self.hub_split):
-            yield "format hub, hub_config and hub_split need hub: the name of the data set"
-        if self.hub is not None and self.format == "squad":
-            yield "format squad reads files; a data set on the hub has rows: use format hub or auto"
+        if self.hub is None and (self.hub_config or self.hub_split):
+            yield "hub_config and hub_split need hub: the name of the data set"
         if unknown := sorted(set(self.columns) - FIELDS):
             yield f"columns names {', '.join(unknown)}; allowed: {', '.join(sorted(FIELDS))}"
-        if self.sheet is not None and self.hub is not None:
-            yield f"sheet is {quoted(self.sheet)}, but a data set on the hub has none; remove it"
-        if self.columns and self.format not in ("auto", "records", "hub"):
-            yield f"columns apply to generic records, not to format {self.format}: remove them"
         for name, least in (("train", 1), ("dev", 0), ("micro_dev", 0), ("test", 0)):
             count = getattr(self, name)
             if count is not None and count < least:
                 yield f"{name} must be >= {least}, or left out; it is {count}"
             if self.explicit and name in ("dev", "test") and count and not getattr(self, name + "_files"):
                 yield f"{name} is {count} but there are no files of {name}; name them, or remove {name}"
+
+    @property
+    def all_files(self) -> tuple[str, ...]:
+        """The files of the pool and of single splits."""
+        return (*self.files, *self.train_files, *self.dev_files, *self.test_files)
 
     @property
     def explicit(self) -> bool:
@@ -150,7 +142,7 @@ class DataSettings:
             yield f"max_document_tokens: the task {self.task} has no document to cut; remove it"
         if self.labels and not task.chooses:
             yield f"labels: the task {self.task} writes its answers; remove them, or set task to classification"
-        if source is not None and (source.test or source.micro_dev or source.test_files or source.micro_dev_files):
+        if source is not None and (source.test or source.micro_dev or source.test_files):
             yield "the source has only train and dev splits: remove its test and micro_dev settings"
 
     def templates(self, corpus: CorpusSettings) -> tuple[str | None, str | None]:

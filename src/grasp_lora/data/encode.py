@@ -81,13 +81,18 @@ class Tally:
     shortest_tokens: int | None = None
 
 
-def check_has_template(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Check that there is a chat template."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise DataError(
-            "the tokenizer has no chat template, so prompts can only be plain texts, not messages; leave --chat out, in a recipe "
-            "set data.chat_template to false, or take a backbone with a chat template"
+def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", *, chat: bool) -> None:
+    """Check that a tokenizer has an end token, and a chat template where prompts are messages."""
+    faults = []
+    if tokenizer.eos_token_id is None:
+        faults.append("no EOS token, so the model could not learn where an answer ends")
+    if chat and not getattr(tokenizer, "chat_template", None):
+        faults.append(
+            "no chat template, so prompts can only be plain texts, not messages; leave --chat out, in a recipe set "
+            "data.chat_template to false, or take a backbone with a chat template"
         )
+    if faults:
+        raise DataError(f"the tokenizer has {faults[0]}")
 
 
 def render_chat(
@@ -103,7 +108,7 @@ def render_chat(
         conversations: turns with `role` and `content`.
         names: of the conversations, for messages.
     """
-    check_has_template(tokenizer)
+    check_tokenizer(tokenizer, chat=True)
     prompts, left_out = [], dict[str, str]()  # role -> the first conversation
     for turns, name in zip(conversations, names, strict=True):
         prompts.append(prompt := _rendered(tokenizer, turns, name))
@@ -146,7 +151,6 @@ def end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> int:
     Args:
         tokenizer: with an EOS token.
     """
-    check_has_template(tokenizer)
     answer = "an answer of the assistant"
     talk = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": answer}]
     try:
@@ -414,12 +418,13 @@ def encode_rows(rows: Sequence[Mapping[str, object]], tokenizer: "PreTrainedToke
     Raises:
         DataError: there are no rows, one is malformed (the message names it), or the tokenizer does not fit.
     """
-    check_eos(tokenizer)
+    check_tokenizer(tokenizer, chat=False)
     identified: list[Row] = []
     for number, item in enumerate(rows):
         where, values = as_row(item, f"row {number}")
         identified.append(Row(where, {**values, "id": where} if values.get("id") is None else values))
-    pool = make_pool([Table("the list of rows", identified)], "completion", "records")
+    # Columns that are named, if only that of the id, are taken as they are: no row is of Alpaca here.
+    pool = make_pool([Table("the list of rows", identified)], "completion", {"id": "id"})
     groups = join_groups(keys_with_turns(pool.records))
     template = resolve_template("completion", ANY_LANGUAGE)
     plain = Encoder(tokenizer, "completion", "", template, max_tokens=sys.maxsize, data_is_text=False)
@@ -454,12 +459,6 @@ def check_encoding(encoding: tuple[object, object] | None, trained_by: Any) -> N
             f"the trainer's tokenizer has another {' and another '.join(changed)} than the rows were encoded with; make the "
             "trainer first, and then the controller with trainer.processing_class as its tokenizer"
         )
-
-
-def check_eos(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Check that a tokenizer has an end token."""
-    if tokenizer.eos_token_id is None:
-        raise DataError("the tokenizer has no EOS token, so the model could not learn where an answer ends")
 
 
 def encode_labels(labels: Iterable[str], encoder: Encoder) -> dict[str, tuple[int, ...]]:

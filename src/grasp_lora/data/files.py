@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -22,9 +23,9 @@ from typing import Any, NamedTuple
 
 from grasp_lora.errors import DataError
 from grasp_lora.storage.network import no_network
-from grasp_lora.storage.reading import expanded, is_file, is_folder, reading
+from grasp_lora.storage.reading import expanded, is_file, reading
 from grasp_lora.text.characters import INVISIBLE
-from grasp_lora.text.display import escaped, listed, one_line, quoted
+from grasp_lora.text.display import escaped, quoted
 
 logger = logging.getLogger(__name__)
 
@@ -68,36 +69,28 @@ def as_row(item: object, where: str) -> Row:
     return Row(where, item)
 
 
-def read_file(name: str, path: Path, format: str = "auto", sheet: str | None = None) -> Table:
+def read_file(name: str, path: Path, sheet: str | None = None) -> Table:
     """Read a file; SQuAD data has a row for each article.
 
     Args:
         name: what the file is called in messages.
         path: where it is.
-        format: `squad` and `xlsum` tell what the suffix does not.
         sheet: of a workbook; None for the first that is not hidden.
 
     Raises:
         DataError: the file is missing or malformed, or has no such sheet.
     """
-    if not is_file(path):
-        raise DataError(f"data file {quoted(name)} is missing: {escaped(str(path))} is not a file")
-    suffix = {"squad": ".json", "xlsum": ".jsonl"}.get(format, path.suffix.lower())
+    suffix = path.suffix.lower()
     if suffix not in READERS:
         raise DataError(
             f"{name}: cannot tell the format from the suffix {quoted(path.suffix)}; allowed: {', '.join(READERS)}"
         )
-    reader = READERS[suffix]
-    if sheet is not None:
-        if suffix not in WORKBOOKS:
-            raise DataError(
-                f"{name} has no sheets, but sheet is {quoted(sheet)}; leave it out, or give an .xlsx workbook"
-            )
-        reader = partial(_workbook, sheet=sheet)
+    in_sheets = suffix in WORKBOOKS
     with reading(name):
-        rows = list(reader(path, name))
+        rows = list(_workbook(path, name, sheet) if in_sheets else READERS[suffix](path, name))
     # Source and target may be sheets of one workbook, and their rows are told by the name of the table.
-    return Table(name if sheet is None else f"{name}, sheet {sheet}", rows, suffix in (".csv", ".tsv", *WORKBOOKS))
+    named = f"{name}, sheet {sheet}" if in_sheets and sheet is not None else name
+    return Table(named, rows, of_cells=in_sheets or suffix in (".csv", ".tsv"))
 
 
 def _text(path: Path, name: str) -> str:
@@ -145,10 +138,8 @@ def _named(rows: Iterable[tuple[str, list[str]]]) -> Iterator[Row]:
             continue
         if not columns:
             columns = [INVISIBLE.sub("", cell).strip() for cell in cells]
-            named = [column for column in columns if column]
-            if len(set(named)) < len(named):
-                twice = next(column for column in named if named.count(column) > 1)
-                raise DataError(f"{where}: the column {quoted(twice)} stands twice; rename one")
+            if twice := [column for column, count in Counter(columns).items() if column and count > 1]:
+                raise DataError(f"{where}: the column {quoted(twice[0])} stands twice; rename one")
             continue
         if len(cells) != len(columns):
             raise DataError(f"{where}: the number of cells differs from the {len(columns)} columns")
@@ -205,18 +196,11 @@ def _workbook(path: Path, name: str, sheet: str | None = None) -> Iterator[Row]:
         if size > MOST_UNPACKED:
             raise DataError(f"{name} unpacks to {size} bytes, more than {MOST_UNPACKED}; save the sheet as CSV")
     with CalamineWorkbook.from_path(path) as book:
-        titles = book.sheet_names
-        if sheet not in (None, *titles):
-            raise DataError(f"{name} has no sheet {quoted(sheet)}; it has {listed(titles)}")
         shown = (entry.name for entry in book.sheets_metadata if entry.visible == SheetVisibleEnum.Visible)
-        title = sheet or next(shown, titles[0])
-        where = f"{name}, sheet {quoted(title)}"
+        title = sheet or next(shown, book.sheet_names[0])
         cells = book.get_sheet_by_name(title).to_python(skip_empty_area=False)
-    rows = list(_named((f"{where}, row {number}", list(map(_cell, row))) for number, row in enumerate(cells, start=1)))
-    if not rows and len(titles) > 1:
-        others = listed(name for name in titles if name != title)
-        raise DataError(f"{where}, holds no records; name another sheet: {others}")
-    return iter(rows)
+    where = f"{name}, sheet {quoted(title)}"
+    return _named((f"{where}, row {number}", list(map(_cell, row))) for number, row in enumerate(cells, start=1))
 
 
 def _cell(value: object) -> str:
@@ -251,24 +235,17 @@ def resolve_file(name: str, root: str | None = None, base: Path | None = None) -
         base: folder of the recipe; None for the working folder.
     """
     if name.startswith(DEMO_PREFIX):
-        return _demo_text(name.removeprefix(DEMO_PREFIX))
-    path = expanded(name)
-    base = Path.cwd() if base is None else base
-    variable = os.environ.get(DATA_VARIABLE)
-    places: dict[str, Path] = {}
+        return Path(str(importlib.resources.files("grasp_lora.demo"))) / "texts" / name.removeprefix(DEMO_PREFIX)
+    path, base = expanded(name), Path.cwd() if base is None else base
     if path.is_absolute():
-        places["absolute path"] = path
+        places = {"absolute path": path}
     else:
-        if root is not None:
-            folder = base / expanded(root)
-            if not is_folder(folder):
-                raise DataError(
-                    f"data.root is {root!r}, but there is no folder {escaped(str(folder))}; mend it or leave it out"
-                )
-            places["data.root"] = folder / path
-        if variable:
-            places[DATA_VARIABLE] = expanded(variable) / path
-        places["folder of the recipe"] = base / path
+        folders = {
+            "data.root": None if root is None else base / expanded(root),
+            DATA_VARIABLE: os.environ.get(DATA_VARIABLE) or None,
+            "folder of the recipe": base,
+        }
+        places = {label: expanded(folder) / path for label, folder in folders.items() if folder is not None}
     having = [label for label, place in places.items() if is_file(place)]
     if not having:
         tried = ", ".join(f"{escaped(str(place))} ({label})" for label, place in places.items())
@@ -287,14 +264,6 @@ def resolve_file(name: str, root: str | None = None, base: Path | None = None) -
     return places[first]
 
 
-def _demo_text(name: str) -> Path:
-    texts = Path(str(importlib.resources.files("grasp_lora.demo").joinpath("texts")))
-    built_in = {path.name: path for path in sorted(texts.glob("*.json"))}
-    if name not in built_in:
-        raise DataError(f"there is no demo text {name!r}; available: {', '.join(built_in)}")
-    return built_in[name]
-
-
 def read_hub(name: str, config: str | None, split: str, *, offline: bool = False) -> Table:
     """Read one split of a data set on the hub; never runs code of its repository.
 
@@ -304,26 +273,15 @@ def read_hub(name: str, config: str | None, split: str, *, offline: bool = False
     import datasets
 
     label = "/".join(part for part in ("hub:" + name, config, split) if part)
-    try:
-        with no_network(offline):
-            try:
-                table = datasets.load_dataset(name, config, split=split)
-            except RuntimeError as error:
-                if "scripts are no longer supported" not in str(error):
-                    raise
-                logger.info("%s has a loading script: reading the hub's parquet export instead", name)
-                # The export knows no configurations: each is a folder.
-                table = datasets.load_dataset(name, data_dir=config, split=split, revision=PARQUET_EXPORT)
-    except ConnectionError as error:
-        raise DataError(
-            f"{label}: the hub cannot be reached ({one_line(str(error))}). Load it once while online, which keeps a copy in the "
-            "cache, or download its files and name them under `files`"
-        ) from error
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
-            f"{label}: cannot be loaded ({one_line(str(error))}). Check the names of the data set, the configuration and "
-            "the split"
-        ) from error
+    with reading(label), no_network(offline):
+        try:
+            table = datasets.load_dataset(name, config, split=split)
+        except RuntimeError as error:
+            if "scripts are no longer supported" not in str(error):
+                raise
+            logger.info("%s has a loading script: reading the hub's parquet export instead", name)
+            # The export knows no configurations: each is a folder.
+            table = datasets.load_dataset(name, data_dir=config, split=split, revision=PARQUET_EXPORT)
     # Sounds and pictures, whose decoders need not be there, are no text.
     table = table.remove_columns([column for column, kind in table.features.items() if _is_decoded(kind)])
     return Table(label, [as_row(row, f"{label}, row {number}") for number, row in enumerate(table, start=1)])

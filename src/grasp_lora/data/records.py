@@ -2,7 +2,8 @@
 
 A record is one question with its answer, whatever its file looks like. Texts are cleaned by one rule, and conversations become
 messages as chat templates have them. Records that may leak from one split to another get a key that both share.
-A new layout of rows is one function, and one row of `LAYOUTS`.
+A layout is a function that makes rows with named columns of other rows, and one row of `LAYOUTS`.
+What is wrong with a row is a ValueError; `make_pool` puts the row's place before it.
 """
 
 import ast
@@ -11,14 +12,17 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Any
 
 from grasp_lora.data.files import Row, Table
 from grasp_lora.data.tasks import TASKS, task_fields
 from grasp_lora.errors import DataError
+from grasp_lora.storage.reading import reading
 from grasp_lora.text.characters import INVISIBLE
-from grasp_lora.text.display import SURROGATES, listed, quoted
+from grasp_lora.text.display import listed, quoted
 
 OPTIONAL_COLUMNS = ("id", "group", "title", "references", "messages")
 FIELDS = frozenset(OPTIONAL_COLUMNS).union(*((*task.inputs, task.answer) for task in TASKS.values()))
@@ -31,7 +35,9 @@ SPEAKERS = {
     "assistant": "assistant", "system": "system", "developer": "system",
 }  # fmt: skip
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but newline and tab
+_CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]"
+)  # all but newline and tab; halves of surrogate pairs
 # What Windows-1252 has in their place, as in XL-Sum's Chinese articles (U+0085 is its "…": as a line break of Unicode it is
 # rare), the line ends of old Macs, and page breaks.
 _MAPPED = {
@@ -65,14 +71,6 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Unanswered:
-    """A row without an answer: where it stands, and what it lacks."""
-
-    where: str
-    what: str
-
-
-@dataclass(frozen=True)
 class Pool:
     """Records that may go to any split, and what was done to their rows.
 
@@ -95,33 +93,31 @@ class Layout:
     """How rows say what a task needs.
 
     Args:
-        convert: gives the records of cleaned rows and those without an answer, and counts the ones that say so themselves.
         name: for messages.
         task: the only one it fits; None for any.
-        columns: by which rows of it are known.
+        marks: columns by which rows of it are known.
+        columns: field -> column, where they differ.
+        rows: makes rows with those columns; None where they have them.
+        trims: whether white space around answers is removed.
     """
 
-    convert: Callable[[Table, str, Columns, Counter[str]], Iterator[Record | Unanswered]]
     name: str = "generic"
     task: str | None = None
-    columns: frozenset[str] = frozenset()
+    marks: frozenset[str] = frozenset()
+    columns: Columns | None = None
+    rows: Callable[[Table], Iterator[Row]] | None = None
+    trims: bool = True
 
 
 def make_pool(
-    tables: Iterable[Table],
-    task: str,
-    format: str = "auto",
-    columns: Columns | None = None,
-    *,
-    skip_unanswered: bool = False,
+    tables: Iterable[Table], task: str, columns: Columns | None = None, *, skip_unanswered: bool = False
 ) -> Pool:
     """Turn the tables of one language into one pool.
 
     Args:
         tables: at least one row each.
         task: a key of TASKS.
-        format: one of FORMATS; `auto` goes by the columns of each table.
-        columns: field -> column, for generic records.
+        columns: field -> column, where they differ.
         skip_unanswered: leave out rows without an answer, and count them.
 
     Raises:
@@ -131,48 +127,43 @@ def make_pool(
     counts: Counter[str] = Counter()
     records: list[Record] = []
     for table in tables:
-        layout = find_layout(table, task, format, columns)
+        layout = find_layout(table, task, columns)
         if layout.task not in (None, task):
             raise DataError(f"{table.name} is {layout.name} data, which fits the task {layout.task}, not {task}")
-        table = _in_small_letters(table, columns)
-        identity = columns.get("id", "id")
-        rows = [
-            Row(
-                where,
-                {key: part if key == identity else _clean(part, identity, counts) for key, part in values.items()},
-            )
-            for where, values in table.rows
-        ]
-        for record in layout.convert(replace(table, rows=rows), task, columns, counts):
-            if isinstance(record, Record):
-                records.append(record)
-            elif skip_unanswered:
-                counts["unanswerable"] += 1
-            else:
-                raise DataError(
-                    f"{record.where}: {record.what}; give it an answer, or remove it; a recipe can set data.skip_unanswered to "
-                    "true (`init` has --skip-unanswered), which leaves such rows out and counts them"
-                )
+        table = _cleaned(_in_small_letters(table, columns), columns.get("id", "id"), counts)
+        rows = table.rows if layout.rows is None else list(layout.rows(table))
+        named = layout.columns or columns
+        has_ids = any(not is_blank(row.values.get(named.get("id", "id"))) for row in rows)
+        for number, (where, values) in enumerate(rows, start=1):
+            with reading(where):
+                if table.of_cells:
+                    _refuse_written_lists(values, named)
+                record = _record(values, task, named, f"{table.name}:{number}", has_ids)
+                if isinstance(record, Record):
+                    records.append(_trimmed(record, counts) if layout.trims and task != "completion" else record)
+                elif skip_unanswered or record is None:
+                    counts["unanswerable"] += 1
+                else:
+                    raise ValueError(
+                        f"{record}; give it an answer, or remove it; a recipe can set data.skip_unanswered to true (`init` has "
+                        "--skip-unanswered), which leaves such rows out and counts them"
+                    )
     _check_ids(records)
-    if not records and counts["unanswerable"]:
-        raise DataError(f"none of the {counts['unanswerable']} questions has an answer; give some that have one")
     return Pool(tuple(records), counts["mapped"], counts["removed"], counts["unanswerable"], counts["answers_trimmed"])
 
 
-def find_layout(table: Table, task: str | None, format: str = "auto", columns: Columns | None = None) -> Layout:
-    """Return the layout that `format` names, or else the first whose columns are all there.
+def find_layout(table: Table, task: str | None, columns: Columns | None = None) -> Layout:
+    """Return the first layout whose marks are all there; rows with named columns where the user says what these are.
 
     A layout of another task is not seen in rows that have a field of the task (of any task where it is None).
     """
     if not table.rows:
         raise DataError(f"{table.name} holds no records")
-    if format != "auto":
-        return LAYOUTS[format]
     present = table.rows[0].values.keys()
     wanted = TASKS.values() if task is None else [task_fields(task)]
     plain = any(present & {*fields.inputs, fields.answer} for fields in wanted)
-    special = (layout for layout in LAYOUTS.values() if layout.columns and layout.columns <= present)
-    fitting = (layout for layout in special if not columns and (layout.task == task or not plain))
+    marked = (layout for layout in LAYOUTS.values() if layout.marks and layout.marks <= present)
+    fitting = (layout for layout in marked if not columns and (layout.task == task or not plain))
     return next(fitting, LAYOUTS["records"])
 
 
@@ -204,18 +195,21 @@ def check_labels(labels: Iterable[str], where: str) -> tuple[str, ...]:
     """
     different = tuple(sorted(set(labels)))
     alike: dict[str, str] = {}
+    faults = []
     for label in different:
         if not label.strip() or label != label.strip():
-            raise DataError(f"{where}: the label {quoted(label)} is empty or has white space around it; correct it")
-        if (before := alike.setdefault(same_label(label), label)) != label:
-            raise DataError(
-                f"{where}: the labels {quoted(before)} and {quoted(label)} differ in case or white space alone; write them alike"
+            faults.append(f"the label {quoted(label)} is empty or has white space around it; correct it")
+        elif (before := alike.setdefault(same_label(label), label)) != label:
+            faults.append(
+                f"the labels {quoted(before)} and {quoted(label)} differ in case or white space alone; write them alike"
             )
     if not 2 <= len(different) <= MOST_LABELS:
-        raise DataError(
-            f"{where}: {len(different)} labels, first {listed(different[:3])}; a classification has 2 to {MOST_LABELS}. Where "
-            "they are texts, take the task completion"
+        faults.append(
+            f"{len(different)} labels, first {listed(different[:3])}; a classification has 2 to {MOST_LABELS}. Where they are "
+            "texts, take the task completion"
         )
+    if faults:
+        raise DataError(f"{where}: {faults[0]}")
     return different
 
 
@@ -228,6 +222,15 @@ def clean_text(text: str, counts: Counter[str]) -> str:
         return mapped
 
     return _CONTROL.sub(replacement, text.replace("\r\n", "\n"))
+
+
+def _cleaned(table: Table, identity: str, counts: Counter[str]) -> Table:
+    """Clean all texts of a table but those in the column of ids."""
+    rows = [
+        Row(where, {key: part if key == identity else _clean(part, identity, counts) for key, part in values.items()})
+        for where, values in table.rows
+    ]
+    return replace(table, rows=rows)
 
 
 def _clean(value: object, identity: str, counts: Counter[str]) -> object:
@@ -277,190 +280,156 @@ def is_blank(value: object) -> bool:
     return value is None or (isinstance(value, str) and not value.strip())
 
 
-def name_of(value: object, label: str, where: str) -> str:
+def name_of(value: object, label: str) -> str:
     """Return a name, of a text or a whole number."""
-    if isinstance(value, bool) or not isinstance(value, str | int) or is_blank(value):
-        raise DataError(f"{where}: {label} must be a text or a whole number, found {quoted(value)}")
-    return str(value)
+    return text_of(str(value) if type(value) is int else value, label)
 
 
-def text_of(value: object, label: str, where: str) -> str:
+def text_of(value: object, label: str) -> str:
     """Return a text that the model may read or write."""
-    if not isinstance(value, str):
-        raise DataError(f"{where}: {label} must be a text, found {type(value).__name__}")
-    if not value.strip():
-        raise DataError(f"{where}: {label} is empty; fill it in, or remove the row")
-    if SURROGATES.search(value):
-        raise DataError(f"{where}: {label} holds half of a surrogate pair, which is no valid text")
+    if not isinstance(value, str) or not value.strip():
+        arrived = "is empty; fill it in, or remove the row"
+        raise ValueError(
+            f"{label} {arrived if isinstance(value, str) else f'must be a text, found {type(value).__name__}'}"
+        )
     return value
 
 
-def _row_records(table: Table, task: str, columns: Columns, counts: Counter[str]) -> Iterator[Record | Unanswered]:
-    """Read rows with a column for each field of the task, and optional ones."""
-    identity = columns.get("id", "id")
-    has_ids = any(not is_blank(values.get(identity)) for _, values in table.rows)
-    for number, (where, values) in enumerate(table.rows, start=1):
-        for field, column in columns.items():
-            if column not in values:
-                raise DataError(f"{where}: no column {quoted(column)} (columns.{field}); found: {listed(values)}")
-        row = {**values, **{field: values[column] for field, column in columns.items()}}
-        if "answer" not in row and "answers" in row:
-            row["answer"] = row["answers"]
-        # As SQuAD 2.0 on the hub has a question without an answer: an empty list of texts.
-        if task == "qa" and isinstance(answer := row.get("answer"), Mapping) and answer.get("text") == []:
-            counts["unanswerable"] += 1
-            continue
-        if table.of_cells:
-            _refuse_written_lists(row, where)
-        record = _row_record(Row(where, row), task, f"{table.name}:{number}", has_ids, columns)
-        yield _trimmed(record, task, counts) if isinstance(record, Record) else record
+def _record(
+    values: Mapping[str, object], task: str, columns: Columns, position: str, has_ids: bool
+) -> Record | str | None:
+    """Read a row with a column for each field of the task, and optional ones.
 
+    Args:
+        values: by column.
+        task: a key of TASKS.
+        columns: field -> column, where they differ.
+        position: its id, where the file has none.
+        has_ids: whether the file has.
 
-def _trimmed(record: Record, task: str, counts: Counter[str]) -> Record:
-    """A record without white space around its answer, which would be learned as tokens of its own.
-
-    A completion is what the user wants written.
+    Returns:
+        The record; for a row without an answer what it lacks, or None if it says so itself.
     """
+    fields, row = task_fields(task), dict(values)
+
+    def cell(field: str) -> object:
+        column = columns.get(field, field)
+        if column not in row:
+            raise ValueError(
+                f"no column {quoted(column)}; found: {listed(values)}. Rename the right one; a recipe can also name it: "
+                f"columns: {{{field}: NAME}}"
+            )
+        return row[column]
+
+    row |= {field: cell(field) for field in columns}
+    if "answer" not in row and "answers" in row:
+        row["answer"] = row["answers"]
+    # As SQuAD 2.0 has a question without an answer: an empty list of texts.
+    if task == "qa" and isinstance(answer := row.get("answer"), Mapping) and answer.get("text") == []:
+        return None
+    keys = set()
+    # An empty cell is fine, a missing field is not.
+    if has_ids and (row.get("id") is None or not is_blank(row["id"])):
+        identity = name_of(row.get("id"), "id")
+        keys.add("id:" + identity)
+    else:  # where both languages read columns of one file, its rows are translations
+        identity = position
+        keys.add("row:" + position)
+    if not is_blank(group := row.get("group")):
+        keys.add("group:" + same_text(name_of(group, "group")))
+    title = row.get("title") if task != "completion" or "title" in columns else None
+    if isinstance(title, str | int) and not isinstance(title, bool) and not is_blank(title):
+        # The same in every file: an article may be spread over several, with spaces or, as in XQuAD, `_`.
+        keys.add("article:" + same_text(str(title).replace("_", " ")))
+    messages = _messages(row, columns.get("messages", "messages")) if task == "completion" else []
+    if messages and (messages[-1]["role"] != "assistant" or is_blank(messages[-1]["content"])):
+        return f"{columns.get('messages', 'messages')} must end with an assistant message that is not empty"
+    if messages:
+        inputs: dict[str, str] = {}
+        answers = [messages[-1]["content"]]
+        keys.add(text_key("\n".join(message["content"] for message in messages[:-1])))
+    else:
+        inputs = {field: text_of(cell(field), field) for field in fields.inputs}
+        answers = _answers(cell(fields.answer), fields.answer)
+        if not answers:
+            return f"{fields.answer} is empty"
+        keys.add(text_key(inputs[fields.document or fields.inputs[0]]))
+    gold = answers
+    if not is_blank(references := row.get("references")) and references != []:
+        several = references if isinstance(references, list | tuple) else [references]
+        gold = [text_of(reference, "references") for reference in several]
+    if fields.chooses and gold != answers:
+        raise ValueError("references stand beside the one label of the row; leave out the column references")
+    return Record(identity, inputs, answers[0], tuple(dict.fromkeys(gold)), frozenset(keys), tuple(messages[:-1]))
+
+
+def _answers(value: object, field: str) -> list[str]:
+    """Read an answer, or SQuAD's `answers`: a list, or the lists of a hub data set. A label may be a whole number."""
+    if is_blank(value):
+        return []
+    if field != "answer":
+        return [name_of(value, field) if field == "label" else text_of(value, field)]
+    several = value.get("text") if isinstance(value, Mapping) else value
+    several = several if isinstance(several, list) else [several]
+    return [text_of(item.get("text") if isinstance(item, Mapping) else item, field) for item in several]
+
+
+def _trimmed(record: Record, counts: Counter[str]) -> Record:
+    """A record without white space around its answer, which would be learned as tokens of its own."""
     answer = record.answer.strip()
-    if task == "completion" or answer == record.answer:
+    if answer == record.answer:
         return record
     counts["answers_trimmed"] += 1
     references = tuple(answer if text == record.answer else text for text in record.references)
     return replace(record, answer=answer, references=tuple(dict.fromkeys(references)))
 
 
-def _row_record(row: Row, task: str, position: str, has_ids: bool, columns: Columns) -> Record | Unanswered:
-    """Read a row whose columns are called as the fields.
-
-    Args:
-        row: where it stands, and its values by field.
-        task: a key of TASKS.
-        position: its id, where the file has none.
-        has_ids: whether the file has.
-        columns: what its fields are called there, for messages.
-    """
-    fields, (where, values) = task_fields(task), row
-
-    def need(field: str) -> object:
-        if field not in values:
-            raise DataError(
-                f"{where}: no column {quoted(columns.get(field, field))}; found: "
-                f"{listed(name for name in values if columns.get(name, name) == name)}. "
-                f"Rename the right one; a recipe can also name it: columns: {{{field}: NAME}}"
-            )
-        return values[field]
-
-    keys = set()
-    if has_ids and (
-        values.get("id") is None or not is_blank(values["id"])
-    ):  # an empty cell is fine, a missing field is not
-        identity = name_of(values.get("id"), "id", where)
-        keys.add("id:" + identity)
-    else:  # where both languages read columns of one file, its rows are translations
-        identity = position
-        keys.add("row:" + position)
-    if not is_blank(group := values.get("group")):
-        keys.add("group:" + same_text(name_of(group, "group", where)))
-    title = values.get("title") if task != "completion" or "title" in columns else None
-    if isinstance(title, str | int) and not isinstance(title, bool) and not is_blank(title):
-        keys.add(_article(str(title)))
-    messages = read_messages(row, columns.get("messages", "messages")) if task == "completion" else []
-    if messages and (messages[-1]["role"] != "assistant" or is_blank(messages[-1]["content"])):
-        column = columns.get("messages", "messages")
-        return Unanswered(where, f"{column} must end with an assistant message that is not empty")
-    if messages:
-        inputs: dict[str, str] = {}
-        answers = [text_of(messages[-1]["content"], "the last assistant message", where)]
-        keys.add(text_key("\n".join(message["content"] for message in messages[:-1])))
-    else:
-        inputs = {field: text_of(need(field), field, where) for field in fields.inputs}
-        answer = need(fields.answer)
-        if is_blank(answer):
-            return Unanswered(where, f"{fields.answer} is empty")
-        if fields.chooses and type(answer) is int:  # labels are often numbers; CSV gives them as texts anyhow
-            answer = str(answer)
-        answers = _answers(answer, where) if fields.answer == "answer" else [text_of(answer, fields.answer, where)]
-        if not answers:
-            return Unanswered(where, "no answer")
-        keys.add(text_key(inputs[fields.document or fields.inputs[0]]))
-    gold = answers
-    if not is_blank(references := values.get("references")):
-        several = references if isinstance(references, list | tuple) else [references]
-        gold = [text_of(reference, "references", where) for reference in several]
-    if not gold or (fields.chooses and gold != answers):
-        reason = "the list of references is empty" if not gold else "references stand beside the one label of the row"
-        raise DataError(f"{where}: {reason}; leave out the column references")
-    return Record(identity, inputs, answers[0], tuple(dict.fromkeys(gold)), frozenset(keys), tuple(messages[:-1]))
-
-
-def _answers(value: object, where: str) -> list[str]:
-    """Read one answer, or SQuAD's `answers`: a list, or the lists of a hub data set."""
-    if not isinstance(value, Mapping | list):
-        return [text_of(value, "answer", where)]
-    several = value.get("text") if isinstance(value, Mapping) else value
-    if not isinstance(several, list):
-        raise DataError(f"{where}: no answer in an object; give a text, a list, or an object with a list `text`")
-    return [text_of(item.get("text") if isinstance(item, Mapping) else item, "answer", where) for item in several]
-
-
-def _refuse_written_lists(row: Mapping[str, object], where: str) -> None:
+def _refuse_written_lists(values: Mapping[str, object], columns: Columns) -> None:
     """Refuse texts in a list, or an object, that a table of cells holds as one text, such as pandas writes them."""
-    for field in ("answer", "references"):
-        text = row.get(field)
-        if not isinstance(text, str) or not text.lstrip().startswith(("{", "[")):
-            continue
-        for parse in (json.loads, ast.literal_eval):  # as JSON writes them, and as Python does
-            try:
-                parsed = parse(text.strip())
-            except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-                continue
-            if isinstance(parsed, dict) or (
-                isinstance(parsed, list) and any(isinstance(part, str | dict) for part in parsed)
-            ):
-                raise DataError(
-                    f"{where}: {field} is a list that was written as text, {quoted(text)}; give one text in a cell, or JSONL"
-                )
+    for column in (columns.get("answer", "answer"), "answers", columns.get("references", "references")):
+        text = values.get(column)
+        if isinstance(text, str) and text.lstrip().startswith(("{", "[")) and _is_list(text.strip()):
+            raise ValueError(
+                f"{column} is a list that was written as text, {quoted(text)}; give one text in a cell, or JSONL"
+            )
 
 
-def _xlsum_records(table: Table, task: str, columns: Columns, counts: Counter[str]) -> Iterator[Record | Unanswered]:
-    return _row_records(table, task, XLSUM_COLUMNS, counts)
+def _is_list(text: str) -> bool:
+    """Whether a text is a list of texts or an object, as JSON or Python writes them."""
+    for parse in (json.loads, ast.literal_eval):
+        with suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            parsed = parse(text)
+            parts = parsed if isinstance(parsed, list) else []
+            return isinstance(parsed, dict) or any(isinstance(part, str | dict) for part in parts)
+    return False
 
 
-def _alpaca_records(table: Table, task: str, columns: Columns, counts: Counter[str]) -> Iterator[Record | Unanswered]:
-    """Read instruction and input as one prompt, a line break between them; with `system` or `history` as a conversation."""
-    rows = [Row(where, {**values, **_from_alpaca(values, where), "system": None}) for where, values in table.rows]
-    return _row_records(replace(table, rows=rows), task, {"completion": "output"}, counts)
+def _alpaca_rows(table: Table) -> Iterator[Row]:
+    """Make one prompt of instruction and input, a line break between them; with `system` or `history` a conversation."""
+    for where, values in table.rows:
+        with reading(where):
+            yield Row(where, {**values, **_from_alpaca(values), "system": None})
 
 
-def _sharegpt_records(table: Table, task: str, columns: Columns, counts: Counter[str]) -> Iterator[Record | Unanswered]:
-    """Read `conversations` of `from` and `value` as messages."""
-    return _row_records(table, task, {"messages": "conversations"}, counts)
-
-
-def _from_alpaca(values: Mapping[str, object], where: str) -> dict[str, object]:
+def _from_alpaca(values: Mapping[str, Any]) -> dict[str, object]:
     """Return `prompt`, or `messages` where there are a system text or turns before it."""
-    parts = [text_of(values[part], part, where) for part in ("instruction", "input") if not is_blank(values.get(part))]
-    before, system = values.get("history"), values.get("system")
-    turns: list[object] = [] if is_blank(system) else [{"role": "system", "content": system}]
-    for pair in before if isinstance(before, list) else [] if is_blank(before) else [None]:
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise DataError(f"{where}: history must be a list of pairs, of what was said and what was answered")
-        turns += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True)]
-    prompt, answer = "\n".join(parts), values.get("output")
+    parts = [text_of(values[part], part) for part in ("instruction", "input") if not is_blank(values.get(part))]
+    before, system = values.get("history") or [], values.get("system")
+    turns = [] if is_blank(system) else [{"role": "system", "content": system}]
+    for question, answer in before:
+        turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    prompt, output = "\n".join(parts), values.get("output")
     if turns and prompt:
-        turns += [
-            {"role": "user", "content": prompt},
-            {"role": "assistant", "content": "" if answer is None else answer},
-        ]
+        last = {"role": "assistant", "content": "" if output is None else output}
+        turns += [{"role": "user", "content": prompt}, last]
     return {"prompt": prompt, "messages": turns if prompt and turns else None}
 
 
-def read_messages(row: Row, column: str) -> list[Message]:
+def _messages(values: Mapping[str, Any], column: str) -> list[Message]:
     """Read `messages`, in a column of that name, or prompt and completion that are lists of messages; empty for plain records.
 
     The last may be no answer, or an empty one; those before it are texts.
     """
-    where, values = row
     turns, system = values.get("messages"), values.get("system")
     if turns is None:
         prompt, completion = values.get("prompt"), values.get("completion")
@@ -471,96 +440,62 @@ def read_messages(row: Row, column: str) -> list[Message]:
         first = turns[0] if turns and isinstance(turns[0], Mapping) else {}
         if system not in (first.get("content"), first.get("value")):  # else it only repeats the first message
             turns = [{"role": "system", "content": system}, *turns]
-    for name in ("tools", "chat_template_kwargs"):
-        if not is_blank(value := values.get(name)) and value not in ([], {}, "[]", "{}"):
-            raise DataError(
-                f"{where}: {name} is not empty, but prompts are made without it; leave out such rows, or the column {name} "
-                "where the answers do not rest on it"
-            )
-    messages = [_message(turn, column, where) for turn in (turns if isinstance(turns, list) else [None])]
+    messages = [_message(turn) for turn in turns] if isinstance(turns, list) else []
     roles = [message["role"] for message in messages]
+    faults = [
+        f"{name} is not empty, but prompts are made without it; leave out such rows, or the column {name} where the answers do "
+        "not rest on it"
+        for name in ("tools", "chat_template_kwargs")
+        if not is_blank(value := values.get(name)) and value not in ([], {}, "[]", "{}")
+    ]
     if roles in ([], ["assistant"], ["system"]):
-        raise DataError(f"{where}: {column} must end with an assistant message, and a user's must stand before it")
-    if (number := roles.count("system")) > (roles[0] == "system"):
-        raise DataError(
-            f"{where}: {column} has {number} system messages; one is understood, as the first: join them there"
-        )
+        faults.append(f"{column} must be a list that ends with an assistant message, and a user's must stand before it")
+    if "system" in roles[1:]:
+        faults.append(f"{column} has a system message that is not the first; join them there")
+    if faults:
+        raise ValueError(faults[0])
     for message in messages[:-1]:
-        text_of(message["content"], "a message", where)
+        text_of(message["content"], "a message")
     return messages
 
 
-def _message(turn: object, column: str, where: str) -> Message:
+def _message(turn: Mapping[str, Any]) -> Message:
     """A turn of `role` and `content`, or of `from` and `value`, as a message."""
-    values = turn if isinstance(turn, Mapping) else {}
-    speaker, text = (values.get(key) for key in (("from", "value") if "from" in values else ("role", "content")))
-    if not isinstance(speaker, str) or not isinstance(text, str):
-        raise DataError(
-            f"{where}: {column} must be a list of objects with texts `role` and `content` (or `from` and `value`)"
-        )
-    if speaker not in SPEAKERS:
-        raise DataError(
-            f"{where}: a turn has the role {quoted(speaker)}; allowed: {', '.join(SPEAKERS)}. Remove rows with other turns, such "
-            "as those of tools"
+    speaker, text = (turn["from"], turn["value"]) if "from" in turn else (turn["role"], turn["content"])
+    if speaker not in SPEAKERS or not isinstance(text, str):
+        raise ValueError(
+            f"a turn has the role {quoted(speaker)} and the content {quoted(text)}; roles are {', '.join(SPEAKERS)}, and a "
+            "content is a text. Remove rows with other turns, such as those of tools"
         )
     return {"role": SPEAKERS[speaker], "content": text}
 
 
-def _squad_records(table: Table, task: str, columns: Columns, counts: Counter[str]) -> Iterator[Record | Unanswered]:
-    """Read articles of paragraphs of questions."""
-    questions = 0
-    for number, (_, article) in enumerate(table.rows):
-        where = f"{table.name}, article {number + 1}"
-        title = article.get("title")
-        # Without a title, the article is told by its place.
-        key = _article(title) if isinstance(title, str) and title.strip() else f"article:{table.name}#{number}"
-        for paragraph in _objects(article, "paragraphs", where):
-            context = text_of(paragraph.get("context"), "context", where)
-            for question in _objects(paragraph, "qas", where):
-                questions += 1
-                identity = name_of(question.get("id"), "the id of a question", where)
-                here = f"{where}, question {identity}"
-                answers = [
-                    text_of(answer.get("text"), "answer", here) for answer in _objects(question, "answers", here)
-                ]
-                if not answers and question.get("is_impossible") is True:  # SQuAD 2.0
-                    counts["unanswerable"] += 1
-                    continue
-                if not answers:
-                    yield Unanswered(here, "no answer")
-                    continue
-                # An answer elsewhere in the context is only a wrong offset, which nothing here uses.
-                if foreign := [answer for answer in answers if answer not in context]:
-                    raise DataError(f"{here}: the answer {quoted(foreign[0])} does not stand in its context")
-                inputs = {"context": context, "question": text_of(question.get("question"), "question", here)}
-                keys = frozenset({"id:" + identity, text_key(context), key})
-                yield Record(identity, inputs, answers[0], tuple(dict.fromkeys(answers)), keys)
-    if not questions:
-        raise DataError(f"{table.name} holds no questions")
+def _squad_rows(table: Table) -> Iterator[Row]:
+    """Make a row of each question in the paragraphs of articles."""
+    for number, (where, values) in enumerate(table.rows):
+        article: Any = values
+        with reading(where):
+            title = article.get("title")
+            if not isinstance(title, str) or not title.strip():
+                title = f"{table.name}#{number}"  # without a title, the article is told by its place
+            for paragraph in article["paragraphs"]:
+                for question in paragraph["qas"]:
+                    answers: Any = question.get("answers", [])
+                    if not answers and question.get("is_impossible") is True:  # SQuAD 2.0
+                        answers = {"text": []}
+                    facts = {"context": paragraph["context"], "question": question["question"], "title": title}
+                    yield Row(
+                        f"{where}, question {question['id']}", {"id": question["id"], **facts, "answers": answers}
+                    )
 
 
-# Those with columns of their own are looked for in this order; the hub's data sets have plain rows.
+# They are looked for in this order; rows that no marks fit have named columns.
 LAYOUTS = {
-    "squad": Layout(_squad_records, "SQuAD", "qa", frozenset({"paragraphs"})),
-    "xlsum": Layout(_xlsum_records, "XL-Sum", "summarization", frozenset(XLSUM_COLUMNS.values())),
-    "alpaca": Layout(_alpaca_records, "Alpaca", "completion", frozenset({"instruction", "output"})),
-    "sharegpt": Layout(_sharegpt_records, "ShareGPT", "completion", frozenset({"conversations"})),
-    "records": Layout(_row_records),
-    "hub": Layout(_row_records),
+    "squad": Layout("SQuAD", "qa", frozenset({"paragraphs"}), rows=_squad_rows, trims=False),
+    "xlsum": Layout("XL-Sum", "summarization", frozenset(XLSUM_COLUMNS.values()), XLSUM_COLUMNS),
+    "alpaca": Layout(
+        "Alpaca", "completion", frozenset({"instruction", "output"}), {"completion": "output"}, _alpaca_rows
+    ),
+    "sharegpt": Layout("ShareGPT", "completion", frozenset({"conversations"}), {"messages": "conversations"}),
+    "records": Layout(),
 }
-FORMATS = ("auto", *LAYOUTS)
-
-
-def _article(title: str) -> str:
-    """Key of an article, the same in every file: its paragraphs may be spread over several, with spaces or, as in XQuAD, `_`."""
-    return f"article:{same_text(title.replace('_', ' '))}"
-
-
-def _objects(item: Mapping[str, object], key: str, where: str) -> Sequence[Mapping[str, object]]:
-    value = item.get(key)
-    if not isinstance(value, list) or not all(isinstance(part, Mapping) for part in value):
-        raise DataError(
-            f"{where}: {key} must be a list of objects, found {quoted(value)}; SQuAD data is an object with a list `data` of "
-            "articles"
-        )
-    return value

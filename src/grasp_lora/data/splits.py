@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from grasp_lora.data.data_settings import CorpusSettings, DataSettings
-from grasp_lora.data.encode import Encoder, Example, Tally, check_eos, check_has_template, encode_labels
+from grasp_lora.data.encode import Encoder, Example, Tally, check_tokenizer, encode_labels
 from grasp_lora.data.files import Table, read_file, read_hub, resolve_file
 from grasp_lora.data.groups import by_group, join_groups, keys_with_turns
 from grasp_lora.data.records import Pool, Record, check_labels, make_pool, same_label, same_text
@@ -167,9 +167,7 @@ def build_splits(
     Raises:
         DataError: files are missing or malformed, there are too few examples or groups, or given splits overlap.
     """
-    check_eos(tokenizer)
-    if settings.chat_template:
-        check_has_template(tokenizer)
+    check_tokenizer(tokenizer, chat=bool(settings.chat_template))
     corpora = {"target": settings.target}
     if settings.source is not None:
         corpora["source"] = settings.source
@@ -247,11 +245,11 @@ def _read_corpus(
 
     def pool_of(tables: Iterable[Table]) -> Pool:
         skip = settings.skip_unanswered
-        return make_pool(tables, settings.task, corpus.format, corpus.columns, skip_unanswered=skip)
+        return make_pool(tables, settings.task, corpus.columns, skip_unanswered=skip)
 
     def read(names: Sequence[str]) -> Pool:
         places = ((name, resolve_file(name, settings.root, base)) for name in names)
-        return pool_of(read_file(name, place, corpus.format, corpus.sheet) for name, place in places)
+        return pool_of(read_file(name, place, corpus.sheet) for name, place in places)
 
     if corpus.explicit:
         return [_given_share(read(names), counts, corpus) for names, counts in _given_splits(corpus, role) if names]
@@ -272,16 +270,11 @@ def _read_corpus(
 def _given_splits(corpus: CorpusSettings, role: str) -> list[tuple[tuple[str, ...], Counts]]:
     if role == "source":
         return [(corpus.dev_files, {"source_dev": corpus.dev}), (corpus.train_files, {"source_train": corpus.train})]
+    micro_dev: Counts = {"micro_dev": PAPER_SIZES["micro_dev"] if corpus.micro_dev is None else corpus.micro_dev}
     dev: Counts = {"dev": corpus.dev}
     train: Counts = {"train": corpus.train}
-    micro_dev: Counts = {"micro_dev": corpus.micro_dev}
-    if not corpus.micro_dev_files:  # it is taken from the dev files, or else the train files
-        micro_dev = {"micro_dev": PAPER_SIZES["micro_dev"] if corpus.micro_dev is None else corpus.micro_dev}
-        dev, train = (micro_dev | dev, train) if corpus.dev_files else (dev, micro_dev | train)
-    counts = [{"test": corpus.test}, micro_dev, dev, train]
-    return list(
-        zip((corpus.test_files, corpus.micro_dev_files, corpus.dev_files, corpus.train_files), counts, strict=True)
-    )
+    dev, train = (micro_dev | dev, train) if corpus.dev_files else (dev, micro_dev | train)
+    return [(corpus.test_files, {"test": corpus.test}), (corpus.dev_files, dev), (corpus.train_files, train)]
 
 
 def _given_share(pool: Pool, counts: Counts, corpus: CorpusSettings) -> Share:
@@ -439,9 +432,9 @@ def _shortage(
     total = sum(count for count in counts.values() if count is not None)
     return (
         f"{label}: asked for {asked} (together {total}), but {sum(map(len, kept))} examples in {len(kept)} groups are "
-        f"available: of {tally.read} read, {tally.too_long} are longer than max_tokens {max_tokens}, "
-        f"{tally.answers_cut_away} lost their answer to max_document_tokens and {tally.excluded_for_leak} share a group "
-        f"with held-out target examples; {name} got {len(splits[name])}. Each split takes whole groups. Lower "
+        f"available: of {tally.read} read, {tally.too_long} are longer than max_tokens {max_tokens}, {tally.unanswerable} more "
+        f"have no answer, {tally.answers_cut_away} lost their answer to max_document_tokens and {tally.excluded_for_leak} share "
+        f"a group with held-out target examples; {name} got {len(splits[name])}. Each split takes whole groups. Lower "
         f"{' or '.join(split for split, count in counts.items() if count)}, raise max_tokens or add files"
     )
 

@@ -146,16 +146,12 @@ def resolve_template(
 
 def check_template(kind: str, template: str, allowed: Sequence[str]) -> None:
     """Refuse a template that names no field, or anything but plain `{field}` of the allowed ones."""
-    choices = ", ".join("{" + field + "}" for field in allowed)
     try:
-        names = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
+        parts = [part for part in string.Formatter().parse(template) if part[1] is not None]
+        strange = next((f"{{{part[1]}}}" for part in parts if part[1] not in allowed or part[2] or part[3]), None)
+        fault = f"names {strange}" if strange else None if parts else "names no field"
     except ValueError as error:
-        raise DataError(
-            f"{kind} template {template!r}: {error}; fields: {choices}; write {{{{ or }}}} for a literal brace"
-        ) from None
-    for name, spec, conversion in names:
-        if name not in allowed or spec or conversion:
-            written = f"{name}{'!' + conversion if conversion else ''}{':' + spec if spec else ''}"
-            raise DataError(f"{kind} template {template!r} names {{{written}}}; allowed fields: {choices}")
-    if not names:
-        raise DataError(f"{kind} template {template!r} names no field; allowed fields: {choices}")
+        fault = f"cannot be read ({error}); write {{{{ or }}}} for a literal brace"
+    if fault:
+        choices = ", ".join("{" + field + "}" for field in allowed)
+        raise DataError(f"{kind} template {template!r} {fault}; allowed fields: {choices}")

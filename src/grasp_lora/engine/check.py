@@ -73,11 +73,8 @@ def check_files(session: Session) -> None:
     """Look for the data files before the backbone is loaded, which takes long."""
     data = session.recipe.data
     for corpus in filter(None, (data.source, data.target)):
-        for group in (
-            corpus.files, corpus.train_files, corpus.dev_files, corpus.micro_dev_files, corpus.test_files
-        ):  # fmt: skip
-            for name in group:
-                resolve_file(name, data.root, session.base)
+        for name in corpus.all_files:
+            resolve_file(name, data.root, session.base)
 
 
 def _check_context(session: Session) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
-from grasp_lora.data.encode import Encoder, Tally, begin_of_chat, check_has_template, encode_labels, prompt_ids
+from grasp_lora.data.encode import Encoder, Tally, begin_of_chat, check_tokenizer, encode_labels, prompt_ids
 from grasp_lora.data.files import READERS, Row, Table, read_file
 from grasp_lora.data.records import SPEAKERS, XLSUM_COLUMNS, Message, Record, clean_text, make_pool
 from grasp_lora.data.tasks import ANY_LANGUAGE, TEMPLATES, Template, check_template, fields_of, options_of, task_fields
@@ -168,7 +168,7 @@ def asking(
             logger.warning(
                 "the adapter brings a chat template of its own, so prompts stand in that, not in the backbone's"
             )
-        check_has_template(loaded.tokenizer)
+        check_tokenizer(loaded.tokenizer, chat=True)
     if chat is not None and adapter.info.answers is not None and chat != form.chat_template:
         logger.warning(
             "the adapter was trained on prompts %s the chat template, and they are put the other way here; leave out %s",
@@ -331,7 +331,7 @@ def _records(table: Table, form: Answers) -> list[Record]:
                 )
     alpaca = task == "completion" and "prompt" not in columns
     rows = [Row(where, _with_no_answer(values, columns.get(answer, answer), alpaca)) for where, values in table.rows]
-    return list(make_pool([Table(table.name, rows)], task, "auto", columns).records)
+    return list(make_pool([Table(table.name, rows)], task, columns).records)
 
 
 def _with_no_answer(values: Mapping[str, object], answer: str, alpaca: bool) -> dict[str, object]:

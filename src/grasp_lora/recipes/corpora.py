@@ -34,9 +34,7 @@ SOURCE = (
 )
 HUB_PARTS = ("hub", "hub_config", "hub_split")
 TEMPLATES = ("prompt", "completion")
-NO_KEYS = (
-    "format", "hub_config", "hub_split", "train_files", "dev_files", "micro_dev_files", "test_files", "prompt", "completion"
-)  # fmt: skip
+NO_KEYS = ("hub_config", "hub_split", "train_files", "dev_files", "test_files", "prompt", "completion")
 
 
 class CorpusSection(Section):

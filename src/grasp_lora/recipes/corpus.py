@@ -150,13 +150,13 @@ def read_corpus(
     table = read_file(name, path, sheet=sheet)
     # A source may have columns of other names than the target, where the user named those of the target.
     chosen = {field: column for field, column in (columns or {}).items() if option or column in table.columns}
-    layout = find_layout(table, None, columns=chosen)
+    layout = find_layout(table, None, chosen)
     renamed: dict[str, str] = {}
     if layout.task is None:
         data_task, renamed = _guess(table, task, chosen, option or "--source-column")
     else:
         data_task = layout.task
-    if find_layout(table, data_task, columns=chosen) is LAYOUTS["xlsum"]:
+    if find_layout(table, data_task, chosen) is LAYOUTS["xlsum"]:
         renamed = {}  # the reader knows them
     if task not in (None, data_task):
         raise DataError(
@@ -165,7 +165,7 @@ def read_corpus(
         )
     layout_name = next(key for key, row in LAYOUTS.items() if row is layout)
     written = name if name.startswith(DEMO_PREFIX) else relative(name, folder)
-    pool = make_pool([table], data_task, "auto", renamed, skip_unanswered=skip_unanswered)
+    pool = make_pool([table], data_task, renamed, skip_unanswered=skip_unanswered)
     answers = (record.answer for record in pool.records)
     labels = check_labels(answers, name) if TASKS[data_task].chooses else ()
     return Corpus(written, data_task, layout_name, renamed, pool.records, pool.unanswerable, sheet, labels)

@@ -202,7 +202,6 @@ def _data_names(corpora: Sequence[CorpusSettings]) -> list[str]:
     """Names of data sets and files, without their folders."""
     names: list[str] = []
     for corpus in corpora:
-        groups = (corpus.files, corpus.train_files, corpus.dev_files, corpus.micro_dev_files, corpus.test_files)
         names += [public_name(corpus.hub)] if corpus.hub else []
-        names += [last_part(file) for group in groups for file in group]
+        names += map(last_part, corpus.all_files)
     return list(dict.fromkeys(names))
