@@ -55,15 +55,15 @@ FOLDER, INTERRUPTION, ORDER = "storage/test_claims.py", "storage/test_interrupti
 MUTATIONS = (
     Mutation(
         "deliver: rows of one article are drawn apart",
-        "chosen = best_of(losses, rows, alone, left_out, groups, titles)",
-        "chosen = best_of(losses, rows, alone, left_out, None, titles)",
+        "chosen = best_of(losses, rows, left_out, groups, titles)",
+        "chosen = best_of(losses, rows, left_out, None, titles)",
         ("engine/test_deliver.py",),
         "a few articles decide what is handed over, and the interval says nothing of it",
     ),
     Mutation(
         "deliver: the right answers of labels have no veto",
-        'if chosen.name != "grasp" or not errors or not vetoed(*errors):',
-        "if True:",
+        'if chosen.name == "grasp" and errors and vetoed(*errors):',
+        "if False:",
         ("engine/test_deliver.py", "engine/test_tasks.py"),
         "over-confidence saved is taken for better labels",
     ),
@@ -209,9 +209,9 @@ MUTATIONS = (
     ),
     Mutation(
         "records: settings need not give the key",
-        "if (done.key, done.version) != (key, VERSION) or key_of(name, done.inputs) != key:",
-        "if (done.key, done.version) != (key, VERSION):",
-        (COMPARE,),
+        "if done is None or key_of(name, done.inputs) != key or not",
+        "if done is None or not",
+        ("engine/test_store.py",),
         "a record that was edited counts",
     ),
     Mutation(

@@ -87,7 +87,7 @@ def test_a_script_is_type_checked_against_the_installed_wheel(
     [
         ({"methods": "grasp"}, r"^methods: must be a list, such as \[first, second\] \(it is 'grasp'\)$"),
         ({"seeds": 42}, r"^seeds: must be a list"),
-        ({"seeds": ("x",)}, r"^seeds\.0: .*valid integer.* \(it is 'x'\)$"),
+        ({"seeds": ("x",)}, r"^seeds\.0: .*valid integer.* \(it is 'x'\)"),
         ({"method": ("grasp",)}, r"^unknown key 'method'; did you mean 'methods'\?$"),
         ({"trails": 3}, r"^unknown key 'trails'; known here: methods, seeds, "),
     ],

@@ -49,8 +49,6 @@ COMMANDS = [
     "predict",
     "merge",
     "export",
-    "learn",
-    "finetune",
     "evaluate",
     "compare",
 ]
@@ -155,7 +153,7 @@ MISTAKES: dict[str, tuple[Mistake, str, str]] = {
     "missing data": (lambda folder: (folder / "target.jsonl").unlink(), r"'target\.jsonl' is missing", r"[Ss]et data\.root"),
     "long examples": (
         recipe(data__max_tokens=2000, data__prompt="{prompt}" + 510 * "x"),
-        r"source_train example \S+ has \d+ tokens.*512", r"lower data\.max_tokens \(now 2000\)",
+        r"source_train example \S+ has \d+ tokens and an answer .*512", r"lower data\.max_tokens \(now 2000\)",
     ),
     "long answers": (recipe(generation__max_new_tokens=500), r"test example \S+ .*\d+ tokens.*500.*512", "lower"),
     "overlapping splits": (overlapping_splits, r"test.* share \d+ ids", "remove the shared ones"),
@@ -197,7 +195,6 @@ def shared_workspace(tmp_path_factory: pytest.TempPathFactory, tiny_backbone_fol
 
 TWICE = ("merge", "adapter", "adapter")
 COMPARE = ("compare", "tiny.yaml")
-RAY = "--workers, --address and --gpus-per-worker are for --on ray"
 
 
 @pytest.mark.parametrize(
@@ -208,11 +205,11 @@ RAY = "--workers, --address and --gpus-per-worker are for --on ray"
         (("run", "tiny.yaml", "-s", "seed"), "'seed'", r"a\.b=value"),
         (("run", "tiny.yaml", "-s", "name.x=1"), "name", "text"),
         (("run", "tiny.yaml", "-s", "lora.rank=0"), "rank", "at least 1|greater than"),
-        (("run", "tiny.yaml", "-o", "tiny.yaml"), r"tiny\.yaml is a file", "give a folder"),
+        (("run", "tiny.yaml", "-o", "tiny.yaml"), r"tiny\.yaml: ", "Not a directory"),
         (("run", "tiny.yaml", "-o", "."), "not empty", "another with --output"),
-        (("demo", "--language", "xx"), "'xx'", "allowed: ar, zh"),
+        (("demo", "--language", "xx"), "'demo-xx'", "neither a file nor a built-in name .*demo-ar"),
         (("predict", "adapter", "a", " "), "prompt 2 is empty", "give"),
-        (("predict", "adapter"), "no prompts", "standard input"),
+        (("predict", "adapter"), "the list of prompts is empty", "give a text"),
         (("predict", "adapter", "a", "--max-new-tokens", "0"), "max_new_tokens: ", "greater than or equal to 1"),
         (("predict", "adapter", "a", "--device", "tpu"), "device: ", "'auto', 'cpu'"),
         (("predict", "no/such/adapter", "a"), "adapter no/such/adapter", "no such folder"),
@@ -220,31 +217,26 @@ RAY = "--workers, --address and --gpus-per-worker are for --on ray"
         (("predict", "adapter", "a", "--chat"), "no chat template", "leave .*--chat out"),
         ((*TWICE, "-o", "out", "--weight", "1"), "1 merge weights for 2 adapters", "give one per"),
         ((*TWICE, "-o", "out", "--rank", "2"), "'exact' does not take a rank", "choose one of .*svd"),
-        ((*TWICE, "-o", "out", "--density", "0.5"), "'exact' does not take a density", "choose one of ties, dare_ties"),
         ((*TWICE, "-o", "out", "--rule", "sum"), "'sum'", "allowed: exact, "),
         ((*TWICE, "-o", "."), "not an empty folder", "another with --output"),
         ((*TWICE, "-o", "tiny.yaml/out"), r"tiny\.yaml is a file", "another with --output"),
         (("merge", "adapter", "rank3", "-o", "out", "--rule", "ties"), "'ties' needs equal ranks", "use 'exact' or 'svd'"),
         (("merge", "adapter", "wide", "-o", "out"), "shape .*q_proj", "of the same backbone"),
         (("export", "adapter", "-o", "out"), "--fold", "--gguf"),
-        (("learn", "tiny.yaml", "-a", "nowhere/at/all", "-o", "out"), "adapter nowhere/at/all", "no such folder"),
-        (("learn", "tiny.yaml", "-a", "adapter", "-o", "."), "not an empty folder", "another with --output"),
-        (("finetune", "tiny.yaml", "-a", "adapter", "--ratio", "40", "-o", "out"), r"40\.0", r"\[0, 1\]"),
         (("evaluate", "tiny.yaml", "-a", "adapter", "-o", "."), "not an empty folder", "another with --output"),
         (("recipes", "mlqa-xx"), "'mlqa-xx'", "there are: .*mlqa-ar"),
         (("init", "nothing.csv", "-l", "de"), r"'nothing\.csv'", "missing"),
         (("init", "adapter", "-l", "de"), "adapter", "is not a file"),
         ((*COMPARE, "--methods", "grsp"), "'grsp'", "allowed: .*grasp"),
-        ((*COMPARE, "--seeds", "1,x"), "'x'", "whole numbers"),
+        ((*COMPARE, "--seeds", "1,x"), "seeds.*'x'", "integer"),
         ((*COMPARE, "--grid", "20"), "grid.*20", "1"),
         ((*COMPARE, "-s", "data.target.test=0"), "test", "give|needs|test split"),
-        ((*COMPARE, "--on", "spark"), "--on is 'spark'", "allowed: ray"),
-        ((*COMPARE, "--workers", "2"), RAY, "start this command several times"),
-        ((*COMPARE, "--address", "10.0.0.1:6379"), RAY, "start this command several times"),
+        ((*COMPARE, "--on", "spark"), "--on is spark", "allowed: ray"),
+        ((*COMPARE, "--workers", "2"), "--on is None; allowed: ray", "start this command several times"),
         # What typer says itself.
         (("run",), "Missing argument", r"\(see grasp-lora run --help\)"),
         (("run", "a", "--bogus"), "--bogus", r"\(see grasp-lora run --help\)"),
-        (("finetune", "tiny.yaml", "--ratio", "much"), "'much'", r"\(see grasp-lora finetune --help\)"),
+        (("merge", "a", "-o", "b", "--rank", "much"), "'much'", r"\(see grasp-lora merge --help\)"),
         (("merge", "a", "-o", "b\nc\x1b[2J", "--rank"), "--rank", r"\(see grasp-lora .*--help\)"),
         (("comprae",), "comprae", r"\(see grasp-lora --help\)"),
     ],
@@ -369,19 +361,14 @@ def test_steps_work_one_by_one(cli: Cli, workspace: Path) -> None:
         return output(cli(*arguments))
 
     assert "ranks [5]" in call("merge", "adapter", "rank3", "-o", "merged", "--backbone", "tiny-llama")
-    assert "3 rounds" in call("learn", "recipes/tiny.yaml", "-a", "merged", "-o", "learned")
-    ratio = json.loads((workspace / "learned/ratio.json").read_text())["ratio"]
-    assert 0.1 <= ratio <= 0.8
-    tuned = call("finetune", "recipes/tiny.yaml", "-a", "merged", "--ratio", str(ratio), "-o", "tuned")
-    assert re.search("best at step|discarded", tuned)
-    shutil.copytree("merged", "other/tuned")
-    table = call("evaluate", "recipes/tiny.yaml", "-a", "tuned", "-a", "other/tuned", "-o", "measured")
-    assert "other/tuned" in table  # two of one name are told apart
-    assert set(json.loads((workspace / "measured/metrics.json").read_text())["systems"]) == {"tuned", "other/tuned"}
-    assert {file.name for file in Path("measured").glob("*.jsonl")} == {"tuned.jsonl", "other--tuned.jsonl"}
+    shutil.copytree("merged", "other/merged")
+    table = call("evaluate", "recipes/tiny.yaml", "-a", "merged", "-a", "other/merged", "-o", "measured")
+    assert "other/merged" in table  # two of one name are told apart
+    assert set(json.loads((workspace / "measured/metrics.json").read_text())["systems"]) == {"merged", "other/merged"}
+    assert {file.name for file in Path("measured").glob("*.jsonl")} == {"merged.jsonl", "other--merged.jsonl"}
     prompts = ("target 1: what?", "target 2: what?")
-    assert call("predict", "tuned", *prompts, "--backbone", "tiny-llama", "--max-new-tokens", "3").count("\n") == 2
-    assert "-> exported" in call("export", "tuned", "--gguf", "-o", "exported", "--backbone", "tiny-llama")
+    assert call("predict", "merged", *prompts, "--backbone", "tiny-llama", "--max-new-tokens", "3").count("\n") == 2
+    assert "-> exported" in call("export", "merged", "--gguf", "-o", "exported", "--backbone", "tiny-llama")
 
 
 def test_a_full_disk_is_one_line_in_a_single_step(cli: Cli, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

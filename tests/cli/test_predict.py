@@ -1,4 +1,4 @@
-"""`predict` asks an adapter as it was trained to be asked: whole prompts, a question, rows of a file, a conversation."""
+"""`predict` asks an adapter as it was trained to be asked: whole prompts, a question, rows of a file."""
 
 import csv
 import io
@@ -122,7 +122,18 @@ def test_prompts_come_as_arguments_or_lines_or_json(
 def test_a_question_is_put_into_the_prompt_of_the_training_and_cleaned_as_rows_are(
     cli: Cli, here: Path, asked: list[Any]
 ) -> None:
-    result = cli("predict", "qa", "--context", "here is {x}\r\n\x93so\x94\x07", "--question", "where?")
+    shutil.copytree("qa", "a-run/adapter")
+    Path("a-run/run.json").write_text("{}")  # of the folder of a run it is the adapter in it
+    result = cli(
+        "predict",
+        "a-run",
+        "--backbone",
+        "tiny-llama",
+        "--context",
+        "here is {x}\r\n\x93so\x94\x07",
+        "--question",
+        "where?",
+    )
     assert (result.status, result.out, result.err) == (0, "so\n", "")
     assert asked[-1][0] == ["<bos>" + QA_TEMPLATE.format(context="here is {x}\n“so”", question="where?")]
     cli("predict", "chat", "--question", "what?<end>")  # a prompt with one field needs one text, which is text
@@ -186,22 +197,6 @@ def test_rows_of_every_layout_need_no_answer(here: Path, cli: Cli, asked: list[A
         assert "unread" not in asked[-1][0][0]
 
 
-def test_a_conversation_keeps_what_was_said(
-    cli: Cli, here: Path, asked: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Keyboard(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    monkeypatch.setattr("sys.stdin", Keyboard("hello\n\nand now?\n"))
-    result = cli("predict", "chat", "--chat")
-    assert (result.status, result.err) == (0, "")
-    assert result.out.count("so\n") == 2
-    turns = "<start>user\nhello<end>\n<start>assistant\nso<end>\n<start>user\nand now?<end>\n<start>assistant\n"
-    assert asked[1][0] == [turns]
-    assert asked[1][2] == [END]
-
-
 def test_an_answer_in_a_chat_ends_with_its_turn(here: Path) -> None:
     """The real thing: a model that says nothing but a letter, and then the end of its turn."""
     with predicting.asking("chat", max_new_tokens=4, stop=()) as ready:
@@ -219,19 +214,18 @@ def test_an_answer_in_a_chat_ends_with_its_turn(here: Path) -> None:
     ("arguments", "value", "fix"),
     [
         (("qa", "a prompt", "--question", "q"), "--question", "one of them"),
-        (("qa", "--question", "q"), "{context}, {question}", "--context and --question"),
+        (("qa", "--question", "q"), "is asked with {context}, {question}", "give --context and --question"),
         (("qa", "--question", "q", "--context", " "), "--context is empty", "give a text"),
-        (("talks", "--question", "q", "--context", "c"), "the field {prompt}, and", "give --context alone"),
+        (("talks", "--question", "q", "--context", "c"), "is asked with {prompt}", "give --context alone"),
         (("qa", "letter.txt"), "letter.txt", ".csv"),
-        (("qa", "a prompt", "--sheet", "S"), "--sheet is that of a workbook", "leave it out"),
+        (("qa", "a prompt", "--sheet", "S"), "--sheet takes a file of rows", "leave it out"),
         (("qa", "no-columns.csv"), "no column 'text'", "found: "),
         (("qa", "no-such.csv"), "no-such.csv", ""),
-        (("qa", "qa.jsonl", "talks.jsonl"), "qa.jsonl is a file of rows, and 2 things", "one file at a time"),
+        (("qa", "qa.jsonl", "talks.jsonl"), "a file of rows is given beside others", "one file at a time"),
         (("qa", "twice.jsonl", "-o", "out.csv"), "prediction", "rename or remove"),
         (("qa", "qa.jsonl", "-o", "talks.jsonl"), "talks.jsonl exists already", "another with --output"),
         (("qa", "qa.jsonl", "-o", "out.xml"), "out.xml", ".csv"),
         (("qa", "a prompt", "-o", "out.csv"), "--output", "file of rows"),
-        (("a-run", "--question", "q"), "folder of a run", "a-run/adapter"),
         (("silent", "--question", "q"), "does not say", "whole prompt"),
         (("foreign", "--question", "q"), "__class__", "{context}"),
     ],
@@ -242,8 +236,6 @@ def test_what_cannot_be_asked_is_one_line_and_nothing_is_written(
     Path("no-columns.csv").write_text("a,b\n1,2\n")
     Path("letter.txt").write_text("a text\n")
     jsonl(Path("twice.jsonl"), [{"text": "c", "question": "q", "prediction": "so"}])
-    Path("a-run").mkdir()
-    Path("a-run/run.json").write_text("{}")
     for name, changes in {
         "silent": {"task": None, "prompt": None},
         "foreign": {"prompt": "{context.__class__}"},

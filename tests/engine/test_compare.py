@@ -203,10 +203,10 @@ class TestRecord:
         for change, place in (({"rows": [content["rows"][0] | {"scores": 1}]}, "rows.0.scores"),
                               ({"seed": [1]}, "seed")):  # fmt: skip
             file.write_text(json.dumps(content | change), encoding="utf-8")
-            with pytest.raises(RecipeError, match=rf"{file} is damaged or of another version \({place}"):
+            with pytest.raises(RecipeError, match=f"{file}: {place}"):
                 Comparison.read(file)
         file.unlink()
-        with pytest.raises(RecipeError, match=f"{file} is missing; run its comparison again"):
+        with pytest.raises(RecipeError, match=f"{file}: No such file"):
             Comparison.read(file)
 
     def test_a_recipe_stands_beside_its_own_tables(self, finished, monkeypatch, caplog) -> None:
@@ -354,13 +354,13 @@ class FakeSteps(Steps):
         self.recipe: Any = None
 
     def parents(self, *, in_paper: bool = False) -> Any:
-        return SimpleNamespace(merged=Adapter("merged", lambda: None))
+        return SimpleNamespace(merged=Adapter("merged", lambda: AdapterWeights({})))
 
     def finetune(self, start: Any, prune_ratio: float, stage: Any = None) -> Any:
         made: Any = SimpleNamespace(
             result=SimpleNamespace(dev_loss=self.LOSSES[prune_ratio]["dev"]), key=str(prune_ratio)
         )
-        return Adapter(str(prune_ratio), lambda: None, made, (made,))
+        return Adapter(str(prune_ratio), lambda: AdapterWeights({}), made, (made,))
 
     def losses(self, adapter: Any, split: str) -> Any:
         return Finished("losses", adapter.key, Path(), Losses(losses=[self.LOSSES[float(adapter.key)][split]]), 0.0, {})
@@ -457,7 +457,7 @@ class TestMethods:
         no_micro_dev = session_of("data.target.micro_dev=0", "controller.rounds.pool=dev")
         lacking = {name for name, method in METHODS.items() if method.unavailable(no_micro_dev)}
         assert lacking == {"lorahub", "grasp_paper"}
-        assert METHODS["grasp_paper"].unavailable(no_micro_dev) == "needs a micro_dev split, data.target.micro_dev is 0"
+        assert "data.target.micro_dev is 0" in (METHODS["grasp_paper"].unavailable(no_micro_dev) or "")
 
     def test_several_given_sources_are_merged_for_the_source_only_row(self, finished_run) -> None:
         given = ("source.adapters=[run/source, run/target]", "data.source=null")
@@ -486,18 +486,13 @@ class TestDoor:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"methods": ("grasp", "gird")}, "there is no method 'gird'"),
+            ({"methods": ("grasp", "gird")}, "there is no method 'gird'; allowed: .*grasp"),
             ({"reference": "gird"}, "there is no method 'gird'"),
-            ({"methods": ()}, "methods is empty"),
-            ({"methods": ("grasp", "grasp")}, "methods is grasp.*none of them twice"),
-            ({"seeds": (1, 1)}, "seeds is 1.*none of them twice"),
+            ({"methods": ()}, "methods.*at least 1"),
             ({"seeds": (-1,)}, "greater than or equal to 0"),
             ({"grid": (0.5, 1.5)}, "less than or equal to 1"),
             ({"grid": (float("nan"),)}, "grid"),
-            (
-                {"methods": ("target_only", "grasp"), "resamples": 38},
-                "resamples is 38; so many methods need at least 39",
-            ),
+            ({"resamples": 38}, "greater than or equal to 1000"),
             ({"folds": 1}, "greater than or equal to 2"),
             ({"folds": 3, "seeds": (1, 2)}, "folds are compared with one seed, but seeds has 2"),
         ],

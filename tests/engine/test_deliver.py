@@ -13,7 +13,7 @@ from recorder import Recorder, read, run_tiny, session_of, weights_in
 from grasp_lora.engine import deliver
 from grasp_lora.engine.compare import compare
 from grasp_lora.engine.comparison import ComparisonSettings
-from grasp_lora.engine.deliver import ON_SOURCE, best_of, by_setting, choose
+from grasp_lora.engine.deliver import IN_ORDER, ON_SOURCE, best_of, choose, warned
 from grasp_lora.engine.progress import Progress
 from grasp_lora.engine.results import Losses
 from grasp_lora.engine.steps import Steps
@@ -169,53 +169,46 @@ class TestRule:
         assert (found.name, found.title) == ("source_2", "the source adapter as it is (number 2)")
 
     def test_what_diverged_is_left_out_and_what_is_missing_is_said(self) -> None:
-        found = best_of(
-            losses(continued=float("nan"), target=1.0, grasp=2.0), "dev", (), "It could not be continued: X."
-        )
+        found = best_of(losses(continued=float("nan"), target=1.0, grasp=2.0), "dev", "It could not be continued: X.")
         assert found.name == "target"
         assert found.why.endswith("It could not be continued: X.")
 
-    def test_no_better_than_the_backbone_alone_is_a_warning(self) -> None:
-        both = losses(continued=1.0, grasp=1.2)
-        found = best_of(both, "dev", losses(alone=5.0)["alone"])
-        assert (found.warning, found.nothing_learned) == (None, False)
-        found = best_of(both, "dev", losses(alone=0.5)["alone"])
-        assert found.nothing_learned
-        assert found.warning is not None
-        assert found.warning.startswith("No adapter learned anything")
-        assert found.name == "continued"  # the backbone alone is never handed over
-
-    def test_a_lower_loss_that_the_rows_do_not_show_is_no_learning(self) -> None:
-        both = losses(continued=1.0, grasp=1.2)
-        alone = [value + (0.5 if row % 2 else -0.4) for row, value in enumerate(both["continued"])]
-        found = best_of(both, "dev", alone)
-        assert found.nothing_learned
-        assert found.warning is not None
-        assert "show no adapter to be better" in found.warning
+    @pytest.mark.parametrize(
+        ("alone", "nothing_learned", "warning"),
+        [
+            (losses(alone=5.0)["alone"], False, None),
+            (losses(alone=0.5)["alone"], True, "No adapter learned anything"),
+            # A lower loss that the rows do not show is no learning.
+            ([loss + (0.5 if row % 2 else -0.4) for row, loss in enumerate(losses(grasp=1.0)["grasp"])], True, "The 20"),
+            ([], False, None),
+            ([9.0] * 5, False, None),  # too few rows to tell raise no alarm
+            ([float("nan")] * ROWS, False, None),
+        ],
+    )  # fmt: skip
+    def test_no_better_than_the_backbone_alone_is_a_warning(
+        self, alone: list[float], nothing_learned: bool, warning: str | None
+    ) -> None:
+        both = {name: rows[: len(alone) or ROWS] for name, rows in losses(continued=1.0, grasp=1.2).items()}
+        found = warned(best_of(both, "dev"), both, alone, "dev")
+        assert (found.name, found.nothing_learned) == (
+            "continued",
+            nothing_learned,
+        )  # the backbone is never handed over
+        assert (found.warning or "").startswith(warning or "")
+        assert (found.warning is None) == (warning is None)
 
     def test_with_the_setting_the_warning_is_about_grasps_result_and_others_may_have_learned(self) -> None:
-        found = by_setting(losses(continued=1.0, grasp=3.0), "dev", losses(alone=2.0)["alone"])
-        assert (found.name, found.nothing_learned) == ("grasp", False)
-        assert found.warning is not None
-        assert "others are" in found.warning
-
-    def test_too_few_rows_to_tell_raise_no_alarm(self) -> None:
-        few = {name: own[:5] for name, own in losses(continued=1.0, grasp=1.2, alone=9.0).items()}
-        alone = few.pop("alone")
-        found = best_of(few, "dev", alone)
-        assert (found.nothing_learned, found.warning) == (False, None)
-
-    def test_the_sum_is_called_so_in_a_warning_with_the_setting_too(self) -> None:
-        given = losses(grasp=3.0, alone=2.0)
-        alone = given.pop("alone")
-        given["merged"] = [value + (0.5 if row % 2 else -0.6) for row, value in enumerate(alone)]
-        said = by_setting(given, "dev", alone, ON_SOURCE)
-        assert said.warning is not None
-        assert ON_SOURCE["merged"] in said.warning
-
-    @pytest.mark.parametrize("alone", [[], [1.0], [float("nan")] * ROWS])
-    def test_without_losses_of_the_backbone_alone_nothing_is_said(self, alone: list[float]) -> None:
-        assert best_of(losses(continued=1.0, grasp=1.2), "dev", alone).warning is None
+        rows = losses(merged=1.0, grasp=3.0, alone=2.0)
+        steps = faked(rows)
+        steps.recipe.final.deliver = "grasp"
+        systems: Any = {"merged": "merged", "grasp": "grasp"}
+        found = choose(steps, systems, ON_ITS_OWN)
+        assert (found.name, found.nothing_learned, found.split) == ("grasp", False, None)
+        assert "others are" in (found.warning or "")
+        rows["merged"] = [value + (0.5 if row % 2 else -0.6) for row, value in enumerate(rows["alone"])]
+        for on, titles in ((None, IN_ORDER), ("source", ON_SOURCE)):
+            parents: Any = SimpleNamespace(on=on)
+            assert titles["merged"] in (choose(steps, systems, parents).warning or "")
 
 
 # Below 6 rows nothing can be shown, so the usual practice is handed over.

@@ -200,8 +200,8 @@ def test_what_the_recipe_asks_for_is_counted(check: Check) -> None:
          "probes both, but data.target.dev is 0; give it examples"),
         (("controller.training.patience=1", "data.target.dev=0"), RecipeError,
          "controller.training.patience is 1, but data.target.dev is 0; give it examples, or set that to null"),
-        (("merge={rule: lorahub, weights: [0, 0]}",), RecipeError, "merge.weights are all 0"),
-        (("merge.weights=[1]",), RecipeError, "merge.weights has 1 numbers for 2 adapters"),
+        (("merge={rule: lorahub, weights: [0, 0]}",), RecipeError, "merge.weights is [0.0, 0.0]; give 2"),
+        (("merge.weights=[1]",), RecipeError, "merge.weights is [1.0]; give 2 numbers"),
         # Data files are looked for before the backbone is loaded, which takes long.
         (("data.source.files=[none.jsonl]", "backbone.name=./nowhere"), DataError, "data file 'none.jsonl' is missing"),
     ],

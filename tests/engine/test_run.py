@@ -480,7 +480,9 @@ class TestOther:
             monkeypatch.setattr(backbones, "find_dtype", lambda *_: "bfloat16")
 
         monkeypatch.setattr(backbones, "find_dtype", lambda *_: "float32")
-        message = "other was begun in float32, and here it would go on in bfloat16; set backbone.dtype to float32, or"
+        message = (
+            "other was begun with backbone.dtype float32, which is bfloat16 here; set it to that, or choose another"
+        )
         other(change, message, "backbone.dtype=auto")
 
     def test_recipe(self, finished_run: Path) -> None:
@@ -500,8 +502,8 @@ class TestOther:
         Path("own/notes.txt").write_text("mine")
         for folder, message in (
             ("own", "own is not empty and no experiment's; choose another with --output"),
-            ("tiny.yaml", "tiny.yaml is a file; give a folder with --output"),
-            ("tiny.yaml/a/b", "choose another"),
+            ("tiny.yaml", "tiny.yaml: Not a directory"),
+            ("tiny.yaml/a/b", "Not a directory"),
         ):
             with pytest.raises(RecipeError, match=message):
                 run_tiny(folder=folder)

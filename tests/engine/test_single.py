@@ -2,57 +2,44 @@
 
 import errno
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from recorder import read, rows_of, session_of, weights_in
+from recorder import read, rows_of, session_of
 
 from grasp_lora.engine import store as store_module
 from grasp_lora.engine.predict import predict_texts
-from grasp_lora.engine.single import evaluate_folders, finetune_folder, learn_folder, merge_folders
-from grasp_lora.errors import AdapterError, DataError, GraspError, RecipeError
+from grasp_lora.engine.single import evaluate_folders, merge_folders
+from grasp_lora.errors import AdapterError, GraspError, RecipeError
+from grasp_lora.method.merging import MergeSettings
 from grasp_lora.models.adapter_files import read_adapter
 from grasp_lora.models.export import export_folder
 from grasp_lora.recipes.load import load_recipe
 
+EXACT = MergeSettings("exact")
 
-def test_the_steps_of_a_run_one_by_one_give_the_same_adapter(finished_run: Path) -> None:
-    merge_folders(["run/source", "run/target"], Path("merged"), None, "exact", None, None, 0.5)
+
+def test_merge_and_evaluate_give_what_the_run_gives(finished_run: Path) -> None:
+    merge_folders(["run/source", "run/target"], Path("merged"), EXACT)
     merged = read_adapter("merged")
     assert merged.sha256 == read_adapter("run/merged").sha256
     assert merged.base_model == "tiny-llama"
-    learned = learn_folder(session_of(), "merged", Path("learned"))
-    for name in ("rounds.jsonl", "ratio.json", "history.jsonl"):
-        assert Path("learned", name).read_bytes() == Path("run/controller", name).read_bytes()
-    tuned = finetune_folder(session_of(), "merged", learned.estimate.ratio, Path("tuned"))
-    assert weights_in("tuned") == weights_in("run/adapter")
-    assert Path("tuned/history.jsonl").read_bytes() == (finished_run / "final/history.jsonl").read_bytes()
-    assert Path("tuned/sparsity.json").read_bytes() == (finished_run / "final/sparsity.json").read_bytes()
-    systems, signatures = evaluate_folders(session_of(), ["merged", "tuned"], Path("measured"))
+    _, signatures = evaluate_folders(session_of(), ["merged", "run/final"], Path("measured"))
     metrics, written = read("run/metrics.json"), read("measured/metrics.json")
-    assert written["systems"] == {"merged": metrics["systems"]["merged"], "tuned": metrics["systems"]["grasp"]}
+    assert written["systems"] == {"merged": metrics["systems"]["merged"], "final": metrics["systems"]["grasp"]}
     assert written["signatures"] == signatures == metrics["signatures"]
-    assert systems["tuned"].dev_loss == pytest.approx(tuned.dev_loss, rel=1e-6)
-    assert Path("measured/tuned.jsonl").read_bytes() == (finished_run / "evaluation/grasp.jsonl").read_bytes()
-
-
-def test_one_adapter_is_not_trained_as_several_that_are_kept_apart(finished_run: Path) -> None:
-    session = session_of("merge.rule=paper_apart")
-    for step in (lambda: learn_folder(session, "run/merged", Path("out")),
-                 lambda: finetune_folder(session, "run/merged", 0.4, Path("out"))):  # fmt: skip
-        with pytest.raises(
-            RecipeError, match=r"'paper_apart' keeps adapters apart .* a saved adapter cannot; use 'run'"
-        ):
-            step()
-    assert not Path("out").exists()
+    assert Path("measured/final.jsonl").read_bytes() == (finished_run / "evaluation/grasp.jsonl").read_bytes()
+    rows = rows_of("measured/final.jsonl")
+    prompts = {example.id: example.prompt for example in session_of().splits.test}
+    answers = predict_texts("run/final", [prompts[row["id"]] for row in rows], None, "cpu", max_new_tokens=4)
+    assert answers == [row["prediction"] for row in rows]
 
 
 def test_adapters_kept_apart_are_merged_into_a_folder_as_their_sum(finished_run: Path) -> None:
-    line = merge_folders(["run/source", "run/target"], Path("merged"), None, "paper_apart", None, None, 0.5)
+    line = merge_folders(["run/source", "run/target"], Path("merged"), MergeSettings("paper_apart"))
     assert "ranks [2]" in line
     merged, parents = (
         read_adapter("merged").weights,
@@ -63,18 +50,10 @@ def test_adapters_kept_apart_are_merged_into_a_folder_as_their_sum(finished_run:
         assert torch.equal(pair.B, parents[0][name].B + parents[1][name].B)
 
 
-def test_predictions_are_those_of_the_evaluation(finished_run: Path) -> None:
-    evaluate_folders(session_of(), ["run/adapter"], Path("measured"))
-    rows = rows_of("measured/adapter.jsonl")
-    prompts = {example.id: example.prompt for example in session_of().splits.test}
-    answers = predict_texts("run/adapter", [prompts[row["id"]] for row in rows], None, "cpu", max_new_tokens=4)
-    assert answers == [row["prediction"] for row in rows]
-
-
 @pytest.mark.parametrize(
     "step",
     [
-        lambda **of: merge_folders(["run/source"], Path("out"), None, "exact", None, None, 0.5, **of),
+        lambda **of: merge_folders(["run/source"], Path("out"), EXACT, **of),
         lambda **of: export_folder("run/adapter", Path("out"), gguf=True, **of),
         lambda **of: predict_texts("run/adapter", ["a"], None, "cpu", max_new_tokens=1, **of),
     ],
@@ -91,7 +70,7 @@ def test_steps_on_adapters_say_which_revision_and_whether_its_code_may_run(
 
 
 def test_the_merge_is_the_weighted_sum_of_the_deltas(finished_run: Path) -> None:
-    merge_folders(["run/source", "run/target"], Path("merged"), "tiny-llama", "exact", [0.3, 2.0], None, 0.5)
+    merge_folders(["run/source", "run/target"], Path("merged"), MergeSettings("exact", (0.3, 2.0)), "tiny-llama")
     source, target, merged = (read_adapter(place).weights for place in ("run/source", "run/target", "merged"))
     for module, pair in merged.items():
         expected = 0.3 * source[module].delta() + 2.0 * target[module].delta()
@@ -99,13 +78,8 @@ def test_the_merge_is_the_weighted_sum_of_the_deltas(finished_run: Path) -> None
 
 
 def test_a_svd_merge_has_the_rank_asked_for(finished_run: Path) -> None:
-    facts = merge_folders(["run/source", "run/target"], Path("merged"), None, "svd", None, 3, 0.5)
+    facts = merge_folders(["run/source", "run/target"], Path("merged"), MergeSettings("svd", rank=3))
     assert facts == "merged 2 adapters by 'svd': 4 modules, ranks [3] -> merged"
-
-
-def test_no_source_is_needed_to_work_on_a_merged_adapter(finished_run: Path) -> None:
-    alone = session_of("data.source=null")
-    assert math.isfinite(finetune_folder(alone, "run/merged", 0.5, Path("tuned")).dev_loss or math.nan)
 
 
 def test_without_a_test_set_there_is_no_score_but_a_dev_loss(finished_run: Path) -> None:
@@ -143,17 +117,6 @@ def test_what_makes_scores_too_good_or_too_bad_is_said(finished_run: Path, caplo
     assert "asks otherwise" not in caplog.text
     evaluate_folders(session_of('data.prompt={de: "Say {prompt}:"}'), ["run/adapter"], None)
     assert "was trained on prompts of the form '{prompt}', and the recipe asks otherwise" in caplog.text
-
-
-@pytest.mark.parametrize("ratio", [-0.1, 1.5, 40.0, math.nan])
-def test_a_ratio_must_be_a_fraction(ratio: float, tiny_workspace: Path) -> None:
-    with pytest.raises(RecipeError, match=r"the prune ratio is .*; it must be a fraction in \[0, 1\]"):
-        finetune_folder(session_of(), "adapter", ratio, Path("out"))
-
-
-def test_no_prompts(tiny_workspace: Path) -> None:
-    with pytest.raises(DataError, match="there are no prompts"):
-        predict_texts("adapter", [], None, "cpu", max_new_tokens=4)
 
 
 class TestBackbone:

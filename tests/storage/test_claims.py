@@ -125,7 +125,7 @@ def test_a_folder_that_may_not_be_looked_into_is_one_line(tmp_path, monkeypatch)
 
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(Path, "iterdir", closed)
-    with pytest.raises(RecipeError, match=r"out cannot be read \(Permission denied\); choose another with --output"):
+    with pytest.raises(RecipeError, match="out: Permission denied"):
         check_place(tmp_path / "out")
 
 

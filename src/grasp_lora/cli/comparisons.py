@@ -8,7 +8,6 @@ import typer
 from grasp_lora.cli.options import AllowCodeOption, OptionsOf, RecipeArgument, SetOption, VerboseOption
 from grasp_lora.cli.terminal import console, loading, log_to_terminal, say, shown
 from grasp_lora.errors import GraspError, RecipeError
-from grasp_lora.text.display import quoted
 
 _compare = OptionsOf("grasp_lora.engine.comparison", "ComparisonSettings")
 
@@ -57,17 +56,16 @@ def compare(
     if methods is not None:
         settings["methods"] = tuple(_parts(methods))
     if seeds is not None:
-        settings["seeds"] = tuple(_number(int, "--seeds", seed, "whole numbers") for seed in _parts(seeds))
+        settings["seeds"] = tuple(_parts(seeds))
     if grid is not None:
-        settings["grid"] = tuple(_number(float, "--grid", part) for part in _parts(grid))
+        settings["grid"] = tuple(_parts(grid))
     arguments = {
         "recipe": recipe, "overrides": overrides or [], "folder": output, "allow_code": allow_code, **settings
     }  # fmt: skip
-    if on not in (None, "ray"):
-        raise RecipeError(f"--on is {quoted(str(on))}; allowed: ray")
-    if on is None and (address is not None or gpus_per_worker or workers is not None):
+    if on not in (None, "ray") or (on is None and (address is not None or gpus_per_worker or workers is not None)):
         raise RecipeError(
-            "--workers, --address and --gpus-per-worker are for --on ray; add that, or start this command several times"
+            f"--on is {on}; allowed: ray, which --workers, --address and --gpus-per-worker are for; without it start this "
+            "command several times"
         )
     with shown(TerminalProgress(console)) as progress:
         if on:
@@ -85,10 +83,3 @@ def compare(
 
 def _parts(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _number(kind: type[int] | type[float], option: str, text: str, allowed: str = "numbers") -> Any:
-    try:
-        return kind(text)
-    except ValueError as error:
-        raise RecipeError(f"{option} holds {text!r}; give {allowed}, separated by commas") from error

@@ -12,7 +12,8 @@ from typing import Any
 from grasp_lora.engine.progress import Progress
 from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.storage.processes import Interruption
-from grasp_lora.text.display import escaped, first_line, quoted
+from grasp_lora.storage.reading import reading
+from grasp_lora.text.display import first_line
 from grasp_lora.text.names import needs
 
 RETRIES = 3  # of a worker whose process is lost
@@ -51,15 +52,10 @@ def share(
     from ray.exceptions import RayError, RayTaskError
     from ray.util.queue import Queue
 
-    try:
+    with reading(f"the Ray cluster at {address or 'this machine'}", RecipeError):
         if address is not None:
             _check_reachable(address)
         ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=None)
-    except (OSError, OverflowError, RuntimeError, ValueError) as error:
-        raise RecipeError(
-            f"the Ray cluster at {quoted(address or 'this machine')} cannot be reached ({error}); look at `ray status`, or leave "
-            "--address out for one on this machine"
-        ) from error
     interruption = Interruption(lambda: "while its workers were at it")
     try:
         # Deferred, since an exception inside Ray's own code would come out as another.
@@ -142,13 +138,8 @@ def _work(number: int, queue: Any, here: Path, arguments: dict[str, Any]) -> tup
     Raises:
         GraspError: this machine does not see the folder, or as the command does.
     """
-    try:
+    with reading(f"{here} on {socket.gethostname()}, which has to see the folder of the comparison", RecipeError):
         os.chdir(here)
-    except OSError as error:
-        raise RecipeError(
-            f"a Ray worker on {socket.gethostname()} cannot work in {escaped(str(here))} ({error.strerror}), but all share that "
-            "folder; start from one that every machine of the cluster sees, or leave --address out"
-        ) from error
     from grasp_lora.cli import set_up_libraries
 
     set_up_libraries()

@@ -30,7 +30,6 @@ RecipeArgument = Annotated[
     ),
 ]
 AdapterArgument = Annotated[str, typer.Argument(help="PEFT adapter: a folder or a hub id.")]
-AdapterOption = Annotated[str, typer.Option("--adapter", "-a", help="PEFT adapter: a folder or a hub id.")]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", help="Change one value: a.b=value, for example data.root=/data. May be repeated."),

@@ -4,15 +4,16 @@ import io
 import json
 import logging
 import sys
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from grasp_lora.cli.options import AdapterArgument, BackboneOption, RevisionOption, StepOutput, TrustOption
-from grasp_lora.cli.terminal import loading, log_to_terminal, print_error, say
-from grasp_lora.errors import DataError, RecipeError
+from grasp_lora.cli.terminal import log_to_terminal, say
+from grasp_lora.errors import RecipeError
+from grasp_lora.recipes.text import RUN_FILE
+from grasp_lora.storage.reading import is_there, reading
 from grasp_lora.text.display import escaped
 
 logger = logging.getLogger(__name__)
@@ -51,8 +52,7 @@ def predict(
     chat: Annotated[
         bool | None,
         typer.Option(
-            help="Put prompts into the chat template, as what the user says. Default: as in the adapter's recipe. "
-            "Without a prompt, on a terminal: talk with the adapter; Ctrl-D ends it."
+            help="Put prompts into the chat template, as what the user says. Default: as in the adapter's recipe."
         ),
     ] = None,
     jsonl: Annotated[
@@ -66,13 +66,16 @@ def predict(
     trust_remote_code: TrustOption = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
-    """Answer with an adapter: prompts, one answer a line; a question; the rows of a file; or a conversation.
+    """Answer with an adapter: prompts, one answer a line; a question; or the rows of a file.
 
     A prompt is whole, as the adapter was trained on it; --question, --context and rows are put into that form.
     """
     from grasp_lora.engine.predict import is_rows, predict_question, predict_rows, predict_texts
+    from grasp_lora.engine.run_folder import ADAPTER_FOLDER
 
     log_to_terminal(False)
+    if is_there(Path(adapter) / RUN_FILE):  # the folder of a run
+        adapter = str(Path(adapter) / ADAPTER_FOLDER)
     settings = {
         "backbone": backbone,
         "device": device,
@@ -84,24 +87,21 @@ def predict(
     }
     texts = {name: text for name, text in (("context", context), ("question", question)) if text is not None}
     rows = Path(prompts[0]) if prompts and len(prompts) == 1 and is_rows(prompts[0]) else None
-    if prompts and len(prompts) > 1 and (file := next(filter(is_rows, prompts), None)) is not None:
-        raise RecipeError(
-            f"{file} is a file of rows, and {len(prompts)} things to answer are given; give one file at a time"
-        )
-    if texts and prompts:
-        raise RecipeError(f"a prompt is given, and --{' and --'.join(texts)}, too; give one of them")
-    if output is not None and rows is None:
-        raise RecipeError("--output takes the predictions of a file of rows; give such a file, or leave it out")
-    if sheet is not None and rows is None:
-        raise RecipeError("--sheet is that of a workbook of rows; give such a file, or leave it out")
+    only_rows = "takes a file of rows; give such a file, or leave it out"
+    for problem, wrong in {
+        "a file of rows is given beside others; give one file at a time": rows is None
+        and any(map(is_rows, prompts or [])),
+        f"a prompt is given, and --{' and --'.join(texts)}, too; give one of them": texts and prompts,
+        f"--output {only_rows}": output is not None and rows is None,
+        f"--sheet {only_rows}": sheet is not None and rows is None,
+    }.items():
+        if wrong:
+            raise RecipeError(problem)
     if texts:
         answers = [predict_question(adapter, texts, **settings)]
     elif rows is not None:
         predictions = predict_rows(adapter, rows, output, sheet=sheet, **settings)
         answers = [] if output else [json.dumps(row, ensure_ascii=False) for row in predictions]
-    elif chat and not prompts and sys.stdin is not None and sys.stdin.isatty():
-        _talk(adapter, settings)
-        return
     else:
         answers = predict_texts(adapter, prompts or _prompts_on_standard_input(jsonl), **settings)
     if jsonl and rows is None:
@@ -118,46 +118,14 @@ def predict(
         sys.stdout.write((escaped(answer) if on_terminal else answer) + "\n")
 
 
-def _talk(adapter: str, settings: dict[str, Any]) -> None:
-    """Answer what a user says, line by line, with all that was said before in view."""
-    from grasp_lora.engine.predict import asking
-
-    turns: list[dict[str, str]] = []
-    with ExitStack() as stack:
-        with loading():
-            asked = stack.enter_context(asking(adapter, **settings))
-        say("say something; Ctrl-D ends the conversation", style="dim")
-        while True:
-            try:
-                line = input("> ").strip()
-            except (EOFError, KeyboardInterrupt):
-                sys.stdout.write("\n")
-                return
-            if not line:
-                continue
-            try:
-                reply = asked.reply([*turns, {"role": "user", "content": line}])
-            except DataError as error:  # of a conversation that has become too long, for example
-                print_error(f"{error}; the conversation begins anew")
-                turns.clear()
-                continue
-            turns += [{"role": "user", "content": line}, {"role": "assistant", "content": reply}]
-            for part in reply.split("\n"):
-                sys.stdout.write(escaped(part) + "\n")
-
-
 def _prompts_on_standard_input(jsonl: bool) -> list[str]:
     """One prompt a line; with `jsonl` each is a JSON text, or an object with a key `prompt`."""
-    try:
+    with reading(f"standard input ({'a JSON text' if jsonl else 'a prompt in UTF-8'} a line)"):
         lines = sys.stdin.buffer.read().decode("utf-8-sig").splitlines() if sys.stdin else []
         if not jsonl:
             return lines
         values = [json.loads(line) for line in lines if line.strip()]
         return [str(value["prompt"] if isinstance(value, dict) else value) for value in values]
-    except (ValueError, KeyError) as error:
-        raise DataError(
-            f"standard input holds no {'JSON' if jsonl else 'UTF-8'} prompts, one a line: {error}"
-        ) from error
 
 
 def export(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from grasp_lora.data.splits import Fold, group_numbers, group_size
-from grasp_lora.engine.check import check, check_can_be_cut, check_splits
+from grasp_lora.engine.check import check, check_splits, why_no_folds
 from grasp_lora.engine.comparison import (
     COMPARISON_FILE,
     Comparison,
@@ -23,7 +23,7 @@ from grasp_lora.engine.comparison import (
     summary,
 )
 from grasp_lora.engine.methods import METHODS
-from grasp_lora.engine.results import read_json
+from grasp_lora.engine.results import read_if_there
 from grasp_lora.engine.run_folder import COMPARE_FOLDER, STORE_FOLDER, check_place
 from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import Steps
@@ -77,8 +77,8 @@ def _prepared(session: Session, folder: Path, settings: ComparisonSettings) -> l
     """
     check_place(folder)
     recipe, folds = session.recipe, settings.folds
-    if folds:
-        check_can_be_cut(recipe)
+    if folds and (problem := why_no_folds(recipe)):
+        raise RecipeError(problem)
     if (ratio := recipe.final.prune_ratio) is not None:
         logger.warning("final.prune_ratio is left aside: rows learn their own, and --grid %g has that one", ratio)
     if recipe.final.all_rows and "delivered" in settings.names:
@@ -199,7 +199,7 @@ class _Work:
     def _begin_tables(self) -> None:
         """Write the recipe, unless the tables of another one stand there: then it comes with those that replace them."""
         with claim(self.folder, wait=True):
-            before = read_json(self.folder / COMPARISON_FILE, Comparison)
+            before = read_if_there(self.folder / COMPARISON_FILE, Comparison)
             if before is None or before.recipe_hash == self.sessions[0].recipe.fingerprint():
                 self._write_recipe()
             else:
@@ -213,7 +213,7 @@ class _Work:
 
     def _write(self, comparison: Comparison) -> None:
         with claim(self.folder, wait=True):
-            before = read_json(self.folder / COMPARISON_FILE, Comparison)
+            before = read_if_there(self.folder / COMPARISON_FILE, Comparison)
             if before is not None and before.is_ahead_of(comparison):  # of another process, or of an earlier one
                 return
             self._write_recipe()

@@ -16,10 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from grasp_lora.data.splits import Splits, group_numbers, group_size
 from grasp_lora.engine.methods import METHODS, Outcome
-from grasp_lora.engine.results import TEST_LOSS, Finished, Losses, Measured, main_metric, read_needed
+from grasp_lora.engine.results import TEST_LOSS, Finished, Losses, Measured, main_metric, read_json
 from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import GRID
-from grasp_lora.evaluation.statistics import compare_with_baselines, half_width, least_resamples, mean_and_sd
+from grasp_lora.evaluation.statistics import compare_with_baselines, half_width, mean_and_sd
 from grasp_lora.text.display import listed
 
 COMPARISON_FILE = "compare.json"
@@ -50,37 +50,27 @@ class ComparisonSettings(_Shape):
             the planned comparisons: with grasp, continued, joint and grid.
         folds: cross-validation: cut the target's pool into so many folds, at least 2, and test on each of them once. None takes
             the recipe's splits.
-        resamples: of the bootstrap.
+        resamples: of the bootstrap, at least 1,000.
 
     Raises:
-        ValueError: an unknown name, a list that is empty or says something twice, a ratio out of range, too few resamples or
-            folds, folds beside several seeds.
+        ValueError: an unknown name, an empty list, a ratio out of range, too few resamples or folds, folds beside several seeds.
     """
 
-    methods: tuple[str, ...] = tuple(METHODS)
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = SEEDS
-    grid: tuple[Annotated[float, Field(ge=0.0, le=1.0)], ...] = GRID
+    methods: tuple[str, ...] = Field(default=tuple(METHODS), min_length=1)
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=SEEDS, min_length=1)
+    grid: tuple[Annotated[float, Field(ge=0.0, le=1.0)], ...] = Field(default=GRID, min_length=1)
     reference: str = "grasp"
     folds: int | None = Field(default=None, ge=2)
-    resamples: int = 10_000
+    resamples: int = Field(default=10_000, ge=1_000)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for name in (*self.methods, self.reference):
-            if name not in METHODS:
-                raise ValueError(f"there is no method {name!r}; allowed: {', '.join(METHODS)}")
-        for key in ("methods", "seeds", "grid"):
-            values = getattr(self, key)
-            if not values or len(set(values)) < len(values):
-                raise ValueError(
-                    f"{key} is {listed(map(str, values)) or 'empty'}; give at least one, and none of them twice"
-                )
+        if unknown := {*self.methods, self.reference} - METHODS.keys():
+            raise ValueError(f"there is no method {listed(map(repr, sorted(unknown)))}; allowed: {', '.join(METHODS)}")
         if self.folds and len(self.seeds) > 1:
             if "seeds" in self.model_fields_set:
                 raise ValueError(f"folds are compared with one seed, but seeds has {len(self.seeds)}; give one")
             object.__setattr__(self, "seeds", SEEDS[:1])
-        if self.resamples < (least := least_resamples(len(self.names) - 1)):
-            raise ValueError(f"resamples is {self.resamples}; so many methods need at least {least}")
         return self
 
     @property
@@ -203,7 +193,7 @@ class Comparison(_Shape):
         Raises:
             RecipeError: it is not there, or not of this shape.
         """
-        return read_needed(file, cls, "run its comparison again")
+        return read_json(file, cls)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; what was not set is left out."""

@@ -20,8 +20,8 @@ The backbone alone is measured beside them and never handed over: it tells wheth
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean, stdev
-from typing import Any
 
 from grasp_lora.data.splits import group_numbers
 from grasp_lora.engine.results import Adapter, Finished, Losses
@@ -87,26 +87,20 @@ def choose(steps: Steps, systems: Mapping[str, Adapter], parents: Parents, left_
         return [] if split is None else steps.losses(adapter, split).result.losses
 
     losses = {name: losses_of(system) for name, system in systems.items()}
-    alone = losses_of(steps.alone())
     groups = None if split is None else group_numbers(getattr(steps.splits, split))
     titles = IN_ORDER if parents.on is None else ON_SOURCE
     if steps.recipe.final.deliver != "best":
-        return by_setting(losses, rows, alone, titles)
-    chosen = best_of(losses, rows, alone, left_out, groups, titles)
-    errors = [step.result.losses for step in answers_that_count(steps, systems)]
-    if chosen.name != "grasp" or not errors or not vetoed(*errors):
-        return chosen
-    ours, theirs = (f"{len(wrong) - sum(wrong):.0f}" for wrong in errors)
-    return Delivered(
-        name="continued",
-        title=titles["continued"],
-        why=f"It answers {ours} of {len(errors[0])} {rows} rows right, {titles['grasp']} {theirs}. That weighs more than the "
-        f"loss of these rows, which is {fmean(losses['continued']):.3f} against {fmean(losses['grasp']):.3f}. {left_out}".strip(),
-        split=rows,
-        examples=len(errors[0]),
-        against="grasp",
-        **_learned("continued", losses, alone, rows, titles),
-    )
+        chosen = Delivered(name="grasp", title=titles["grasp"], why="The recipe asks for it (final.deliver).")
+    else:
+        chosen = best_of(losses, rows, left_out, groups, titles)
+        errors = [step.result.losses for step in answers_that_count(steps, systems)]
+        if chosen.name == "grasp" and errors and vetoed(*errors):
+            ours, theirs = (f"{len(wrong) - sum(wrong):.0f}" for wrong in errors)
+            loss = f"{fmean(losses['continued']):.3f} against {fmean(losses['grasp']):.3f}"
+            why = f"It answers {ours} of {len(errors[0])} {rows} rows right, {titles['grasp']} {theirs}. "
+            why += f"That weighs more than the loss of these rows, which is {loss}. {left_out}"
+            chosen = Delivered("continued", titles["continued"], why.strip(), rows, len(errors[0]), "grasp")
+    return warned(chosen, losses, losses_of(steps.alone()), rows, titles)
 
 
 def answers_that_count(steps: Steps, systems: Mapping[str, Adapter]) -> list[Finished[Losses]]:
@@ -122,21 +116,9 @@ def vetoed(continued: Sequence[float], grasp: Sequence[float]) -> bool:
     return _above([theirs - ours for ours, theirs in zip(continued, grasp, strict=True)])
 
 
-def by_setting(
-    losses: Mapping[str, Sequence[float]],
-    split: str,
-    alone: Sequence[float] = (),
-    titles: Mapping[str, str] = IN_ORDER,
-) -> Delivered:
-    """What is handed over with `final.deliver: grasp`; the losses are those of `best_of`, for the warning alone."""
-    why = "The recipe asks for it (final.deliver)."
-    return Delivered(name="grasp", title=titles["grasp"], why=why, **_learned("grasp", losses, alone, split, titles))
-
-
 def best_of(
     losses: Mapping[str, Sequence[float]],
     split: str,
-    alone: Sequence[float] = (),
     left_out: str = "",
     groups: Sequence[int] | None = None,
     titles: Mapping[str, str] = IN_ORDER,
@@ -146,7 +128,6 @@ def best_of(
     Args:
         losses: of each candidate, nats per answer token, one a row and the same rows in all; empty where there are none.
         split: where they come from, as a reader calls it.
-        alone: those of the backbone without an adapter, for the warning that nothing was learned.
         left_out: why a candidate is missing, as a sentence.
         groups: what each row belongs to, such as its article; None takes each by itself.
         titles: what each kind of candidate is called.
@@ -158,10 +139,7 @@ def best_of(
         why = f"There are no {split} losses to choose by, so {_first(chosen)} is handed over."
         if usable:
             why = f"Only its {split} losses are finite."
-        why = f"{why} {left_out}".strip()
-        return Delivered(
-            name=chosen, title=title_of(chosen, titles), why=why, **_learned(chosen, losses, alone, split, titles)
-        )
+        return Delivered(name=chosen, title=title_of(chosen, titles), why=f"{why} {left_out}".strip())
     means = {name: fmean(losses[name]) for name in usable}
     behind = _source_behind(losses, usable)
     expected = "grasp" if behind else usable[0]
@@ -195,7 +173,6 @@ def best_of(
         low=low + 0.0,
         high=high + 0.0,
         confidence=comparison.confidence,
-        **_learned(chosen, losses, alone, split, titles),
     )
 
 
@@ -230,20 +207,25 @@ def _kind(name: str) -> str:
     return name.partition("_")[0]
 
 
-def _learned(
-    chosen: str,
+def warned(
+    delivered: Delivered,
     losses: Mapping[str, Sequence[float]],
     alone: Sequence[float],
     split: str,
     titles: Mapping[str, str] = IN_ORDER,
-) -> dict[str, Any]:
-    """Whether any adapter is shown to be better than the backbone alone, and what has to be said of the one handed over.
+) -> Delivered:
+    """The same, with what has to be said of it where no adapter, or not this one, is shown to be better than the backbone alone.
 
     Each is compared by itself, and row by row: a correction for their number, or rows of a few articles drawn together, would
-    raise the alarm where adapters have clearly learned.
+    alarm where adapters have clearly learned.
+
+    Args:
+        delivered: what was chosen.
+        losses, split, titles: as of `best_of`.
+        alone: losses of the backbone without an adapter.
     """
     if len(alone) < FEWEST_TOLD or not all(map(math.isfinite, alone)):
-        return {}
+        return delivered
     usable = {
         name: values for name, values in losses.items() if len(values) == len(alone) and all(map(math.isfinite, values))
     }
@@ -252,17 +234,17 @@ def _learned(
         for name, values in usable.items()
         if compare_with_baselines(values, {"alone": alone}, higher_is_better=False)["alone"].verdict == "better"
     }
-    if chosen in better or not usable:
-        return {"nothing_learned": False}
+    if delivered.name in better or not usable:
+        return delivered
     rows, without = f"{len(alone)} {split} rows", f"the backbone alone ({split} loss {fmean(alone):.3f})"
-    if better:
-        warning = f"The {rows} do not show that this adapter is better than {without}; others are: it may have learned nothing."
-        return {"nothing_learned": False, "warning": warning}
     best = min(usable, key=lambda name: fmean(usable[name]))
     lowest = f"{fmean(usable[best]):.3f}, {title_of(best, titles)}"
-    warning = f"The {rows} show no adapter to be better than {without}; the lowest loss of one is {lowest}."
-    if fmean(usable[best]) >= fmean(alone):
+    if better:
+        warning = f"The {rows} do not show that this adapter is better than {without}; others are: it may have learned nothing."
+    elif fmean(usable[best]) >= fmean(alone):
         warning = (
             f"No adapter learned anything: on the {rows} none has a lower loss than {without}; the next is {lowest}."
         )
-    return {"nothing_learned": True, "warning": warning}
+    else:
+        warning = f"The {rows} show no adapter to be better than {without}; the lowest loss of one is {lowest}."
+    return replace(delivered, warning=warning, nothing_learned=not better)

@@ -12,6 +12,7 @@ from typing import Any
 from grasp_lora.engine import deliver
 from grasp_lora.engine.check import lack_of_rounds
 from grasp_lora.engine.results import Adapter, Finished, Measured
+from grasp_lora.engine.run import make
 from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import Parents, Steps
 from grasp_lora.errors import GraspError, RecipeError
@@ -146,42 +147,36 @@ def _grid(in_paper: bool, curve: bool) -> Callable[[Steps], Outcome]:
     return run
 
 
-def _grasp(steps: Steps) -> Outcome:
-    """GRASP: learn the ratio in one controller run, then one final run."""
-    parents, stage = steps.parents(), steps.recipe.controller
-    learned = steps.learn_ratio(parents.merged)
-    ratio = learned.result.estimate.ratio
-    grasp = steps.finetune(parents.merged.after(learned), ratio)
-    return Outcome(grasp, ratio, chosen_on=stage.rounds.pool, parents=parents)
+def _grasp(in_paper: bool) -> Callable[[Steps], Outcome]:
+    """GRASP: learn the ratio in one controller run, then one final run; in the paper's row with its own policy, rule and run."""
 
+    def run(steps: Steps) -> Outcome:
+        parents = steps.parents(in_paper=in_paper)
+        stage = _paper_controller(steps.recipe) if in_paper else steps.recipe.controller
+        learned = steps.learn_ratio(parents.merged, stage)
+        ratio = learned.result.estimate.ratio
+        grasp = steps.finetune(parents.merged.after(learned), ratio, _paper_final(steps.recipe) if in_paper else None)
+        return Outcome(grasp, ratio, chosen_on=stage.rounds.pool, parents=parents)
 
-def _grasp_paper(steps: Steps) -> Outcome:
-    """The same with the paper's policy, rule, final run and target adapter."""
-    parents, stage = steps.parents(in_paper=True), _paper_controller(steps.recipe)
-    learned = steps.learn_ratio(parents.merged, stage)
-    ratio = learned.result.estimate.ratio
-    grasp = steps.finetune(parents.merged.after(learned), ratio, _paper_final(steps.recipe))
-    return Outcome(grasp, ratio, chosen_on=stage.rounds.pool, parents=parents)
+    return run
 
 
 def _delivered(steps: Steps) -> Outcome:
     """What a run hands over: the choice of `deliver` among its adapters."""
-    grasp = _grasp(steps)
-    assert grasp.parents is not None
+    made, split = make(steps), steps.choosing_split
     if steps.recipe.final.deliver != "best":
-        return replace(grasp, taken=deliver.IN_ORDER["grasp"])
-    continued, left_out = deliver.continue_source(steps)
-    systems = deliver.candidates(grasp.parents, None if left_out else continued, grasp.adapter)
-    chosen, split = deliver.choose(steps, systems, grasp.parents, left_out), steps.choosing_split
+        taken = deliver.IN_ORDER["grasp"]
+        return Outcome(made.grasp, made.ratio, steps.recipe.controller.rounds.pool, taken=taken, parents=made.parents)
+    systems, chosen = made.systems, made.choose(steps)
     losses = [] if split is None else [steps.losses(system, split) for system in systems.values()]
-    looked_at = [*_trail(*systems.values(), *[continued] if continued else []), *losses]
-    return replace(
-        grasp,
-        adapter=systems[chosen.name].after(*looked_at, *deliver.answers_that_count(steps, systems)),
-        prune_ratio=grasp.prune_ratio if chosen.name == "grasp" else None,
+    looked_at = [*_trail(*systems.values(), *[made.continued] if made.continued else []), *losses]
+    return Outcome(
+        systems[chosen.name].after(*looked_at, *deliver.answers_that_count(steps, systems)),
+        made.ratio if chosen.name == "grasp" else None,
         chosen_on=split,
-        left_out=(f"is without a candidate. {left_out}",) if continued is None else (),
+        left_out=(f"is without a candidate. {made.left_out}",) if made.continued is None else (),
         taken=chosen.title,
+        parents=made.parents,
     )
 
 
@@ -204,15 +199,9 @@ def _paper_final(recipe: Recipe) -> FinalStage:
     )  # Paper: adaptive LoRA merge
 
 
-def _needs_rounds(stage: Callable[[Recipe], ControllerStage]) -> Callable[[Session], str | None]:
-    """A controller beside the recipe's own has other spacing or probes: a run may be too short, or nothing to probe."""
-
-    def unavailable(session: Session) -> str | None:
-        controller = stage(session.recipe)
-        missing = [_needs(split)(session) for split in controller.splits]
-        return next(filter(None, missing), None) or lack_of_rounds(controller, len(session.splits.train))
-
-    return unavailable
+def _paper_has_no_rounds(session: Session) -> str | None:
+    """The paper's controller has other spacing and probes: a run may be too short, or nothing to probe."""
+    return lack_of_rounds(session, _paper_controller(session.recipe))
 
 
 def _needs_source(session: Session) -> str | None:
@@ -258,7 +247,7 @@ METHODS: dict[str, Method] = {
         "adaptive LoRA merge + pruning, grid", _grid(in_paper=True, curve=False), _needs("dev"), paper=True
     ),
     "grid": Method("grid of GRASP's final runs", _grid(in_paper=False, curve=True), _needs("dev")),
-    "grasp": Method("GRASP", _grasp),
+    "grasp": Method("GRASP", _grasp(in_paper=False)),
     "delivered": Method("what a run hands over", _delivered),
-    "grasp_paper": Method("GRASP, preset paper", _grasp_paper, _needs_rounds(_paper_controller), paper=True),
+    "grasp_paper": Method("GRASP, preset paper", _grasp(in_paper=True), _paper_has_no_rounds, paper=True),
 }

@@ -1,12 +1,15 @@
-"""`grasp-lora predict`: whole prompts, a question, rows of a file or a conversation, asked as the adapter was trained to be."""
+"""`grasp-lora predict`: whole prompts, a question or rows of a file, asked as the adapter was trained to be."""
 
+import csv
+import io
+import json
 import logging
 import string
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,26 +17,25 @@ from pydantic import TypeAdapter
 
 from grasp_lora.data.encode import Encoder, Tally, begin_of_chat, check_tokenizer, encode_labels, prompt_ids
 from grasp_lora.data.files import READERS, Row, Table, read_file
-from grasp_lora.data.records import SPEAKERS, XLSUM_COLUMNS, Message, Record, clean_text, make_pool
+from grasp_lora.data.records import SPEAKERS, XLSUM_COLUMNS, Record, clean_text, make_pool
 from grasp_lora.data.tasks import ANY_LANGUAGE, TEMPLATES, Template, check_template, fields_of, options_of, task_fields
-from grasp_lora.engine.answered import PREDICTION, check_output, check_unanswered, write_rows
-from grasp_lora.engine.run_folder import ADAPTER_FOLDER
-from grasp_lora.errors import DataError, LackOfMemoryError, RecipeError
+from grasp_lora.errors import DataError, RecipeError
 from grasp_lora.models.adapter_files import Answers, LoadedAdapter, read_adapter
 from grasp_lora.models.adapters import attached, check_fits
 from grasp_lora.models.backbone import backbone_of
 from grasp_lora.models.generation import generate, likeliest_labels
 from grasp_lora.models.model_settings import GenerationSettings
 from grasp_lora.recipes.load import backbone_of_run
-from grasp_lora.recipes.text import RUN_FILE
-from grasp_lora.storage.reading import is_file, is_folder, is_there, reading
-from grasp_lora.text.display import SURROGATES, escaped, first_line, listed, quoted
+from grasp_lora.storage.reading import is_file, reading
+from grasp_lora.storage.writing import write_whole
+from grasp_lora.text.display import SURROGATES, listed, quoted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
+PREDICTION = "prediction"  # the column of the answers, as in the files of a run: rows may have an `answer` already
 PLAIN = TEMPLATES["completion"][ANY_LANGUAGE]
 # Columns of rows that do not name the fields of a task, the answer aside.
 _OTHER_LAYOUTS: dict[str, tuple[set[str], ...]] = {
@@ -96,12 +98,6 @@ class Asked:
             logger.warning("%d of %d texts were cut to %d tokens, as in training", cut, len(records), most)
         return self._answer(ids)
 
-    def reply(self, turns: Sequence[Message]) -> str:
-        """Answer the last turn of a conversation."""
-        record = Record("the conversation", {}, "", (), frozenset(), tuple(turns))
-        asked = replace(self, form=replace(self.form, task="completion", prompt=None, labels=()))
-        return asked.records([record])[0]
-
     def _encoder(self, talks: bool = False) -> Encoder:
         task, template = _templates_of(self.form)
         cut = None if talks else self.form.max_document_tokens
@@ -110,16 +106,10 @@ class Asked:
         return Encoder(self.tokenizer, task, "", template_of_rows, sys.maxsize, cut, self.chat, ends_turns=ends_turns)
 
     def _answer(self, ids: Sequence[Sequence[int]]) -> list[str]:
-        try:
-            if self.form.labels:
-                return likeliest_labels(self.model, ids, encode_labels(self.form.labels, self._encoder()))
-            ends = [Encoder(self.tokenizer, "completion", "", PLAIN, sys.maxsize, chat=True).end] if self.chat else []
-            return generate(self.model, self.tokenizer, ids, self.settings, ends=ends)
-        except LackOfMemoryError as error:  # whose advice is for recipes
-            ways = "give fewer or shorter prompts, or a lower --max-new-tokens"
-            ways += "" if self.model.device.type == "cpu" else ", or take --device cpu"
-            reason = first_line(error.__cause__ or error)[:200]
-            raise LackOfMemoryError(f"the memory does not suffice for answering ({reason}); {ways}") from error
+        if self.form.labels:
+            return likeliest_labels(self.model, ids, encode_labels(self.form.labels, self._encoder()))
+        ends = [Encoder(self.tokenizer, "completion", "", PLAIN, sys.maxsize, chat=True).end] if self.chat else []
+        return generate(self.model, self.tokenizer, ids, self.settings, ends=ends)
 
 
 @contextmanager
@@ -143,12 +133,12 @@ def asking(
         device: auto, cpu or cuda.
         max_new_tokens, stop, chat: None takes what the adapter was trained with, as it says itself, else 64 tokens, the end of
             the line and plain prompts.
-        adapter: what `adapter_at` gave for the place, where it was called before.
+        adapter: what was read from the place, where that was done before.
 
     Raises:
         GraspError: the adapter does not fit the backbone, a setting is out of range, or the tokenizer has no chat template.
     """
-    adapter = adapter or adapter_at(place)
+    adapter = adapter or read_adapter(place)
     form = adapter.info.answers or Answers()
     asked = {
         "max_new_tokens": form.max_new_tokens if max_new_tokens is None else max_new_tokens,
@@ -179,19 +169,6 @@ def asking(
         yield Asked(model, loaded.tokenizer, settings, form, in_chat)
 
 
-def adapter_at(place: str) -> LoadedAdapter:
-    """Read an adapter; of a run's folder it is said where the adapter is.
-
-    Raises:
-        AdapterError: there is none.
-        RecipeError: it is the folder of a run.
-    """
-    folder = Path(place)
-    if is_folder(folder) and is_there(folder / RUN_FILE):
-        raise RecipeError(f"{escaped(place)} is the folder of a run; its adapter is {folder / ADAPTER_FOLDER}")
-    return read_adapter(place)
-
-
 def predict_texts(place: str, prompts: Sequence[str], *arguments: Any, **settings: Any) -> list[str]:
     """Answer whole prompts with an adapter.
 
@@ -201,16 +178,11 @@ def predict_texts(place: str, prompts: Sequence[str], *arguments: Any, **setting
         arguments, settings: of `asking`.
 
     Raises:
-        GraspError: as of `asking`; or a prompt is empty or no text, or there is none.
+        GraspError: as of `asking`; or a prompt is empty or no text, or there are none.
     """
-    if not prompts:
-        raise DataError("there are no prompts; give them as arguments or one a line on standard input")
-    if empty := [number for number, prompt in enumerate(prompts, start=1) if not prompt.strip()]:
-        raise DataError(f"prompt {empty[0]} is empty; give the adapter something to answer")
-    if broken := [number for number, prompt in enumerate(prompts, start=1) if SURROGATES.search(prompt)]:
-        raise DataError(
-            f"prompt {broken[0]} is no valid text: it has half of a surrogate pair, or was not in UTF-8; give it in UTF-8"
-        )
+    _check_texts(
+        {f"prompt {number}": text for number, text in enumerate(prompts, start=1)} or {"the list of prompts": ""}
+    )
     with asking(place, *arguments, **settings) as asked:
         return asked.texts(prompts)
 
@@ -226,26 +198,22 @@ def predict_question(place: str, texts: Mapping[str, str], *arguments: Any, **se
     Raises:
         GraspError: as of `asking`; or the adapter does not say how its prompts are worded, or the fields are not those.
     """
-    adapter = adapter_at(place)
+    adapter = read_adapter(place)
     form = adapter.info.answers or Answers()
-    if form.task is None:
-        raise DataError(
-            f"adapter {adapter.name} does not say how its prompts are worded; give a whole prompt in place of "
-            f"{' and '.join('--' + name for name in texts)}"
-        )
     texts = {name: clean_text(text, Counter()) for name, text in texts.items()}  # as rows of files are
     task, template = _templates_of(form)
     wanted = fields_of(template.prompt)
     fields = dict(zip(wanted, texts.values(), strict=True)) if len(wanted) == len(texts) == 1 else dict(texts)
-    if set(fields) != set(wanted):
-        allowed, options = options_of(template.prompt), [f"--{name}" for name in texts]
+    problem = ""
+    if form.task is None:
+        problem = "does not say how its prompts are worded; give a whole prompt"
+    elif set(fields) != set(wanted):
+        allowed = options_of(template.prompt)
         fix = " and ".join(allowed) + (" alone" if len(allowed) == 1 else "") or "a file of rows with these columns"
-        has = f"field{'s' * (len(wanted) > 1)} {listed(map('{{{}}}'.format, wanted))}"
-        are = f"{' and '.join(options)} {'is' if len(options) == 1 else 'are'} given"
-        raise DataError(f"prompts of adapter {adapter.name} have the {has}, and {are}; give {fix}")
-    for name, text in texts.items():
-        if not text.strip() or SURROGATES.search(text):
-            raise DataError(f"--{name} is {'no valid text' if text.strip() else 'empty'}; give a text in UTF-8")
+        problem = f"is asked with {listed(map('{{{}}}'.format, wanted))}; give {fix}"
+    if problem:
+        raise DataError(f"adapter {adapter.name} {problem}")
+    _check_texts({f"--{name}": text for name, text in texts.items()})
     unused = dict.fromkeys(task_fields(task).inputs, "")
     with asking(place, *arguments, adapter=adapter, **settings) as asked:
         return asked.records([Record("the question", unused | fields, "", (), frozenset())])[0]
@@ -270,20 +238,24 @@ def predict_rows(
         GraspError: as of `asking`; or the rows or the output file cannot be used.
     """
     if output is not None:
-        check_output(output)
-    adapter = adapter_at(place)
+        _check_output(output)
+    adapter = read_adapter(place)
     form = adapter.info.answers or Answers()
     table = read_file(str(file), file, sheet=sheet)
     records = _records(table, form)
     whole = len(table.rows) == len(records) and not any("paragraphs" in row.values for row in table.rows)
-    if output is not None and whole:
-        check_unanswered(table)
+    if output is not None and whole and PREDICTION in table.columns:
+        raise DataError(
+            f"{table.name} has a column {PREDICTION}, which --output would overwrite; rename or remove that column"
+        )
     with asking(place, *arguments, adapter=adapter, **settings) as asked:
         answers = asked.records(records)
     predictions = [{"id": record.id, PREDICTION: answer} for record, answer in zip(records, answers, strict=True)]
     if output is not None:
         kept = [row.values for row in table.rows] if whole else [{"id": record.id} for record in records]
-        write_rows(output, [{**row, PREDICTION: answer} for row, answer in zip(kept, answers, strict=True)])
+        rows = [{**row, PREDICTION: answer} for row, answer in zip(kept, answers, strict=True)]
+        with reading(output, RecipeError):
+            write_whole(output, _WRITERS[output.suffix.lower()](rows))
     return predictions
 
 
@@ -296,11 +268,25 @@ def _templates_of(form: Answers) -> tuple[str, Template]:
     """The task and the templates of an adapter, which a stranger may have written."""
     task = form.task or "completion"
     fields = task_fields(task)
-    prompt = PLAIN.prompt if form.prompt is None and task == "completion" else form.prompt
-    if prompt is None:
-        raise DataError(f"the adapter names the task {task}, but no template of its prompts; give whole prompts")
+    prompt = PLAIN.prompt if form.prompt is None and task == "completion" else form.prompt or ""
     check_template("the adapter's prompt", prompt, fields.inputs)
     return task, Template(prompt, form.completion or "{" + fields.answer + "}")
+
+
+def _check_texts(texts: Mapping[str, str]) -> None:
+    for name, text in texts.items():
+        if not text.strip() or SURROGATES.search(text):
+            raise DataError(f"{name} is {'no valid text' if text.strip() else 'empty'}; give a text in UTF-8")
+
+
+def _check_output(output: Path) -> None:
+    problem = ""
+    if output.suffix.lower() not in _WRITERS:
+        problem = f"has no name that ends with {', '.join(_WRITERS)}"
+    elif output.exists() or not output.absolute().parent.is_dir():
+        problem = "exists already" if output.exists() else "lies in a folder that is not there"
+    if problem:
+        raise RecipeError(f"{output} {problem}; choose another with --output")
 
 
 def _fits(prompt: str, template: str) -> bool:
@@ -365,3 +351,26 @@ def _with_stand_ins(paragraph: object) -> object:
     answers = {"answers": [{"text": word, "answer_start": context.index(word)}], "is_impossible": False}
     qas = [{**item, **answers} if isinstance(item, Mapping) else item for item in paragraph["qas"]]  # type: ignore[index]
     return {**paragraph, "qas": qas}  # type: ignore[dict-item]
+
+
+def _as_table(rows: Sequence[Mapping[str, object]], delimiter: str) -> str:
+    text = io.StringIO()
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(text, names, delimiter=delimiter, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow(
+            {name: _as_json(value) if isinstance(value, list | dict) else value for name, value in row.items()}
+        )
+    return text.getvalue()
+
+
+def _as_json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+_WRITERS: dict[str, Callable[[Sequence[Mapping[str, object]]], str]] = {
+    ".csv": lambda rows: _as_table(rows, ","),
+    ".tsv": lambda rows: _as_table(rows, "\t"),
+    ".jsonl": lambda rows: "".join(_as_json(row) + "\n" for row in rows),
+}

@@ -13,13 +13,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Generic, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from grasp_lora.data.encode import Example
-from grasp_lora.errors import AdapterError, RecipeError
+from grasp_lora.errors import RecipeError
 from grasp_lora.evaluation.short_answers import MetricScore
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.rules import RatioEstimate
+from grasp_lora.storage.reading import is_file, reading
 from grasp_lora.storage.writing import write_json
 from grasp_lora.training.training_settings import TRAINED_AS_MEASURED
 
@@ -30,41 +31,19 @@ TEST_LOSS = "test_loss"
 Shape = TypeVar("Shape")
 
 
-def read_json(file: Path, shape: type[Shape]) -> Shape | None:
-    """Read a JSON file of ours into a typed record; None where it is not there.
+def read_json(file: Path, shape: type[Shape]) -> Shape:
+    """Read a JSON file of ours into a typed record.
 
     Raises:
-        RecipeError: it cannot be read or is not of that shape, as after a change by hand.
+        RecipeError: it is missing, cannot be read, or is not of that shape, as after a change by hand or by another version.
     """
-    try:
+    with reading(file, RecipeError):
         return TypeAdapter(shape).validate_json(file.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise RecipeError(f"{file} cannot be read ({error.strerror}); make it readable") from error
-    except ValidationError as error:
-        raise _damaged(file, error) from error
 
 
-def read_needed(file: Path, shape: type[Shape], made_by: str = "run its recipe again") -> Shape:
-    """Read a JSON file of ours that has to be there; `made_by` says what makes it.
-
-    Raises:
-        RecipeError: it is missing or damaged.
-    """
-    content = read_json(file, shape)
-    if content is None:
-        raise RecipeError(f"{file} is missing; {made_by}")
-    return content
-
-
-def _damaged(file: Path, error: ValidationError) -> RecipeError:
-    first = error.errors()[0]
-    place = ".".join(map(str, first["loc"]))
-    return RecipeError(
-        f"{file} is damaged or of another version ({place + ': ' if place else ''}{first['msg']}); "
-        "delete it, and run the same command again"
-    )
+def read_if_there(file: Path, shape: type[Shape]) -> Shape | None:
+    """The same; None where the file is missing."""
+    return read_json(file, shape) if is_file(file) else None
 
 
 class Result(BaseModel):
@@ -95,7 +74,7 @@ class Result(BaseModel):
         Raises:
             RecipeError: it is missing or damaged.
         """
-        return read_needed(folder / RESULT, cls)
+        return read_json(folder / RESULT, cls)
 
 
 R = TypeVar("R", bound=Result)
@@ -198,29 +177,22 @@ class Adapter:
 
     Args:
         key: hash of all that decides it; steps that rest on it have it among their inputs.
-        load: reads or merges its weights; None of the backbone alone.
+        load: reads or merges its weights; there are none of the backbone alone.
         made: the training that made it; None where none did.
         trail: every finished step that led to it, in order.
         title: name of an adapter that the user gave.
     """
 
     key: str
-    load: Callable[[], AdapterWeights | None]
+    load: Callable[[], AdapterWeights]
     made: Finished[Trained] | None = None
     trail: tuple[Finished[Any], ...] = ()
     title: str = ""
 
     @property
     def weights(self) -> AdapterWeights:
-        """Its weights.
-
-        Raises:
-            AdapterError: it is the backbone alone.
-        """
-        weights = self.load()
-        if weights is None:
-            raise AdapterError("the backbone alone cannot be merged, pruned or trained on; name an adapter")
-        return weights
+        """Its weights, loaded anew each time."""
+        return self.load()
 
     def after(self, *steps: Finished[Any]) -> "Adapter":
         """The same adapter, with more steps among those that led to it: what choosing it cost."""

@@ -5,13 +5,14 @@ the same bits. Nothing is written before the recipe, the backbone, the rows and 
 processes train and measure together, the first one writes, and all of them have to see the folder.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from grasp_lora.engine import deliver
 from grasp_lora.engine.all_rows import train_again
 from grasp_lora.engine.check import check
-from grasp_lora.engine.results import Adapter, Measured, each_once
+from grasp_lora.engine.results import Adapter, Finished, Learned, Measured, each_once
 from grasp_lora.engine.run_folder import (
     ADAPTER_FOLDER,
     ALL_ROWS,
@@ -20,6 +21,7 @@ from grasp_lora.engine.run_folder import (
     MERGED_FOLDER,
     STORE_FOLDER,
     DataFacts,
+    Delivered,
     Metrics,
     Run,
     RunInfo,
@@ -28,7 +30,7 @@ from grasp_lora.engine.run_folder import (
     check_place,
 )
 from grasp_lora.engine.session import Session
-from grasp_lora.engine.steps import Steps
+from grasp_lora.engine.steps import Parents, Steps
 from grasp_lora.engine.store import Store
 from grasp_lora.storage.claims import working_in
 from grasp_lora.storage.processes import join, on_first_process
@@ -60,32 +62,66 @@ def run(session: Session, folder: Path) -> Run:
         return job
 
 
-def main_job(steps: Steps, info: RunInfo) -> Run:
-    """Learn the ratio, make GRASP's result and its rivals, and choose which of them is handed over."""
-    recipe, fixed_ratio = steps.recipe, steps.recipe.final.prune_ratio
-    parents = steps.parents()
-    learned = steps.learn_ratio(parents.merged) if fixed_ratio is None else None
-    ratio = learned.result.estimate.ratio if learned else float(fixed_ratio or 0.0)
-    grasp = steps.finetune(parents.merged.after(*[learned] if learned else []), ratio)
-    continued, left_out = deliver.continue_source(steps) if recipe.final.deliver == "best" else (None, "")
+@dataclass(frozen=True)
+class Made:
+    """What a run has made before it chooses.
 
-    rivals = deliver.candidates(parents, None if left_out else continued, grasp)
+    Args:
+        parents: the adapters that were merged.
+        learned: the controller run; None where the recipe gives the ratio.
+        ratio: prune ratio of GRASP's result, a fraction in [0, 1].
+        grasp: that result.
+        continued: the source adapter, trained on the target rows; None where the recipe does not ask for it, or where it failed.
+        left_out: why that one is no candidate, as a sentence; empty where it is.
+    """
+
+    parents: Parents
+    learned: Finished[Learned] | None
+    ratio: float
+    grasp: Adapter
+    continued: Adapter | None
+    left_out: str
+
+    @property
+    def systems(self) -> dict[str, Adapter]:
+        """What may be handed over, by name."""
+        return deliver.candidates(self.parents, None if self.left_out else self.continued, self.grasp)
+
+    def choose(self, steps: Steps) -> Delivered:
+        """Choose what is handed over."""
+        return deliver.choose(steps, self.systems, self.parents, self.left_out)
+
+
+def make(steps: Steps) -> Made:
+    """Train and merge, learn the ratio, make GRASP's result, and continue the source adapter as the usual practice does."""
+    final, parents = steps.recipe.final, steps.parents()
+    learned = steps.learn_ratio(parents.merged) if final.prune_ratio is None else None
+    ratio = learned.result.estimate.ratio if learned else float(final.prune_ratio or 0.0)
+    grasp = steps.finetune(parents.merged.after(*[learned] if learned else []), ratio)
+    continued, left_out = deliver.continue_source(steps) if final.deliver == "best" else (None, "")
+    return Made(parents, learned, ratio, grasp, continued, left_out)
+
+
+def main_job(steps: Steps, info: RunInfo) -> Run:
+    """Learn the ratio, make GRASP's result and its rivals, measure them, and choose which of them is handed over."""
+    made = make(steps)
+    parents, learned, rivals = made.parents, made.learned, made.systems
     measured = {
         name: _measure(steps, name, system) for name, system in {deliver.ALONE: steps.alone(), **rivals}.items()
     }
-    delivered = deliver.choose(steps, rivals, parents, left_out)
+    delivered = made.choose(steps)
 
     adapters = {
         **parents.named,
         MERGED_FOLDER: parents.merged,
-        FINAL_FOLDER: grasp,
+        FINAL_FOLDER: made.grasp,
         ADAPTER_FOLDER: rivals[delivered.name],
     }
-    if continued is not None:
-        adapters[CONTINUED_FOLDER] = continued
+    if made.continued is not None:
+        adapters[CONTINUED_FOLDER] = made.continued
     all_rows = None
-    if recipe.final.all_rows:
-        all_rows, again, on_all_rows = train_again(steps, parents, delivered.name, rivals[delivered.name], ratio)
+    if steps.recipe.final.all_rows:
+        all_rows, again, on_all_rows = train_again(steps, parents, delivered.name, rivals[delivered.name], made.ratio)
         if again is not None:
             adapters |= {ALL_ROWS: again, ADAPTER_FOLDER: again}
             measured[ALL_ROWS] = _measure(on_all_rows, ALL_ROWS, again)
@@ -94,7 +130,7 @@ def main_job(steps: Steps, info: RunInfo) -> Run:
     estimate = learned.result.estimate if learned else None
     return Run(
         info=info,
-        recipe=recipe,
+        recipe=steps.recipe,
         data=DataFacts.of(steps.session),
         adapters={name: adapter for name, adapter in adapters.items() if adapter.title == "" or name == ADAPTER_FOLDER},
         learned=learned,
@@ -105,10 +141,10 @@ def main_job(steps: Steps, info: RunInfo) -> Run:
             delivered=delivered,
             all_rows=all_rows,
             target_on=parents.choice,
-            prune_ratio=ratio,
+            prune_ratio=made.ratio,
             prune_ratio_interval=(estimate.low, estimate.high) if estimate else None,
             nothing_learned_about_ratio=estimate is not None and estimate.nothing_learned,
-            best_step=grasp.made.result.best_step if grasp.made else 0,
+            best_step=made.grasp.made.result.best_step if made.grasp.made else 0,
             signatures={name: score.signature for name, score in measured["grasp"].metrics.items()},
             test_examples=len(test),
             language=steps.session.language,

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from grasp_lora.data.splits import SPLITS, group_numbers, hash_of
-from grasp_lora.engine.results import Adapter, Finished, Learned, Measured, Prediction, Trained, read_json
+from grasp_lora.engine.results import Adapter, Finished, Learned, Measured, Prediction, Trained, read_if_there
 from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import TargetOn, computed_with, given_adapter
 from grasp_lora.engine.store import ADAPTER
@@ -33,6 +33,7 @@ from grasp_lora.recipes.recipe import Recipe, seen_from
 from grasp_lora.recipes.text import RECIPE_FILE, RUN_FILE, parse
 from grasp_lora.storage.claims import LOCK_FILE
 from grasp_lora.storage.processes import world_size
+from grasp_lora.storage.reading import reading
 from grasp_lora.storage.writing import discard, sync, sync_all, write_json, write_jsonl, write_whole
 
 VERSION = 2  # of the folder
@@ -303,25 +304,22 @@ def begin(folder: Path, session: Session) -> RunInfo:
     Raises:
         RecipeError: the folder holds a run of another recipe, or of other rows, backbone or adapters.
     """
-    now, before = RunInfo.of(session, folder), read_json(folder / RUN_FILE, RunInfo)
+    now, before = RunInfo.of(session, folder), read_if_there(folder / RUN_FILE, RunInfo)
     if before is None:
         write_json(folder / RUN_FILE, asdict(now))
         write_whole(folder / RECIPE_FILE, session.recipe.to_yaml(folder))
         return now
-    advice = "choose another folder with --output, or delete it"
-    if before.recipe_hash not in session.recipe.choices():
-        raise RecipeError(f"{folder} holds a run of another recipe ({_differences(folder, session.recipe)}); {advice}")
-    if before.dtype != now.dtype:
-        raise RecipeError(
-            f"{folder} was begun in {before.dtype}, and here it would go on in {now.dtype}; "
-            f"set backbone.dtype to {before.dtype}, or {advice}"
-        )
     facts = {"computed_with": "backbone", "parents": "given adapters", "data": "rows"}
     changed = [what for key, what in facts.items() if getattr(before, key) != getattr(now, key)]
-    if changed:
-        raise RecipeError(
-            f"{folder} was begun with other {' and '.join(changed)} than the recipe's files hold now; put those back, or {advice}"
-        )
+    problem = ""
+    if before.recipe_hash not in session.recipe.choices():
+        problem = f"holds a run of another recipe ({_differences(folder, session.recipe)}); "
+    elif before.dtype != now.dtype:
+        problem = f"was begun with backbone.dtype {before.dtype}, which is {now.dtype} here; set it to that, or "
+    elif changed:
+        problem = f"was begun with other {' and '.join(changed)} than the recipe's files hold now; put those back, or "
+    if problem:
+        raise RecipeError(f"{folder} {problem}choose another folder with --output, or delete it")
     if before.recipe_hash != now.recipe_hash:  # it hands over something else now
         before = replace(before, recipe_hash=now.recipe_hash)
         write_json(folder / RUN_FILE, asdict(before))
@@ -335,12 +333,8 @@ def check_place(folder: Path) -> None:
     Raises:
         RecipeError: it is a file, cannot be read, or holds something that no experiment has written.
     """
-    try:
-        if folder.exists() and not folder.is_dir():
-            raise RecipeError(f"{folder} is a file; give a folder with --output")
-        present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    except OSError as error:
-        raise RecipeError(f"{folder} cannot be read ({error.strerror}); choose another with --output") from error
+    with reading(folder, RecipeError):
+        present = {path.name for path in folder.iterdir()} if folder.exists() else set()
     # What one that was killed before it really began may have left is no experiment, and no obstacle.
     if present - {LOCK_FILE, f"{RUN_FILE}.part"} and not present & {RUN_FILE, STORE_FOLDER, COMPARE_FOLDER}:
         raise RecipeError(f"{folder} is not empty and no experiment's; choose another with --output")

@@ -1,7 +1,6 @@
-"""Single steps on folders, without a run around them: merge, learn, finetune, evaluate."""
+"""Work on adapters in folders, without a run around it: merge, evaluate."""
 
 import logging
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -9,23 +8,13 @@ from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 
-from grasp_lora.engine.check import check, check_rounds
-from grasp_lora.engine.results import Learned, Trained, read_json
-from grasp_lora.engine.run_folder import (
-    ADAPTER_FOLDER,
-    DATA_FILE,
-    HISTORY_FILE,
-    RATIO_FILE,
-    SPARSITY_FILE,
-    DataFacts,
-    SystemScores,
-)
+from grasp_lora.engine.check import check
+from grasp_lora.engine.results import read_if_there
+from grasp_lora.engine.run_folder import DATA_FILE, DataFacts, SystemScores
 from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import Steps, given_adapter
-from grasp_lora.engine.store import ADAPTER, Store
-from grasp_lora.errors import RecipeError
-from grasp_lora.method.lora import AdapterWeights
-from grasp_lora.method.merging import MergeSettings, merge_rule
+from grasp_lora.engine.store import Store
+from grasp_lora.method.merging import MergeSettings
 from grasp_lora.method.merging import merge as merge_weights
 from grasp_lora.models.adapter_files import Answers, LoadedAdapter, read_adapter
 from grasp_lora.models.adapters import check_fits, save_adapter
@@ -42,11 +31,8 @@ logger = logging.getLogger(__name__)
 def merge_folders(
     places: Sequence[str],
     output: Path,
-    backbone: str | None,
-    rule: str,
-    weights: Sequence[float] | None,
-    rank: int | None,
-    density: float,
+    settings: MergeSettings,
+    backbone: str | None = None,
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -56,16 +42,12 @@ def merge_folders(
     Args:
         places: PEFT adapters, folders or hub ids.
         output: a folder that does not exist or is empty.
+        settings: rule, weights, rank and density.
         backbone, revision, trust_remote_code: as in a recipe's `backbone`; None takes the one that the first adapter names.
-        rule, weights, rank, density: see `MergeSettings`.
 
     Raises:
-        GraspError: an adapter, the rule's settings or the output folder does not fit.
+        GraspError: an adapter or the output folder does not fit.
     """
-    try:
-        settings = MergeSettings(rule, tuple(weights) if weights else None, rank, density)
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
     refuse_existing(output)
     adapters = [read_adapter(place) for place in places]
     merged = merge_weights([adapter.weights for adapter in adapters], settings).together()
@@ -98,50 +80,13 @@ def merge_folders(
             revision=loaded.revision,
         )
     ranks = sorted({pair.rank for pair in merged.values()})
-    line = f"merged {len(adapters)} adapters by {rule!r}: {len(merged)} modules, ranks {ranks} -> {output}"
+    line = f"merged {len(adapters)} adapters by {settings.rule!r}: {len(merged)} modules, ranks {ranks} -> {output}"
     if not alike:
         line += "; they were trained to answer in different ways, so tell predict: --stop, --max-new-tokens, --chat"
     if reworded or not alike:
         line += "; their prompts are worded in different ways" if reworded else ""
         line += "; so predict takes whole prompts" + (" and writes any text, not one of their labels" if labels else "")
     return line
-
-
-def learn_folder(session: Session, place: str, output: Path) -> Learned:
-    """Run the controller on an adapter; write its records, ratio.json and the trained adapter."""
-    _check_one_adapter(session)
-    refuse_existing(output)
-    check(session, parents=False)
-    check_rounds(session)
-    adapter = given_adapter(session.read(_from_here(place)))
-    with _scratch() as scratch, new_folder(output) as draft:
-
-        def leave(weights: AdapterWeights) -> None:
-            session.save(draft / ADAPTER_FOLDER, weights)
-
-        steps = Steps(session, Store(scratch))
-        learned = steps.control(adapter, session.recipe.controller, scratch / "controller", leave)
-        write_json(draft / RATIO_FILE, asdict(learned.estimate))
-        for name, rows in (("rounds", learned.rounds), ("timings", learned.timings), ("history", learned.history)):
-            write_jsonl(draft / f"{name}.jsonl", rows)
-    return learned
-
-
-def finetune_folder(session: Session, place: str, prune_ratio: float, output: Path) -> Trained:
-    """Prune an adapter at a ratio and fine-tune it; write the adapter, its history and its sparsity."""
-    if not 0.0 <= prune_ratio <= 1.0:
-        raise RecipeError(f"the prune ratio is {prune_ratio}; it must be a fraction in [0, 1]")
-    _check_one_adapter(session)
-    refuse_existing(output)
-    check(session, parents=False)
-    start = given_adapter(session.read(_from_here(place)))
-    with _scratch() as scratch, new_folder(output) as draft:
-        made = Steps(session, Store(scratch)).finetune(start, prune_ratio).made
-        assert made is not None
-        shutil.copytree(made.folder / ADAPTER, draft, dirs_exist_ok=True)
-        write_json(draft / SPARSITY_FILE, made.result.kept)
-        write_jsonl(draft / HISTORY_FILE, made.result.history)
-    return made.result
 
 
 def evaluate_folders(
@@ -197,7 +142,7 @@ def _warn_of_other_prompt(session: Session, adapter: LoadedAdapter) -> None:
 def _warn_of_known_rows(session: Session, name: str, place: str) -> None:
     """Warn where test rows are, by their ids, among those that the run of an adapter trained or chose on."""
     for folder in islice(Path(place).absolute().parents, MOST_ABOVE):
-        facts = read_json(folder / DATA_FILE, DataFacts)
+        facts = read_if_there(folder / DATA_FILE, DataFacts)
         if facts is not None:
             used = {row for split in ("train", "dev", "micro_dev") for row in facts.ids.get(split, ())}
             test = [example.public_id for example in session.splits.test]
@@ -217,16 +162,6 @@ def _scratch() -> Iterator[Path]:
     """A temporary folder; where it is full that is one line."""
     with tempfile.TemporaryDirectory() as name, clear_write_errors(Path(name)):
         yield Path(name)
-
-
-def _check_one_adapter(session: Session) -> None:
-    """Refuse to train one adapter by a recipe that trains several as one: masks would be others than those of its run."""
-    rule = session.recipe.merge.rule
-    if merge_rule(rule).space.apart:
-        raise RecipeError(
-            f"merge.rule {rule!r} keeps adapters apart while they train, which a saved adapter cannot; use 'run', or set another "
-            "rule, such as merge.rule=exact, to train this one as it is"
-        )
 
 
 def _from_here(place: str) -> str | Path:

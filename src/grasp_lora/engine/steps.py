@@ -15,7 +15,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,7 +155,7 @@ class Steps:
 
     def alone(self) -> Adapter:
         """The backbone without an adapter."""
-        return Adapter("backbone", lambda: None)
+        return Adapter("backbone", lambda: AdapterWeights({}))
 
     def sources(self) -> tuple[Adapter, ...]:
         """The source adapters: those that the recipe names, or the one that is trained; all seeds share them."""
@@ -363,18 +362,18 @@ class Steps:
         """The source adapter, trained on the target rows as the final run is, nothing pruned."""
         return self.finetune(self.source(), 0.0)
 
-    def learn_ratio(self, merged: Adapter, stage: ControllerStage | None = None) -> Finished[Learned]:
+    def learn_ratio(self, merged: Adapter, own_stage: ControllerStage | None = None) -> Finished[Learned]:
         """Run the controller on a merged adapter.
 
         Args:
             merged: the adapter that it trains and probes; it stays as it is.
-            stage: in place of the recipe's own.
+            own_stage: in place of the recipe's.
 
         Raises:
             ProbeError: a loss is not finite.
             GraspError: the run ended before a round followed a step.
         """
-        stage = stage or self.recipe.controller
+        stage = own_stage or self.recipe.controller
         inputs = self._inputs(
             revision=REVISIONS["controller"],
             data=self._data("train", *stage.splits),
@@ -388,59 +387,50 @@ class Steps:
             mask=asdict(self.recipe.mask),
             dropout=self.recipe.dropout,
         )
-        work = partial(self.control, merged, stage)
-        return self.store.step("controller", inputs, Learned, work, trains=True)
 
-    def control(
-        self,
-        merged: Adapter,
-        stage: ControllerStage,
-        folder: Path,
-        leave: Callable[[AdapterWeights], None] | None = None,
-    ) -> Learned:
-        """Run the controller and return what it learned; `leave` is given the adapter as the run left it."""
-        from grasp_lora.training.controller import GraspController
-        from grasp_lora.training.trainer import finetune
+        def work(folder: Path) -> Learned:
+            from grasp_lora.training.controller import GraspController
+            from grasp_lora.training.trainer import finetune
 
-        weights = merged.weights
-        self._check_trained(weights)
-        recipe, train = self.recipe, self.splits.train
-        policy = replace(stage.policy, seed=recipe.seed_of(f"policy {stage.policy.seed}"))
-        pool = [row for split in stage.rounds.splits for row in getattr(self.splits, split)]
-        controller = GraspController(
-            probes_of(pool, self.session.pad_id, stage.rounds.turn(len(pool)), policy.seed),
-            replace(stage, policy=policy),
-            recipe.mask,
-            segments_of(weights),
-            folder / WORK,
-            self.session.progress.round,
-        )
-        dev = () if stage.training.patience is None else self.splits.dev
-        how = self._how(stage.training, recipe.seed_of("controller order"), folder)
-        with attached(self._backbone, weights, dropout=recipe.dropout) as model:
-            result = finetune(model, train, dev, controller=controller, **how)
-            if leave:
-                leave(adapter_weights(model, segments_of(weights)))
-        rounds, timings = controller.rows()
-        # A round before training shows nothing of training. It is enough only where none but it was planned.
-        if not any(row["step"] for row in rounds) and stage.round_steps(len(train)) != [0]:
-            raise GraspError(
-                f"the controller run stopped by its dev loss at step {result.steps}, before a round followed a step; "
-                "lower controller.rounds.every, or raise controller.training.patience"
+            weights = merged.weights
+            self._check_trained(weights)
+            recipe, train = self.recipe, self.splits.train
+            policy = replace(stage.policy, seed=recipe.seed_of(f"policy {stage.policy.seed}"))
+            pool = [row for split in stage.rounds.splits for row in getattr(self.splits, split)]
+            controller = GraspController(
+                probes_of(pool, self.session.pad_id, stage.rounds.turn(len(pool)), policy.seed),
+                replace(stage, policy=policy),
+                recipe.mask,
+                segments_of(weights),
+                folder / WORK,
+                self.session.progress.round,
             )
-        probed = sum(
-            len(row["baseline_losses"]) + len(set(row["candidates"])) * len(row["candidate_losses"][0])
-            for row in rounds
-        )
-        return Learned(
-            estimate=controller.learned,
-            rounds=rounds,
-            timings=timings,
-            history=[dict(row) for row in result.history],
-            steps=result.steps,
-            trained_examples=_trained_examples(result, stage.training, train),
-            measured_examples=probed + _evaluated_examples(result, dev),
-        )
+            dev = () if stage.training.patience is None else self.splits.dev
+            how = self._how(stage.training, recipe.seed_of("controller order"), folder)
+            with attached(self._backbone, weights, dropout=recipe.dropout) as model:
+                result = finetune(model, train, dev, controller=controller, **how)
+            rounds, timings = controller.rows()
+            # A round before training shows nothing of training. It is enough only where none but it was planned.
+            if not any(row["step"] for row in rounds) and stage.round_steps(len(train)) != [0]:
+                raise GraspError(
+                    f"the controller run stopped by its dev loss at step {result.steps}, before a round followed a step; "
+                    "lower controller.rounds.every, or raise controller.training.patience"
+                )
+            probed = sum(
+                len(row["baseline_losses"]) + len(set(row["candidates"])) * len(row["candidate_losses"][0])
+                for row in rounds
+            )
+            return Learned(
+                estimate=controller.learned,
+                rounds=rounds,
+                timings=timings,
+                history=[dict(row) for row in result.history],
+                steps=result.steps,
+                trained_examples=_trained_examples(result, stage.training, train),
+                measured_examples=probed + _evaluated_examples(result, dev),
+            )
+
+        return self.store.step("controller", inputs, Learned, work, trains=True)
 
     def on_all_rows(self, target_epochs: float, final_epochs: float) -> "Steps":
         """The steps whose training rows are all rows outside the test, so that none is left to stop by.
@@ -529,7 +519,7 @@ class Steps:
         rows = getattr(self.splits, split)
         inputs = self._measured(adapter, revision=REVISIONS["losses"], data=self._data(split), split=split)
         return self.store.step(f"{split}-losses", inputs, Losses, lambda folder: Losses(
-            losses=self._losses(adapter.load(), rows), measured_examples=len(rows)
+            losses=self._losses(adapter.weights, rows), measured_examples=len(rows)
         ))  # fmt: skip
 
     def errors(self, adapter: Adapter, split: str) -> Finished[Losses]:
@@ -540,7 +530,7 @@ class Steps:
         )
 
         def work(folder: Path) -> Losses:
-            with self._on_backbone(adapter.load()) as model:
+            with self._on_backbone(adapter.weights) as model:
                 answers = self._likeliest(model, rows)
             wrong = [float(row.completion_ids != labels[answer]) for row, answer in zip(rows, answers, strict=True)]
             return Losses(losses=wrong, measured_examples=len(rows))
@@ -566,7 +556,7 @@ class Steps:
 
         def work(folder: Path) -> AnswerTexts:
             tell = self.session.progress.answered
-            with self._on_backbone(adapter.load()) as model:
+            with self._on_backbone(adapter.weights) as model:
                 if self.splits.labels:
                     return AnswerTexts(answers=list(self._likeliest(model, test, tell)))
                 tokenizer = backbone.tokenizer
@@ -592,11 +582,11 @@ class Steps:
             "scores", inputs, Scores, lambda folder: Scores(metrics=dict(session.score(answers.result.answers)))
         )
 
-    def _on_backbone(self, weights: AdapterWeights | None) -> AbstractContextManager[Any]:
+    def _on_backbone(self, weights: AdapterWeights) -> AbstractContextManager[Any]:
         """The backbone with an adapter, or alone."""
-        return nullcontext(self._backbone) if weights is None else attached(self._backbone, weights.together())
+        return attached(self._backbone, weights.together()) if weights else nullcontext(self._backbone)
 
-    def _losses(self, weights: AdapterWeights | None, rows: Sequence[Example]) -> list[float]:
+    def _losses(self, weights: AdapterWeights, rows: Sequence[Example]) -> list[float]:
         with self._on_backbone(weights) as model:
             return ProbeSet(rows, self.session.pad_id).losses(model) if rows else []
 

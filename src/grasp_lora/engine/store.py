@@ -32,8 +32,8 @@ from typing import Any, TypeVar
 from safetensors import SafetensorError, safe_open
 
 from grasp_lora.engine.progress import Progress
-from grasp_lora.engine.results import RESULT, Finished, Result, Trained, read_json
-from grasp_lora.errors import DivergedError, GraspError, RecipeError
+from grasp_lora.engine.results import RESULT, Finished, Result, Trained, read_if_there
+from grasp_lora.errors import DivergedError, GraspError
 from grasp_lora.models.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from grasp_lora.storage.checkpoints import newest_checkpoint, remove_checkpoints, seconds_of
 from grasp_lora.storage.claims import Busy, Workplace, claim, make_folder
@@ -107,8 +107,6 @@ class Store:
         key = key_of(name, inputs)
         if key in self._finished:
             return self._finished[key]
-        if key in self._failed:
-            raise self._failed[key]
         folder = self.folder / f"{name}-{key}"
         finished = self._read(name, key, folder, kind)
         if finished is None:
@@ -116,7 +114,8 @@ class Store:
             with claim(folder, wait=False):
                 finished = self._read(name, key, folder, kind)  # another process may have done it by now
                 if finished is None:
-                    self._check_not_failed(key, folder)
+                    if failure := self._failure(key, folder):
+                        raise failure
                     self._progress.begin(name)
                     if self._work:
                         self._work.place = f"at the step {name}"
@@ -138,24 +137,21 @@ class Store:
         return finished
 
     def _read(self, name: str, key: str, folder: Path, kind: type[R]) -> Finished[R] | None:
-        done = on_first_process(lambda: read_json(folder / DONE, Done))
-        if done is None:
-            return None
-        if (done.key, done.version) != (key, VERSION) or key_of(name, done.inputs) != key:
-            raise RecipeError(f"{folder / DONE} was changed: it does not belong to its folder; delete that folder")
-        if not on_first_process(lambda: _is_whole(folder, kind)):
+        done = on_first_process(lambda: read_if_there(folder / DONE, Done))
+        if done is None or key_of(name, done.inputs) != key or not on_first_process(lambda: _is_whole(folder, kind)):
             return None
         return Finished(name, key, folder, kind.read(folder), done.seconds, done.made_with, repeated=True)
 
     def _deferred(self, trains: bool) -> Any:
         return self._work.interruption.deferred() if trains and self._work else nullcontext()
 
-    def _check_not_failed(self, key: str, folder: Path) -> None:
-        failed = on_first_process(lambda: read_json(folder / FAILED, Failed))
-        if failed is not None and failed.made_with == made_with():
+    def _failure(self, key: str, folder: Path) -> GraspError | None:
+        """Why a step is not tried again: it failed in this process, or diverged on such a machine."""
+        failed = on_first_process(lambda: read_if_there(folder / FAILED, Failed))
+        if key not in self._failed and failed is not None and failed.made_with == made_with():
             logger.warning("this training diverged before and is not tried again until %s is removed", folder / FAILED)
             self._failed[key] = DivergedError(failed.error)
-            raise self._failed[key]
+        return self._failed.get(key)
 
     def _note_failure(self, key: str, folder: Path, error: GraspError) -> None:
         if isinstance(error, Busy):

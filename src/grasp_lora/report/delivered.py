@@ -6,12 +6,11 @@ from pathlib import Path
 
 from grasp_lora.data.splits import HELD_OUT
 from grasp_lora.data.tasks import ANY_LANGUAGE, TEMPLATES, options_of
-from grasp_lora.engine.check import check_can_be_cut
+from grasp_lora.engine.check import why_no_folds
 from grasp_lora.engine.compare import LEAST_TEST
 from grasp_lora.engine.results import main_metric
 from grasp_lora.engine.run_folder import ADAPTER_FOLDER, ALL_ROWS, FINAL_FOLDER, PROMPT_FILE, Run
 from grasp_lora.engine.steps import TargetOn
-from grasp_lora.errors import RecipeError
 from grasp_lora.report.examples import best_guess
 from grasp_lora.report.tables import METRIC_NAMES, Difference, percent, score_digits
 
@@ -175,7 +174,7 @@ def next_steps(run: Run, recipe: str, overrides: Sequence[str], folder: Path, al
     if (
         run.learned is not None and run.metrics.test_examples >= LEAST_TEST
     ):  # else `compare` refuses, or measures another GRASP
-        folds = _few_rows(run) and _can_be_cut(run)
+        folds = _few_rows(run) and why_no_folds(run.recipe) is None
         cost = f"each row tested once, about {FOLDS} times" if folds else "three seeds, about three times"
         words = [
             recipe,
@@ -199,12 +198,3 @@ def _few_rows(run: Run) -> bool:
     ids, groups = run.data.ids, len(set(run.data.test_groups))
     rows = sum(len(ids[split]) for split in ("train", *HELD_OUT)) + run.data.report["target"]["unused"]
     return rows < FEW_ROWS and groups + sum(bool(ids[split]) for split in ("train", "dev", "micro_dev")) >= FOLDS
-
-
-def _can_be_cut(run: Run) -> bool:
-    """Whether a comparison of the run's recipe may have folds."""
-    try:
-        check_can_be_cut(run.recipe)
-    except RecipeError:
-        return False
-    return True
