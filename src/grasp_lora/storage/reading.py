@@ -75,7 +75,7 @@ def reason(error: Exception) -> str:
         return error.strerror or one_line(str(error))
     if isinstance(error, ValidationError):
         first = error.errors(include_url=False, include_context=False)[0]
-        return f"{'.'.join(one_line(str(part)) for part in first['loc'])}: {first['msg']}"
+        return ": ".join(filter(None, (".".join(one_line(str(part)) for part in first["loc"]), first["msg"])))
     if isinstance(error, KeyError):
         return f"{one_line(str(error))} is missing"
     return one_line(str(error))[:300].rstrip(".") or type(error).__name__
