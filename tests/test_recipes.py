@@ -21,6 +21,9 @@ COUNTS = {
 }
 STAGES = ("source", "target", "controller", "final")
 GROUPS = 24
+RUN = (  # one of each pair of languages, whose recipes differ in names and files
+    "demo-ar", "llama3-8b-mlqa-zh", "llama3-8b-xlsum-ar", "mlqa-ar", "mlqa-xquad-zh", "nusax-su", "tydiqa-ko", "xlsum-zh",
+)  # fmt: skip
 
 
 def question_answering(language: str) -> list[dict[str, str]]:
@@ -158,7 +161,7 @@ def test_the_papers_recipes_are_as_the_released_code_runs(name: str, tokens: int
     assert (recipe.generation.max_new_tokens, recipe.generation.stop) == (tokens, ())
 
 
-@pytest.mark.parametrize("name", builtin_recipes())
+@pytest.mark.parametrize("name", RUN)
 def test_a_shipped_recipe_can_be_checked_and_run(
     name: str, arguments: Callable[[str], list[str]], cli: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -112,11 +112,3 @@ def test_a_model_that_cannot_be_used_is_an_error_of_one_line(place, message):
     with pytest.raises(RecipeError, match=message) as caught:
         lack_of_bertscore("zh", BertScoreSettings({"zh": place}), offline=True)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("language", "message"), [("zh-CN", "models has the key 'zh-CN'"), ("Chinese", "'Chinese' is no language code")]
-)
-def test_a_model_is_of_a_language_code(language, message):
-    with pytest.raises(ValueError, match=message):
-        BertScoreSettings({language: "x"})

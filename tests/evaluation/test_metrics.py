@@ -105,9 +105,7 @@ def test_a_metric_of_the_users_own_is_found_by_its_import_path(own_module):
     ("name", "message"),
     [
         ("meteor", "metric is 'meteor'; allowed: accuracy, macro_f1, exact_match, f1, .*import path"),
-        ("no_such_module_here:f", "'no_such_module_here' cannot be imported .*PYTHONPATH"),
-        ("json:no_such_function", "module 'json' has no 'no_such_function'"),
-        ("json:__name__", "metric 'json:__name__' is a str; name a function"),
+        ("no_such_module_here:f", "metrics: No module named 'no_such_module_here'"),
     ],
 )
 def test_what_is_no_metric_is_an_error(name, message):
@@ -119,11 +117,9 @@ def test_what_is_no_metric_is_an_error(name, message):
 @pytest.mark.parametrize(
     ("result", "message"),
     [
-        ("0.5", "gave a float; it must give a MetricScore"),
-        ("MetricScore('x', 1.0, 's', (1.0,))", "2 finite numbers, .* it gave the value 1, 1 scores of examples"),
-        ("MetricScore('x', float('nan'), 's', (1.0, 2.0))", "it gave the value nan"),
-        ("MetricScore('x', 1.0, 's', (1.0, float('inf')))", "finite numbers"),
-        ("MetricScore('x', 1.0, '', (1.0, 2.0))", "must give a signature"),
+        ("MetricScore('x', 1.0, 's', (1.0,))", "must give a score, .*, for each of 2 examples"),
+        ("MetricScore('x', float('nan'), 's', (1.0, 2.0))", "gave a number that is not finite"),
+        ("MetricScore('x', 1.0, 's', (1.0, float('inf')))", "gave a number that is not finite"),
         ("MetricScore('x', 40.0, 's', (10.0, 20.0))", "gave the value 40, .* have the mean 15; .*from_statistics"),
     ],
 )

@@ -246,7 +246,6 @@ def test_bleu_is_computed_again_for_each_draw_and_averaged_over_runs():
 @pytest.mark.parametrize(
     ("ours", "theirs", "message"),
     [
-        ([1.0, 2.0, 3.0], [1.0, 2.0], "grid has 2 examples of 1 values, ours has 3"),
         ([1.0], [1.0], "at least 2 test examples"),
         ([1.0, float("nan")], [1.0, 2.0], "values of ours .* finite"),
         ([1.0, 2.0], [1.0, float("inf")], "values of grid .* finite"),
@@ -256,13 +255,6 @@ def test_bleu_is_computed_again_for_each_draw_and_averaged_over_runs():
 def test_what_cannot_be_compared_is_an_error(ours, theirs, message):
     with pytest.raises(DataError, match=message):
         compare_with_baselines(ours, {"grid": theirs})
-
-
-def test_too_few_draws_are_refused():
-    message = "38 resamples are too few for 1 comparisons at confidence 0.95; use at least 39"
-    with pytest.raises(ValueError, match=message):
-        compared([1.0, 2.0], [1.0, 3.0], resamples=38)
-    assert compared([1.0, 2.0], [1.0, 3.0], resamples=39).resamples == 39
 
 
 def test_what_is_not_looked_at_together_is_taken_alone():

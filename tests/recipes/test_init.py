@@ -2,15 +2,12 @@
 
 import csv
 import json
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -34,18 +31,8 @@ def labelled(count: int, labels: list[str]) -> Rows:
     return [{"text": f"t {i}", "label": labels[i % len(labels)]} for i in range(count)]
 
 
-def messages(count: int, name: str = "t", turns: int = 1) -> Rows:
-    before = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hi"}] * (turns - 1)
-    return [
-        {
-            "messages": [
-                *before,
-                {"role": "user", "content": f"{name} {i}?"},
-                {"role": "assistant", "content": f"{i % 9}"},
-            ]
-        }
-        for i in range(count)
-    ]
+def turns(name: str, i: int) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"{name} {i}?"}, {"role": "assistant", "content": f"{i % 9}"}]
 
 
 def squad(count: int, name: str = "t", per_article: int = 3) -> dict[str, Any]:
@@ -88,68 +75,45 @@ def start(tmp_path: Path, tiny_backbone_folder: Path, monkeypatch: pytest.Monkey
     return call
 
 
-def fits(file: Path) -> dict[str, int]:
-    """Run the checks of `grasp-lora check`; return the sizes of the splits."""
-    session = Session(*load_recipe(file))
-    findings = preflight(session)
-    assert all(finding.text for finding in findings)
+def sizes_of(file: Path) -> dict[str, int]:
+    """The sizes of the splits."""
+    splits = Session(*load_recipe(file)).splits
     names = ("source_train", "source_dev", "train", "dev", "micro_dev", "test")
-    return {name: len(getattr(session.splits, name)) for name in names}
+    return {name: len(getattr(splits, name)) for name in names}
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("t.csv", completion),
-        ("t.jsonl", completion),
-        ("t.jsonl", messages),
-        ("t.json", squad),
-        (
-            "t.jsonl",
-            lambda n, name="t": [{"context": f"{name}{i} a", "question": "?", "answers": ["a"]} for i in range(n)],
-        ),
-        ("t.jsonl", lambda n, name="t": [{"document": f"{name} {i}", "summary": "s"} for i in range(n)]),
-        ("t.jsonl", lambda n, name="t": [{"instruction": f"{name} {i}", "input": "", "output": "s"} for i in range(n)]),
-        (
-            "t.jsonl",
-            lambda n, name="t": [
-                {"conversations": [{"from": "human", "value": f"{name} {i}?"}, {"from": "gpt", "value": "s"}]}
-                for i in range(n)
-            ],
-        ),
-        ("t.csv", lambda n, name="t": [{"Text": f"{name} {i}", "SUMMARY ": "s"} for i in range(n)]),
-        (
-            "t.jsonl",
-            lambda n, name="t": [
-                {"id": f"{name}{i}", "title": f"{name} {i}", "text": f"{name} {i}", "summary": "s"} for i in range(n)
-            ],
-        ),
-        (
-            "t.csv",
-            lambda n, name="t": [{"id": f"{name}{i}", "text": f"{name} {i}", "label": "ab"[i % 2]} for i in range(n)],
-        ),
-        ("t.csv", lambda n, name="t": [{"Sentence": f"{name} {i}", "Label": "ab"[i % 2]} for i in range(n)]),
-        ("t.csv", lambda n, name="t": [{"source": f"{name} {i}", "target": f"ada {i}"} for i in range(n)]),
-    ],
-    ids=[
-        "csv",
-        "jsonl",
-        "messages",
-        "squad",
-        "answers",
-        "document",
-        "alpaca",
-        "sharegpt",
-        "renamed",
-        "xlsum",
-        "label",
-        "relabelled",
-        "parallel",
-    ],
-)
-def test_the_recipe_passes_the_check(name: str, content: Callable[..., Any], start: Callable[..., Path]) -> None:
-    data, source = write(Path(name), content(90)), write(Path("s") / name, content(60, "s"))
-    sizes = fits(start(data, (str(source),)))
+# Of each name the file, and a row of it by the name of its side and its number.
+KINDS: dict[str, tuple[str, Callable[[str, int], dict[str, Any]]]] = {
+    "csv": ("t.csv", lambda name, i: {"prompt": f"{name} {i}?", "completion": f"{i % 9}"}),
+    "messages": ("t.jsonl", lambda name, i: {"messages": turns(name, i)}),
+    "answers": ("t.jsonl", lambda name, i: {"context": f"{name}{i} a", "question": "?", "answers": ["a"]}),
+    "document": ("t.jsonl", lambda name, i: {"document": f"{name} {i}", "summary": "s"}),
+    "alpaca": ("t.jsonl", lambda name, i: {"instruction": f"{name} {i}", "input": "", "output": "s"}),
+    "sharegpt": (
+        "t.jsonl",
+        lambda name, i: {"conversations": [{"from": "human", "value": f"{name} {i}?"}, {"from": "gpt", "value": "s"}]},
+    ),
+    "renamed": ("t.csv", lambda name, i: {"Text": f"{name} {i}", "SUMMARY ": "s"}),
+    "xlsum": (
+        "t.jsonl",
+        lambda name, i: {"id": f"{name}{i}", "title": f"{name} {i}", "text": f"{name}{i}", "summary": "s"},
+    ),
+    "label": ("t.csv", lambda name, i: {"id": f"{name}{i}", "Sentence": f"{name} {i}", "Label": "ab"[i % 2]}),
+    "parallel": ("t.csv", lambda name, i: {"source": f"{name} {i}", "target": f"ada {i}"}),
+}
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "squad"])
+def test_the_recipe_passes_the_check(kind: str, start: Callable[..., Path]) -> None:
+    name, row = KINDS.get(kind, ("t.json", None))
+    target, source = (
+        [row(side, i) for i in range(count)] if row else squad(count, side) for side, count in (("t", 90), ("s", 60))
+    )
+    data, rich = write(Path(name), target), write(Path("s") / name, source)
+    file = start(data, (str(rich),))
+    if kind in ("csv", "messages"):
+        assert all(finding.text for finding in preflight(Session(*load_recipe(file))))
+    sizes = sizes_of(file)
     assert sizes["train"] + sizes["dev"] + sizes["micro_dev"] + sizes["test"] <= 90
     assert 8 <= sizes["micro_dev"] <= 16
     assert sizes["test"] >= 18
@@ -179,7 +143,7 @@ def test_what_is_not_held_out_is_for_training(
     assert target.train == (None if train + dev + micro_dev + test == count else train)
 
 
-@pytest.mark.parametrize("count", range(FEWEST, 240, 7))
+@pytest.mark.parametrize("count", range(FEWEST, 240, 35))
 def test_sizes_fit_however_many_examples_there_are(count: int, start: Callable[..., Path]) -> None:
     recipe, _ = load_recipe(start(write(Path("t.jsonl"), completion(count))))
     target = recipe.data.target
@@ -251,7 +215,6 @@ def test_usual_names_of_prompt_and_completion_are_understood(
         text = columns + "\n" + "".join(f"{name} {i}? , it {i}\n" for i in range(60))
         Path(f"{name}.csv").write_text(text, encoding="utf-8")
     assert load_recipe(start(Path("t.csv"), ("s.csv",)))[0].data.target.columns == expected
-    fits(Path("mine.yaml"))
 
 
 @pytest.mark.parametrize("part", ["context", "system", "history"])
@@ -287,7 +250,7 @@ def test_columns_that_the_user_names_are_those_of_the_recipe_and_of_the_run(star
     recipe, _ = load_recipe(start(data, (str(source),), language="sw", columns=COLUMNS))
     assert recipe.data.target.columns == {"context": "Muktadha", "question": "Swali", "answer": "Jibu"}
     assert (recipe.data.task, recipe.data.source.columns) == ("qa", {})
-    assert fits(Path("mine.yaml"))["train"] == 25
+    assert sizes_of(Path("mine.yaml"))["train"] == 25
 
 
 def test_a_source_has_columns_of_its_own_names(start: Callable[..., Path]) -> None:
@@ -299,7 +262,7 @@ def test_a_source_has_columns_of_its_own_names(start: Callable[..., Path]) -> No
         match=r"s\.csv has the columns .* such as --source-column context=Passage --source-column question=Q,",
     ):
         start(data, source, columns=COLUMNS)
-    with pytest.raises(DataError, match=r"s\.csv has no column 'P' \(--source-column context=\.\.\.\)"):
+    with pytest.raises(DataError, match=r"s\.csv has no column 'P', which --source-column names"):
         start(data, source, columns=COLUMNS, source_columns=["context=P"])
     with pytest.raises(DataError, match="--source-column is 'Q'; write FIELD=COLUMN"):
         start(data, source, columns=COLUMNS, source_columns=["Q"])
@@ -307,7 +270,7 @@ def test_a_source_has_columns_of_its_own_names(start: Callable[..., Path]) -> No
     recipe, _ = load_recipe(start(data, source, columns=COLUMNS, source_columns=own))
     assert recipe.data.source is not None
     assert recipe.data.source.columns == {"context": "Passage", "question": "Q", "answer": "Jibu"}
-    assert fits(Path("mine.yaml"))["source_train"]
+    assert sizes_of(Path("mine.yaml"))["source_train"]
 
 
 def test_without_a_context_question_and_answer_are_prompt_and_completion(start: Callable[..., Path]) -> None:
@@ -322,16 +285,12 @@ def test_without_a_context_question_and_answer_are_prompt_and_completion(start: 
     [
         (["question"], "--column is 'question'; write FIELD=COLUMN, such as question=Swali"),
         (["swali=Swali"], "'swali=Swali'; write .* Fields: answer, completion, context"),
-        (["question=Swali", "question=Jibu"], "'question=Jibu' names a field or a column for a second time"),
-        (
-            ["question=Suali"],
-            r"t\.csv has no column 'Suali' \(--column question=\.\.\.\); it has Muktadha, Swali, Jibu",
-        ),
+        (["question=Swali", "question=Jibu"], "--column is 'question=Jibu'; .* each field once"),
+        (["question=Suali"], r"t\.csv has no column 'Suali', which --column names; it has Muktadha, Swali, Jibu"),
         (
             ["question=Swali"],
             r"has the columns Muktadha, Swali, Jibu, which fit no task .* --column context=Muktadha --column answer=Jibu, or",
         ),
-        ([*COLUMNS[1:], "summary=Muktadha"], "the task completion has no field summary"),
     ],
 )
 def test_columns_that_cannot_be_are_refused(columns: list[str], said: str, start: Callable[..., Path]) -> None:
@@ -366,7 +325,7 @@ def test_a_workbook_with_a_sheet_for_each_language(start: Callable[..., Path]) -
         start(Path("x.xlsx"), sheet="Kiswaheli")
     recipe, _ = load_recipe(start(Path("x.xlsx"), ("x.xlsx",), sheet="Kiswahili", source_sheet="English"))
     assert (recipe.data.target.sheet, recipe.data.source.sheet) == ("Kiswahili", "English")
-    assert fits(Path("mine.yaml"))["train"] == 25
+    assert sizes_of(Path("mine.yaml"))["train"] == 25
 
 
 def test_whole_texts_are_refused_with_a_way_out(start: Callable[..., Path]) -> None:
@@ -404,7 +363,7 @@ def test_too_few_articles_are_refused(start: Callable[..., Path]) -> None:
 
 
 def test_large_articles_shrink_the_splits(start: Callable[..., Path]) -> None:
-    sizes = fits(
+    sizes = sizes_of(
         start(write(Path("t.json"), squad(120, per_article=12)), (str(write(Path("s.json"), squad(40, "s"))),))
     )
     assert sizes["test"] >= 12
@@ -418,7 +377,7 @@ def test_a_parallel_source_leaves_room_for_what_is_excluded(start: Callable[...,
         for j, question in enumerate(article["paragraphs"][0]["qas"]):
             question["id"] = f"t{3 * i + j}"
     write(Path("s.json"), source)
-    sizes = fits(start(write(Path("t.json"), squad(120)), ("s.json",)))
+    sizes = sizes_of(start(write(Path("t.json"), squad(120)), ("s.json",)))
     assert sizes["source_train"] + sizes["source_dev"] <= 120 - sizes["test"] - sizes["dev"] - sizes["micro_dev"]
 
 
@@ -451,22 +410,21 @@ def test_without_a_source_the_check_says_so(start: Callable[..., Path]) -> None:
         preflight(Session(*load_recipe(file)))
 
 
-def test_odd_names_of_files_give_a_recipe_that_other_commands_take(
+def test_names_of_files_and_languages_of_every_kind(
     start: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    long = write(Path("a" * 150 + ".jsonl"), completion(60))
-    assert len(load_recipe(start(long, output=None))[0].name) == 100
-    assert start(write(Path("-dash.jsonl"), completion(60)), output=None) == Path("dash.yaml")
+    for data, name in (
+        ("a" * 150 + ".jsonl", "a" * 100), ("-dash.jsonl", "dash"), ("data/Meine Fragen.jsonl", "Meine-Fragen"),
+        ("أسئلة.jsonl", "completion-no"),
+    ):  # fmt: skip
+        file = start(write(Path(data), completion(60)), output=None, language="no")  # which YAML reads as false
+        assert file == Path(Path(data).stem.lstrip("-") + ".yaml")
+        recipe, _ = load_recipe(file)
+        assert (recipe.name, recipe.data.target.language) == (name, "no")
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path / "s.jsonl", completion(60, "s"))
     file = start(write(Path("t.jsonl"), completion(60)), ("~/s.jsonl",), Path("home.yaml"))
-    assert load_recipe(file)[0].data.source is not None
-    preflight(Session(*load_recipe(file)))
-
-
-def test_conversations_leave_the_chat_template_to_the_backbone(start: Callable[..., Path]) -> None:
-    recipe, _ = load_recipe(start(write(Path("t.jsonl"), messages(60, turns=2))))
-    assert recipe.data.chat_template is None
+    assert sizes_of(file)["source_train"]
 
 
 def test_the_backbone_is_that_of_the_source_adapters(start: Callable[..., Path], tmp_path: Path) -> None:
@@ -512,7 +470,7 @@ def test_the_backbone_of_an_adapter_on_the_hub_is_looked_up(
     data = write(Path("t.jsonl"), completion(60))
     assert load_recipe(start(data, ("org/adapter",), backbone=None))[0].backbone.name == "org/llama"
     assert asked == [("org/adapter", ["adapter_config.json", "grasp_lora.json"])]
-    with pytest.raises(AdapterError, match=r"adapter org/none: .*With --backbone the adapter is not looked up"):
+    with pytest.raises(AdapterError, match="adapter org/none: there is no such folder"):
         start(data, ("org/none",), Path("b.yaml"), backbone=None)
     assert load_recipe(start(data, ("org/none",), Path("c.yaml"), backbone="org/x"))[0].backbone.name == "org/x"
 
@@ -521,28 +479,12 @@ def test_answers_of_several_lines_are_not_cut_at_the_first(start: Callable[..., 
     rows = [{"prompt": f"t {i}?", "completion": f"1. {i}\n2. {i}"} for i in range(60)]
     file = start(write(Path("t.jsonl"), rows), (str(write(Path("s.jsonl"), completion(60, "s"))),))
     assert load_recipe(file)[0].generation.stop == ()
-    stopped = Session(*load_recipe(file, ['generation.stop=["\\n"]']))
-    [warning] = [finding for finding in preflight(stopped) if finding.topic == "stop"]
-    assert warning.level == "warning"
-    assert "set generation.stop to []" in warning.text
-    assert not [finding for finding in preflight(Session(*load_recipe(file))) if finding.topic == "stop"]
-
-
-@pytest.mark.parametrize("suffix", ["csv", "jsonl", "json", "parquet"])
-def test_xlsum_is_read_from_every_format(start: Callable[..., Path], suffix: str) -> None:
-    rows = [{"title": f"t {i}", "text": f"text {i}", "summary": f"s {i}"} for i in range(60)]
-    file = Path(f"t.{suffix}")
-    if suffix == "parquet":
-        pq.write_table(pa.Table.from_pylist(rows), file)
-    elif suffix == "json":
-        file.write_text(json.dumps(rows), encoding="utf-8")
-    else:
-        write(file, rows)
-    fits(start(file, (str(write(Path("s.jsonl"), [row | {"text": f"other {row['text']}"} for row in rows])),)))
 
 
 def test_a_source_of_one_article_has_no_dev_split(start: Callable[..., Path]) -> None:
-    sizes = fits(start(write(Path("t.json"), squad(90)), (str(write(Path("s.json"), squad(60, "s", per_article=60))),)))
+    sizes = sizes_of(
+        start(write(Path("t.json"), squad(90)), (str(write(Path("s.json"), squad(60, "s", per_article=60))),))
+    )
     assert (sizes["source_train"], sizes["source_dev"]) == (60, 0)
 
 
@@ -554,22 +496,7 @@ def test_paths_start_from_the_folder_of_the_recipe(start: Callable[..., Path], t
     assert recipe.data.source.files == ("../../s.csv",)
     assert recipe.backbone.name == "../../tiny-llama"
     assert str(tmp_path) not in file.read_text()
-    fits(file)
-
-
-def test_the_default_place_is_the_name_of_the_data(start: Callable[..., Path]) -> None:
-    assert start(write(Path("data/Meine Fragen.jsonl"), completion(60)), output=None) == Path("Meine Fragen.yaml")
-    assert load_recipe("Meine Fragen.yaml")[0].name == "Meine-Fragen"
-
-
-def test_a_name_without_latin_letters_becomes_task_and_language(start: Callable[..., Path]) -> None:
-    file = start(write(Path("أسئلة.jsonl"), completion(60)), output=None, language="ar")
-    assert load_recipe(file)[0].name == "completion-ar"
-
-
-def test_a_language_that_yaml_reads_as_a_truth_value(start: Callable[..., Path]) -> None:
-    file = start(write(Path("t.jsonl"), completion(60)), language="no")
-    assert load_recipe(file)[0].data.target.language == "no"
+    sizes_of(file)
 
 
 def test_a_file_that_the_recipe_would_find_elsewhere_is_refused(
@@ -605,13 +532,6 @@ def test_an_existing_file_is_never_overwritten(start: Callable[..., Path]) -> No
         start(data, output=Path())
 
 
-def test_a_backbones_folder_that_is_not_there_is_refused_at_once(start: Callable[..., Path]) -> None:
-    data = write(Path("t.jsonl"), completion(60))
-    with pytest.raises(RecipeError, match=r"^--backbone \./nowhere is no folder"):
-        start(data, backbone="./nowhere")
-    assert not Path("mine.yaml").exists()
-
-
 @pytest.mark.parametrize(
     ("data", "source", "error", "message"),
     [
@@ -621,9 +541,14 @@ def test_a_backbones_folder_that_is_not_there_is_refused_at_once(start: Callable
             DataError,
             r"columns frage, antwort, which fit no task .* --column prompt=frage --column completion=antwort, or",
         ),
-        (completion(60), ("nowhere.csv",), DataError, r"source nowhere\.csv is neither a data file, nor a folder with"),
-        (completion(60), ("tiny-llama",), DataError, r"source tiny-llama is neither .* adapter_config\.json"),
-        (completion(60), ("org/name", "s.jsonl"), RecipeError, r"data files and adapters at once"),
+        (
+            completion(60),
+            ("nowhere.csv",),
+            RecipeError,
+            r"source nowhere\.csv is neither a data file, nor a folder with",
+        ),
+        (completion(60), ("tiny-llama",), RecipeError, r"source tiny-llama is neither .* adapter_config\.json"),
+        (completion(60), ("org/name", "s.jsonl"), RecipeError, "source org/name is neither .* or adapters alone"),
         (
             completion(60),
             ("demo:en.json",),
@@ -634,14 +559,6 @@ def test_a_backbones_folder_that_is_not_there_is_refused_at_once(start: Callable
         (completion(60), ("s.jsonl", "renamed.jsonl"), DataError, r"the source files differ in their columns"),
         ([{"prompt": "a", "completion": ""}] * 60, (), DataError, r"line 1: completion is empty"),
         (labelled(60, ["a"]), (), DataError, r"t\.jsonl: 1 labels, first a; a classification has 2 to 200"),
-        (
-            labelled(60, ["a", "A"]),
-            (),
-            DataError,
-            r"t\.jsonl: the labels 'A' and 'a' differ in case or white space alone",
-        ),
-        (labelled(60, ["a", ""]), (), DataError, r"line 2: label is empty"),
-        (labelled(500, [f"l{i}" for i in range(500)]), (), DataError, r"500 labels, .* take the task completion"),
     ],
 )
 def test_mistakes_are_named_and_nothing_is_written(
@@ -676,10 +593,9 @@ def test_labels_of_both_languages_are_written_alike(start: Callable[..., Path]) 
         start(file, ["s.jsonl"])
 
 
-@pytest.mark.parametrize("language", ["", "german language", "d", "de: x"])
-def test_a_language_must_be_a_code(language: str, start: Callable[..., Path]) -> None:
+def test_a_language_must_be_a_code(start: Callable[..., Path]) -> None:
     with pytest.raises(DataError, match="is no language code; give one of two or three letters"):
-        start(write(Path("t.jsonl"), completion(60)), language=language)
+        start(write(Path("t.jsonl"), completion(60)), language="german")
 
 
 def test_the_command_says_what_comes_next(cli: Callable[..., Any], start: Callable[..., Path]) -> None:
@@ -714,20 +630,6 @@ def test_a_few_examples_that_are_too_long_do_not_make_the_recipe_fail(start: Cal
     file = start(write(Path("t.jsonl"), rows), (str(write(Path("s.jsonl"), completion(60, "s"))),))
     target = load_recipe(file)[0].data.target
     assert target.train is None
-    sizes = fits(file)
+    sizes = sizes_of(file)
     assert sizes["test"] == target.test
     assert sizes["train"] == 116 - sum(sizes[name] for name in ("test", "dev", "micro_dev"))
-
-
-def test_answers_that_cannot_be_written_whole_are_told(start: Callable[..., Path]) -> None:
-    rows = completion(60)
-    for row in rows[::2]:
-        row["completion"] = "word " * 60
-    file = start(write(Path("t.jsonl"), rows), (str(write(Path("s.jsonl"), completion(60, "s"))),))
-    settings = ["generation.max_new_tokens=64"]
-    findings = preflight(Session(*load_recipe(file, settings)))
-    [warning] = [finding for finding in findings if finding.topic == "answers"]
-    assert warning.level == "warning"
-    assert re.match(
-        r"\d+ of \d+ test answers have more than generation.max_new_tokens 64 tokens, .*the longest has", warning.text
-    )

@@ -215,7 +215,7 @@ class TestCode:
         assert validate(yaml.safe_load(recipe.to_yaml()), "again") == recipe
         with pytest.raises(RecipeError, match=r"unknown key 'controller\.policy\.stop'"):
             load(SMALL, "controller.policy={kind: 'own_of_recipes:Mine', stop: 0.2}", allow_code=True)
-        with pytest.raises(RecipeError, match="has no 'gone'"):
+        with pytest.raises(RecipeError, match="has no attribute 'gone'"):
             load(SMALL, "merge.rule=own_of_recipes:gone", allow_code=True)
 
 
@@ -295,10 +295,10 @@ def test_a_mistake_is_one_line(load: Load, name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", ["", "- a", "just text", b"\xff\xfe\x00", b"a" * 1_000_001])
+@pytest.mark.parametrize("content", ["", "- a", "just text", b"\xff\xfe\x00"])
 def test_a_file_that_is_no_recipe_is_one_line(load: Load, content: Any) -> None:
-    with pytest.raises(RecipeError, match=r"must hold keys and values|no valid YAML: 'utf-8' codec|at most 1000000"):
-        load(content if isinstance(content, str) else content.decode("latin-1") if b"\xff" not in content else content)
+    with pytest.raises(RecipeError, match=r"must hold keys and values|no valid YAML: .utf-8. codec"):
+        load(content)
 
 
 def test_what_is_no_recipe_leads_to_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from grasp_lora.errors import DataError
 from grasp_lora.storage.network import no_network
 from grasp_lora.storage.reading import expanded, is_file, reading
 from grasp_lora.text.characters import INVISIBLE
-from grasp_lora.text.display import escaped, quoted
+from grasp_lora.text.display import escaped, listed, quoted
 
 logger = logging.getLogger(__name__)
 
@@ -196,6 +196,8 @@ def _workbook(path: Path, name: str, sheet: str | None = None) -> Iterator[Row]:
         if size > MOST_UNPACKED:
             raise DataError(f"{name} unpacks to {size} bytes, more than {MOST_UNPACKED}; save the sheet as CSV")
     with CalamineWorkbook.from_path(path) as book:
+        if sheet not in (None, *book.sheet_names):
+            raise DataError(f"{name} has no sheet {quoted(sheet)}; it has {listed(book.sheet_names)}")
         shown = (entry.name for entry in book.sheets_metadata if entry.visible == SheetVisibleEnum.Visible)
         title = sheet or next(shown, book.sheet_names[0])
         cells = book.get_sheet_by_name(title).to_python(skip_empty_area=False)

@@ -20,7 +20,6 @@ from grasp_lora.evaluation.overlap import rouge_fractions
 from grasp_lora.evaluation.short_answers import MetricScore, Outputs, score_of_fractions, score_of_similarities
 from grasp_lora.storage.network import not_there
 from grasp_lora.storage.reading import expanded, is_folder, reading
-from grasp_lora.text.languages import language_code
 from grasp_lora.text.names import needs, without_place
 
 if TYPE_CHECKING:
@@ -47,19 +46,11 @@ class BertScoreSettings:
         models: for each language code, such as `zh`, an encoder: a folder, relative to the recipe's, or a hub id with
             safetensors weights. A language without one has no BERTScore. The layer whose states are compared is the one that
             bert-score found best for a model of this name, else three quarters of the layers, rounded up.
-
-    Raises:
-        ValueError: a language is no code.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     models: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for language in self.models:
-            if language_code(language) != language:
-                raise ValueError(f"models has the key {language!r}; use the code {language_code(language)}")
 
 
 @dataclass(frozen=True)

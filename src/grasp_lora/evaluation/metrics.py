@@ -31,7 +31,7 @@ from grasp_lora.evaluation.short_answers import (
     sign,
     token_f1,
 )
-from grasp_lora.text.display import quoted
+from grasp_lora.storage.reading import reading
 from grasp_lora.text.languages import language_code
 from grasp_lora.text.names import imported
 
@@ -144,47 +144,44 @@ def resolve_metrics(
 
 
 def _imported(name: str) -> Metric:
-    try:
+    with reading("metrics", RecipeError):
         function = imported("metric", name, METRICS)
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
-    if isinstance(function, Metric):
-        return function
-    if not callable(function):
-        raise RecipeError(f"metric {quoted(name)} is a {type(function).__name__}; name a function or a Metric")
-    return Metric(function, (function.__doc__ or name).strip().splitlines()[0])
+    return (
+        function
+        if isinstance(function, Metric)
+        else Metric(function, (function.__doc__ or name).strip().splitlines()[0])
+    )
 
 
 def _compute(name: str, metric: Metric, outputs: Outputs) -> MetricScore:
-    """Compute a metric; one of the user's own is checked, since tables and statistics build on its score."""
+    """Compute a metric; the score of one of the user's own is checked."""
     if lacking := metric.lacking(outputs.language):
         return MetricScore(name, None, sign(unavailable=lacking), ())
     result = metric.function(outputs)
     if name in METRICS:
         return result
-    if not isinstance(result, MetricScore):
-        raise DataError(f"metric {name!r} gave a {type(result).__name__}; it must give a MetricScore")
+    return _checked(replace(result, name=name), metric, len(outputs.predictions))
+
+
+def _checked(result: MetricScore, metric: Metric, examples: int) -> MetricScore:
+    """A score of a user's own in plain numbers, be they numpy's or of a tensor; tables and statistics build on it."""
     if result.value is None:
-        return MetricScore(name, None, result.signature, ())
-    # Plain numbers, be they numpy's or of a tensor.
+        return MetricScore(result.name, None, result.signature, ())
     value, per_example = float(result.value), tuple(map(float, result.per_example))
     statistics = tuple(tuple(map(float, row)) for row in result.statistics)
-    sizes = {len(per_example), *([len(statistics)] if metric.from_statistics else [])}
-    if (
-        not result.signature
-        or sizes != {len(outputs.predictions)}
-        or not all(map(math.isfinite, (value, *per_example)))
-    ):
-        raise DataError(
-            f"metric {name!r} must give a signature and {len(outputs.predictions)} finite numbers, one for each example; it gave "
-            f"the value {value:g}, {len(per_example)} scores of examples and the signature {quoted(result.signature)}"
+    mean = sum(per_example) / examples
+    faults = []
+    if {len(per_example), *([len(statistics)] if metric.from_statistics else [])} != {examples}:
+        faults.append(f"must give a score, or a row of statistics, for each of {examples} examples")
+    if not all(map(math.isfinite, (value, *per_example))):
+        faults.append("gave a number that is not finite")
+    if metric.from_statistics is None and abs(value - mean) > _ROUNDED * max(1.0, *map(abs, per_example)):
+        faults.append(
+            f"gave the value {value:g}, but its scores of the examples have the mean {mean:g}; give that as the value, or name a "
+            "Metric with from_statistics"
         )
-    if metric.from_statistics is None:  # intervals and verdicts are those of the mean
-        mean = sum(per_example) / len(per_example)
-        if abs(value - mean) > _ROUNDED * max(1.0, *map(abs, per_example)):
-            raise DataError(
-                f"metric {name!r} gave the value {value:g}, but its scores of the examples have the mean {mean:g}; give that as "
-                "the value, or name a Metric with from_statistics"
-            )
-        value = mean
-    return replace(result, name=name, value=value, per_example=per_example, statistics=statistics)
+    if faults:
+        raise DataError(f"metric {result.name!r} {faults[0]}")
+    # Intervals and verdicts are those of the mean.
+    value = mean if metric.from_statistics is None else value
+    return replace(result, value=value, per_example=per_example, statistics=statistics)

@@ -111,12 +111,11 @@ def parse_columns(pairs: Sequence[str], option: str = "--column") -> dict[str, s
     columns: dict[str, str] = {}
     for pair in pairs:
         field, _, column = (part.strip() for part in pair.partition("="))
-        if field not in FIELDS or not column:
+        if field not in FIELDS or not column or field in columns:
             raise DataError(
-                f"{option} is {quoted(pair)}; write FIELD=COLUMN, such as question=Swali. Fields: {listed(sorted(FIELDS))}"
+                f"{option} is {quoted(pair)}; write FIELD=COLUMN, such as question=Swali, each field once. Fields: "
+                f"{listed(sorted(FIELDS))}"
             )
-        if field in columns or column in columns.values():
-            raise DataError(f"{option} {quoted(pair)} names a field or a column for a second time; leave one out")
         columns[field] = column
     return columns
 
@@ -186,11 +185,6 @@ def _guess(table: Table, preferred: str | None, chosen: Mapping[str, str], optio
         chosen: field -> column, by the user.
         option: by which the user names columns.
     """
-    for field, column in chosen.items():
-        if column not in table.columns:
-            raise DataError(
-                f"{table.name} has no column {quoted(column)} ({option} {field}=...); it has {listed(table.columns)}"
-            )
     free = [column for column in table.columns if column not in chosen.values()]
     by_name = {column.strip().lower(): column for column in free} | {column: column for column in free} | dict(chosen)
     choices = [(task, COLUMNS[task]) for task in sorted(COLUMNS, key=lambda task: task != preferred)]
@@ -211,10 +205,6 @@ def _guess(table: Table, preferred: str | None, chosen: Mapping[str, str], optio
             _refuse_unused(table, columns, parts, option, long_texts=fields is OTHER_NAMES)
         extra = {field: column for field, column in chosen.items() if column not in columns.values()}
         needed = {*TASKS[task].inputs, TASKS[task].answer}
-        if useless := sorted(extra.keys() & FIELDS - {*OPTIONAL_COLUMNS, *needed}):
-            raise DataError(
-                f"{table.name}: the task {task} has no field {useless[0]}; leave {option} {useless[0]}=... out"
-            )
         # The reader finds `answers` by itself, and there it may hold SQuAD's lists.
         understood = {field: ("answer", "answers") if field == "answer" else (field,) for field in columns}
         renamed = {field: column for field, column in columns.items() if column not in understood[field]}
@@ -256,6 +246,8 @@ def _options(pairs: Iterable[tuple[str, str]], option: str) -> str:
 def _no_task(table: Table, by_name: Mapping[str, str], option: str) -> str:
     """Say that columns fit no task, and what would mend it."""
     columns = listed(table.columns)
+    if strange := [column for column in by_name.values() if column not in table.columns]:
+        return f"{table.name} has no column {quoted(strange[0])}, which {option} names; it has {columns}"
     if "text" in by_name:
         return (
             f"{table.name} has whole texts ({columns}), and no answers to learn: there is no language modelling. Split each text "

@@ -108,8 +108,6 @@ def write_recipe(
         skip_unanswered=skip_unanswered,
     )
     files, adapters = _sort_out([str(expanded(place)) if place.startswith("~") else place for place in source])
-    if backbone and (backbone[0] in ".~" or Path(backbone).is_absolute()) and not is_folder(expanded(backbone)):
-        raise RecipeError(f"--backbone {backbone} is no folder; give that of a model, or a hub id such as org/name")
     backbone = backbone or _backbone_of(adapters)
     sources = [
         read_corpus(
@@ -165,12 +163,11 @@ def _sort_out(source: Sequence[str]) -> tuple[list[str], list[str]]:
     adapters = [place for place in source if place not in files]
     for place in adapters:
         hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", place) and Path(place).suffix.lower() not in READERS
-        if not (is_file(Path(place) / CONFIG_FILE) if is_folder(Path(place)) else hub_id):
-            raise DataError(
-                f"source {place} is neither a data file, nor a folder with {CONFIG_FILE}, nor a hub id such as org/name"
+        if files or not (is_file(Path(place) / CONFIG_FILE) if is_folder(Path(place)) else hub_id):
+            raise RecipeError(
+                f"source {place} is neither a data file, nor a folder with {CONFIG_FILE}, nor a hub id such as org/name; give "
+                "files to train one adapter, or adapters alone"
             )
-    if files and adapters:
-        raise RecipeError("sources are data files and adapters at once; give files to train one adapter, or adapters")
     return files, adapters
 
 
@@ -232,10 +229,7 @@ def _render(
 
 def _backbone_of(adapters: Sequence[str]) -> str:
     """The backbone that all adapters name."""
-    try:
-        names = {str(backbone_of_run(place) or read_backbone(place)) for place in adapters}
-    except AdapterError as error:
-        raise AdapterError(f"{error}. With --backbone the adapter is not looked up") from error
+    names = {str(backbone_of_run(place) or read_backbone(place)) for place in adapters}
     folders = [name for name in names if is_folder(Path(name))]
     # An adapter that was copied states the folder's own name alone.
     if len(folders) == 1 and {Path(name).name for name in names} == {Path(folders[0]).name}:

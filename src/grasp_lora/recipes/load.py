@@ -64,9 +64,8 @@ def load_recipe(recipe: str | Path, overrides: Overrides = (), *, allow_code: bo
         text, base = builtin_text(str(recipe)).encode(), Path()
     else:
         raise RecipeError(_no_recipe(file, str(recipe)))
-    content = parse(text, name)
-    if not isinstance(content, dict):
-        raise RecipeError(f"{name} must hold keys and values, such as 'name: my-recipe'")
+    with reading(f"{name} must hold keys and values, such as 'name: my-recipe'", RecipeError):
+        content = dict(parse(text, name))
     for path, value in overrides.items() if isinstance(overrides, Mapping) else map(_read, overrides):
         _apply(content, str(path), _plain(value))
     import_code(content, name, base, allow_code=allow_code)

@@ -11,7 +11,6 @@ from grasp_lora.text.display import one_line, quoted
 
 RECIPE_FILE = "recipe.yaml"  # where a folder keeps it
 RUN_FILE = "run.json"  # of a run folder: what it started from
-MOST_BYTES = 1_000_000
 SCHEMA_FILE = "grasp-lora.schema.json"
 # Editors resolve it from the recipe's own folder, so it holds on every machine.
 SCHEMA_LINE = f"# yaml-language-server: $schema={SCHEMA_FILE}"
@@ -27,8 +26,6 @@ def parse(text: str | bytes, name: str) -> Any:
     Raises:
         RecipeError: one line: where, and what is wrong.
     """
-    if len(text) > MOST_BYTES:
-        raise RecipeError(f"{name} has {len(text)} bytes; a recipe has at most {MOST_BYTES}")
     try:
         return yaml.load(text.decode("utf-8-sig") if isinstance(text, bytes) else text, _Loader)  # a SafeLoader
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a date that does not exist

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from grasp_lora.errors import RecipeError
-from grasp_lora.text.display import escaped, quoted
+from grasp_lora.text.display import quoted
 
 Found = TypeVar("Found")
 
@@ -52,46 +52,27 @@ def find(what: str, name: str | Found, kind: type[Found], table: Mapping[str, Fo
         table: the objects of this package.
 
     Raises:
-        ValueError: one line: there is none of that name, or it is of another type.
+        ValueError: there is none of that name, or it is of another type.
     """
-    if not isinstance(name, str):
-        if not isinstance(name, kind):
-            raise ValueError(f"{what} is {quoted(name)}; it must be a name or a {kind.__name__}")
-        return name
-    if name in table:
-        return table[name]
-    found = imported(what, name, table)
+    found = (table[name] if name in table else imported(what, name, table)) if isinstance(name, str) else name
     if not isinstance(found, kind):
         raise ValueError(f"{what} {quoted(name)} is a {type(found).__name__}; it must be a {kind.__name__}")
     return found
 
 
-def imported(what: str, name: str, known: Iterable[str]) -> Any:
-    """Import an object by its path; the known names are for the message.
+def imported(what: str, name: str, names: Iterable[str]) -> Any:
+    """Import an object by its path; the names of a table are for the message.
 
     Raises:
-        ValueError: one line: the name is no import path, or there is nothing of that name.
+        ValueError: the name is no import path.
+        ImportError, AttributeError: Python finds no such module, or nothing of that name in it.
     """
     if not is_import_path(name):
         raise ValueError(
-            f"{what} is {quoted(name)}; allowed: {', '.join(known)}, or the import path package.module:name of your own"
+            f"{what} is {quoted(name)}; allowed: {', '.join(names)}, or the import path package.module:name of your own"
         )
-    module_name, _, attribute = name.partition(":")
-    try:
-        module = import_module(module_name)
-    except ImportError as error:
-        raise ValueError(
-            f"{what} is {quoted(name)}, but module {module_name!r} cannot be imported ({error}); install it or put its folder "
-            "on PYTHONPATH"
-        ) from error
-    except Exception as error:
-        raise ValueError(
-            f"{what} is {quoted(name)}, but module {module_name!r} fails when it is imported "
-            f"({type(error).__name__}: {escaped(str(error))}); mend it"
-        ) from error
-    if not hasattr(module, attribute):
-        raise ValueError(f"{what} is {quoted(name)}, but module {module_name!r} has no {attribute!r}")
-    return getattr(module, attribute)
+    module, _, attribute = name.partition(":")
+    return getattr(import_module(module), attribute)
 
 
 def needs(what: str, module: str, package: str, *, extra: str) -> None:
