@@ -9,8 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
 
 from grasp_lora.errors import AdapterError, RecipeError
 from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
@@ -528,17 +526,3 @@ def test_quantised_moments_are_left_alone() -> None:
     masks.commit(1.0)
     reset_moments(optimizer, masks.weights, masks.newly_masked)
     assert (optimizer.state[weight]["codes"] == 127).all()
-
-
-# --- sharded weights -------------------------------------------------------------------------------------------------
-
-
-def test_a_sharded_factor_is_refused() -> None:
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        mesh, pair = init_device_mesh("cpu", (1,)), live_pairs()["q"]
-        sharded = LoraPair(torch.nn.Parameter(distribute_tensor(pair.A.detach(), mesh, [Shard(0)])), pair.B)
-        with pytest.raises(AdapterError, match=r"factor A of q is sharded .* train with DDP"):
-            MaskSet({"q": sharded}, MaskSettings())
-    finally:
-        torch.distributed.destroy_process_group()

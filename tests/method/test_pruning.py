@@ -73,9 +73,13 @@ def test_a_score_of_ones_own_decides() -> None:
         ((adapter(), float("nan")), ValueError, "ratio is nan"),
         ((adapter(), 0.4, MaskSettings("input_aware")), ValueError, "'input_aware' needs the inputs.*PrunedTraining"),
         ((adapter(), 0.4, MaskSettings("gradient_of_delta")), ValueError, "'gradient_of_delta' needs the inputs"),
-        (("merged", 0.4), AdapterError, "weights is a str; give those of an adapter, such as read_adapter"),
-        (({"q": adapter()["q"]}, 0.4), AdapterError, "weights is a dict"),
-        ((AdapterWeights({}), 0.4), AdapterError, "no LoRA weights"),
+        (
+            ("merged", 0.4),
+            AdapterError,
+            "weights is a str of 6 modules; give those of an adapter, such as read_adapter",
+        ),
+        (({"q": adapter()["q"]}, 0.4), AdapterError, "weights is a dict of 1 modules"),
+        ((AdapterWeights({}), 0.4), AdapterError, "AdapterWeights of 0 modules"),
     ],
 )
 def test_what_cannot_be_pruned_is_named_in_one_line(arguments: Any, error: type[Exception], message: str) -> None:

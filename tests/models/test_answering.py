@@ -276,7 +276,7 @@ def test_context_limit(architecture, make_tiny_model, tiny_tokenizer):
 
 def test_empty_prompt_is_refused(make_tiny_model, tiny_tokenizer):
     assert generate(make_tiny_model("llama"), tiny_tokenizer, [], GenerationSettings()) == []
-    with pytest.raises(DataError, match="prompt 1 has no tokens"):
+    with pytest.raises(DataError, match="prompt 1 has 0 tokens"):
         generate(make_tiny_model("llama"), tiny_tokenizer, [[]], GenerationSettings())
 
 

@@ -115,8 +115,8 @@ def test_an_adapter_on_the_output_layer_leaves_the_embedding_alone(
     [
         ([], r"give --fold .* or --gguf"),
         (["--fold", "--gguf"], r"give --fold .* or --gguf"),
-        (["--fold"], r"--dtype is None; say in which format to write: float32, float16, bfloat16"),
-        (["--gguf", "--dtype", "int8"], r"--dtype is 'int8'; say"),
+        (["--fold"], r"the --dtype: float32, float16, bfloat16; it is None"),
+        (["--gguf", "--dtype", "int8"], r"the --dtype: .*; it is 'int8'"),
         (["--fold", "--dtype", "float32", "--backbone", "./nowhere"], r"backbone '\./nowhere': there is no such folder"),
         (["--fold", "--dtype", "float32", "--backbone", "other"], r"use an adapter of this backbone"),
         (["--fold", "--dtype", "float16", "--backbone", "huge"], r"model\.norm\.weight .*too large for float16; use bfloat16"),

@@ -49,10 +49,11 @@ class LoraPair:
                 f"LoRA factors of shapes A {tuple(self.A.shape)} and B {tuple(self.B.shape)} do not fit; "
                 "A must be [rank, d_in] and B [d_out, rank]"
             )
-        if self.segments and sum(segment.rank for segment in self.segments) != self.rank:
-            raise AdapterError(f"the segments {self.segments} do not add up to rank {self.rank}")
-        if self.apart and len({segment.rank for segment in self.segments}) != 1:
-            raise AdapterError(f"the segments {self.segments} cannot be kept apart; each needs the same rank")
+        ranks = [segment.rank for segment in self.segments]
+        if (ranks and sum(ranks) != self.rank) or (self.apart and len(set(ranks)) != 1):
+            raise AdapterError(
+                f"the segments {self.segments} do not add up to rank {self.rank}, kept apart in equal shares"
+            )
 
     @property
     def rank(self) -> int:

@@ -118,12 +118,10 @@ def score_pair(pair: LoraPair, score: ScoreOrName, norms: InputNorms | None = No
         norms: needed by scores that need inputs.
 
     Raises:
-        ValueError: the score is unknown, or the norms are missing.
+        ValueError: the score is unknown.
         RecipeError: it gives something else than a number for each weight.
     """
     row = importance(score)
-    if row.needs_inputs and norms is None:
-        raise ValueError(f"score {quoted(score)} needs input norms; run a calibration pass first")
     dtype = torch.promote_types(pair.A.dtype, torch.float32)
     cast = LoraPair(pair.A.to(dtype), pair.B.to(dtype), pair.scaling, pair.segments)
     scores = row.function(cast, norms if row.needs_inputs else None)
@@ -343,12 +341,10 @@ class MaskSet:
         settings: the score.
 
     Raises:
-        AdapterError: there are no pairs, two modules share a factor, or a factor is sharded.
+        AdapterError: two modules share a factor.
     """
 
     def __init__(self, pairs: Mapping[str, LoraPair], settings: MaskSettings) -> None:
-        if not pairs:
-            raise AdapterError("there are no LoRA weights to mask; give a model with a LoRA adapter")
         self.settings = settings
         self.pairs = dict(pairs)
         self.norms: dict[str, InputNorms] = {}
@@ -358,11 +354,6 @@ class MaskSet:
             raise AdapterError("two modules share a LoRA factor; masks need separate ones")
         places: dict[tuple[torch.device, torch.dtype], dict[WeightKey, Tensor]] = {}
         for key, weight in weights.items():
-            if hasattr(weight, "full_tensor"):
-                raise AdapterError(
-                    f"factor {key[1]} of {key[0]} is sharded (a DTensor), but masks need whole adapters; "
-                    "train with DDP (plain torchrun), or shard the backbone alone"
-                )
             places.setdefault((weight.device, weight.dtype), {})[key] = weight
         self._blocks = [_Block(block) for block in places.values()]
         self.weights: dict[WeightKey, Tensor] = {k: w for block in self._blocks for k, w in block.weights.items()}
@@ -624,9 +615,10 @@ def prune(weights: AdapterWeights, ratio: float, mask: MaskSettings | None = Non
     Paper: masking step of the controller, pruning of the final run.
     """
     mask = MaskSettings() if mask is None else mask
-    if not isinstance(weights, AdapterWeights):
+    if not weights or not isinstance(weights, AdapterWeights):
         raise AdapterError(
-            f"weights is a {type(weights).__name__}; give those of an adapter, such as read_adapter(folder).weights"
+            f"weights is a {type(weights).__name__} of {len(weights)} modules; give those of an adapter, such as "
+            "read_adapter(folder).weights"
         )
     if mask.needs_inputs:
         raise ValueError(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
+from grasp_lora.text.checking import require
 from grasp_lora.text.display import quoted
 from grasp_lora.text.names import find
 
@@ -265,25 +266,22 @@ class MergeSettings:
     dropout: float | None = None
 
     def __post_init__(self) -> None:
-        rule = merge_rule(self.rule)
-        searched = self.rule == "lorahub"  # its search begins at 0
-        in_range = all(abs(weight) <= MOST_WEIGHT for weight in self.weights or ())
-        if self.weights and not (in_range and (any(self.weights) or searched)):
-            raise ValueError(
-                f"merge weights are {list(self.weights)}; each must lie in [-{MOST_WEIGHT}, {MOST_WEIGHT}], and one must not be 0"
-            )
-        if self.rank is not None:
-            if self.rank < 1:
-                raise ValueError(f"merge rank is {self.rank}; it must be at least 1")
-            if not rule.space.takes_rank:
-                takers = ", ".join(name for name, row in MERGE_RULES.items() if row.space.takes_rank)
-                raise ValueError(
-                    f"merge rule {quoted(self.rule)} does not take a rank; leave it out, or choose one of {takers}"
-                )
-        if not 0.0 < self.density <= 1.0:
-            raise ValueError(f"merge density is {self.density}; it must lie in (0, 1]")
-        if self.dropout is not None and not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"merge dropout is {self.dropout}; it must lie in [0, 1)")
+        takes_rank, weights = merge_rule(self.rule).space.takes_rank, self.weights or ()
+        some = not weights or any(weights) or self.rule == "lorahub"  # whose search begins at 0
+        takers = ", ".join(name for name, row in MERGE_RULES.items() if row.space.takes_rank)
+        require(
+            self,
+            weights=(
+                some and all(abs(weight) <= MOST_WEIGHT for weight in weights),
+                f"lie in [-{MOST_WEIGHT}, {MOST_WEIGHT}] each, and one must not be 0",
+            ),
+            rank=(
+                self.rank is None or (takes_rank and self.rank >= 1),
+                f"be at least 1 with rule {takers}, and null with others",
+            ),
+            density=(0.0 < self.density <= 1.0, "lie in (0, 1]"),
+            dropout=(self.dropout is None or 0.0 <= self.dropout < 1.0, "lie in [0, 1)"),
+        )
 
     def result_rank(self, ranks: Sequence[int]) -> int:
         """The highest rank that the merge of adapters of these ranks can have."""

@@ -189,10 +189,6 @@ class Rule:
         if not rounds:
             raise ValueError("no round was measured yet, so there is no learned ratio; tell at least one round")
         estimate = self.function(rounds, ratio_min, ratio_max, interval)
-        if not isinstance(estimate, RatioEstimate):
-            raise RecipeError(
-                f"rule {quoted(self.name)} gave {quoted(estimate)}; its function must return a RatioEstimate"
-            )
         if interval and _say_nothing(rounds):
             estimate = replace(estimate, low=ratio_min, high=ratio_max)
         if not ratio_min - _PAST_BOUND <= estimate.low <= estimate.ratio <= estimate.high <= ratio_max + _PAST_BOUND:

@@ -19,12 +19,12 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from numbers import Integral
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
 
 from grasp_lora.errors import ProbeError, RecipeError
 from grasp_lora.method.rules import RULES, RatioEstimate, Round, Rule
+from grasp_lora.text.checking import is_count, require
 from grasp_lora.text.display import quoted
 from grasp_lora.text.names import find
 
@@ -47,22 +47,6 @@ else:
 
 
 # Rounds: when they come, what they measured, what followed
-
-
-def is_count(value: object) -> bool:
-    """Whether a value is a whole number of at least 1."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
-
-
-def require(settings: object, **rules: tuple[bool, str]) -> None:
-    """Refuse the first setting that breaks its rule: name, value, rule.
-
-    Raises:
-        ValueError: as in "start is 1.5; it must be a share of the run, in [0, 1]".
-    """
-    for name, (fits, rule) in rules.items():
-        if not fits:
-            raise ValueError(f"{name} is {quoted(getattr(settings, name))}; it must {rule}")
 
 
 @dataclass(frozen=True)
@@ -95,10 +79,9 @@ class Rounds:
     patience: int | None = None
 
     def __post_init__(self) -> None:
-        if self.pool not in PROBE_SPLITS:
-            raise ValueError(f"pool is {quoted(self.pool)}; allowed: {', '.join(PROBE_SPLITS)}")
         require(
             self,
+            pool=(self.pool in PROBE_SPLITS, f"be one of {', '.join(PROBE_SPLITS)}"),
             every=(
                 self.every == "epoch" or is_count(self.every),
                 "be at least 1 optimizer step, a whole number, or 'epoch'",
@@ -288,19 +271,15 @@ class RatioSearch:
             or len(set(places)) < len(places)
             or not set(places) <= set(range(examples))
             or (examples, len(places)) != (len(first.baseline_losses), len(first.candidate_losses[0]))
+            # `not in between` also catches NaN, which would spread to the mean and stay there.
+            or not all(self.policy.ratio_min <= ratio <= self.policy.ratio_max for ratio in measured.candidates)
+            or measured.current_ratio != self.current_ratio
         ):
             raise ValueError(
-                f"a round of {len(measured.candidates)} candidates has {examples} baseline losses and "
-                f"{[len(losses) for losses in measured.candidate_losses]} losses of candidates (places: {measured.places}); give "
-                "each candidate the losses of the same examples, at least one, and as many as in earlier rounds"
-            )
-        low, high = self.policy.ratio_min, self.policy.ratio_max
-        # `not in between` also catches NaN, which would spread to the mean and stay there.
-        outside = [ratio for ratio in measured.candidates if not low <= ratio <= high]
-        if outside or measured.current_ratio != self.current_ratio:
-            raise ValueError(
-                f"a round measured candidates {list(measured.candidates)} against ratio {measured.current_ratio}; tell the "
-                f"ratios that ask() gave, in [{low}, {high}], and measure the baseline at the current ratio {self.current_ratio}"
+                f"a round measured candidates {list(measured.candidates)} against ratio {measured.current_ratio}, with "
+                f"{examples} baseline losses and {[len(losses) for losses in measured.candidate_losses]} of candidates (places: "
+                f"{measured.places}); tell the ratios that ask() gave, the current one {self.current_ratio} as the baseline, and "
+                "of each the losses of the same examples, as many as in earlier rounds"
             )
         for losses in (measured.baseline_losses, *measured.candidate_losses):
             for example, loss in enumerate(losses):
@@ -569,10 +548,7 @@ class Controller:
     rule: RuleOrName = "surrogate"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.policy, RatioPolicy):
-            raise ValueError(
-                f"policy is {quoted(self.policy)}; it must be an object, such as Gaussian(); preset('paper') gives a preset"
-            )
+        require(self, policy=(isinstance(self.policy, RatioPolicy), "be an object, such as Gaussian()"))
         ratio_rule(self.rule)
 
     @property
@@ -610,9 +586,4 @@ def controller_settings(settings: Controller | str | None) -> Controller:
     Raises:
         ValueError: there is no preset of that name, or it is something else.
     """
-    controller = Controller() if settings is None else preset(settings) if isinstance(settings, str) else settings
-    if not isinstance(controller, Controller):
-        raise ValueError(
-            f"settings is {quoted(controller)}; give a Controller, or the name of a preset: {', '.join(PRESETS)}"
-        )
-    return controller
+    return find("preset", WITH_DEV if settings is None else settings, Controller, PRESETS)

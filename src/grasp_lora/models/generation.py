@@ -222,12 +222,10 @@ def context_of(model: Any) -> int | None:
 def _check_lengths(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
     context = context_of(model)
     for number, prompt in enumerate(prompts, start=1):
-        if not prompt:
-            raise DataError(f"prompt {number} has no tokens: give each prompt at least a BOS token")
-        if context is not None and len(prompt) + new_tokens > context:
+        if not prompt or (context is not None and len(prompt) + new_tokens > context):
             raise DataError(
-                f"prompt {number} has {len(prompt)} tokens and up to {new_tokens} are generated, but the "
-                f"model's context holds {context}: shorten the prompt or lower max_new_tokens"
+                f"prompt {number} has {len(prompt)} tokens and up to {new_tokens} are generated, but the model's context holds "
+                f"{context}: give each prompt one token at least, shorten it, or lower max_new_tokens"
             )
 
 

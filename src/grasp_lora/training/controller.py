@@ -146,10 +146,6 @@ class GraspController(PrunedTraining):
         folder: Path | None = None,
         on_round: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
-        if not isinstance(micro_dev, ProbeSet | ProbesInTurn):
-            raise ValueError(
-                f"micro_dev is a {type(micro_dev).__name__}; give a ProbeSet, or rows to GraspController.from_rows"
-            )
         self.settings = controller_settings(settings)
         self.micro_dev = micro_dev
         self.folder = None if folder is None else Path(folder)
@@ -418,10 +414,4 @@ def scalars_of(measured: RoundRecord) -> dict[str, float]:
 
 
 def _steps_per_epoch(args: TrainingArguments, batches: Any) -> int:
-    try:
-        count = len(batches)
-    except TypeError:
-        raise GraspError(
-            "rounds.every is 'epoch', but the training data has no length; give a number of optimizer steps"
-        ) from None
-    return math.ceil(count / args.gradient_accumulation_steps)
+    return math.ceil(len(batches) / args.gradient_accumulation_steps)

@@ -41,16 +41,16 @@ def collate(examples: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
 
 
 def check_measurable(examples: Sequence[Encoded]) -> None:
-    """Check that every example has a loss.
+    """Check that there are examples, and that every one has a loss.
 
     Raises:
-        DataError: an example has no prompt or no answer; the message names it.
+        DataError: there are none, or one has no prompt or no answer; the message names it.
     """
-    for example in examples:
-        if not example.completion_ids:
-            raise DataError(f"example {example.id} has no answer tokens to measure")
-        if not example.prompt_ids:
-            raise DataError(f"example {example.id} has no prompt tokens to predict its answer from")
+    bad = [example.id for example in examples if not (example.prompt_ids and example.completion_ids)]
+    if bad or not examples:
+        raise DataError(
+            f"examples to train on or to measure need a prompt and an answer; without: {bad or 'there are none'}"
+        )
 
 
 def example_losses(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from grasp_lora.errors import AdapterError, DataError, ProbeError
+from grasp_lora.errors import AdapterError, ProbeError
 from grasp_lora.method.masks import InputNorms, MaskSet
 from grasp_lora.models.backbone import supports_logits_to_keep
 from grasp_lora.models.live import active_adapter, evaluating, lora_layers
@@ -51,8 +51,6 @@ class ProbeSet:
     """
 
     def __init__(self, examples: Sequence[Encoded], pad_id: int, token_budget: int | None = None) -> None:
-        if not examples:
-            raise DataError("the set of examples to measure is empty; at least one is needed")
         check_measurable(examples)
         self.ids = [example.id for example in examples]
         self._examples, self._pad_id, self._token_budget = list(examples), pad_id, token_budget
@@ -161,16 +159,9 @@ class ProbesInTurn:
         pad_id: token id for padding.
         count: examples of a round, between 1 and the size of the pool.
         seed: of the order in which they take turns.
-
-    Raises:
-        DataError: there are fewer examples than a round measures.
     """
 
     def __init__(self, examples: Sequence[Encoded], pad_id: int, count: int, seed: int) -> None:
-        if not 1 <= count <= len(examples):
-            raise DataError(
-                f"each round is to measure {count} examples, but there are {len(examples)} to take turns; ask for 1 to that many"
-            )
         self._examples = list(examples)
         random.Random(f"{seed}/turns").shuffle(self._examples)
         self._pad_id, self.count = pad_id, count

@@ -154,11 +154,10 @@ class PrunedTraining(GradientCheck, SavedInCheckpoints):
         mode: str = "hold",
         segments: Mapping[str, tuple[Segment, ...]] | None = None,
     ) -> None:
-        if mode not in MASK_MODES:
-            raise ValueError(f"mask mode is {mode!r}; allowed: {', '.join(MASK_MODES)}")
-        if isinstance(prune_ratio, str | RatioEstimate) or not 0.0 <= prune_ratio <= 1.0:
+        if mode not in MASK_MODES or isinstance(prune_ratio, str | RatioEstimate) or not 0.0 <= prune_ratio <= 1.0:
             raise ValueError(
-                f"prune_ratio is {quoted(prune_ratio)}; it must be a fraction in [0, 1], such as learned.ratio"
+                f"prune_ratio is {quoted(prune_ratio)} and mode {mode!r}; give a fraction in [0, 1], such as learned.ratio, and "
+                f"{' or '.join(MASK_MODES)}"
             )
         self.prune_ratio = prune_ratio
         self.calibration = calibration

@@ -32,7 +32,7 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from grasp_lora.errors import DataError, DivergedError, GraspError, Interrupted
+from grasp_lora.errors import DivergedError, GraspError, Interrupted
 from grasp_lora.models.backbone import is_quantised, supports_logits_to_keep, without_peft
 from grasp_lora.models.live import live_factors
 from grasp_lora.storage.checkpoints import (
@@ -129,8 +129,6 @@ def finetune(
             the folder cannot be written.
         Interrupted: `checkpoints` asked for a stop, and a checkpoint was saved.
     """
-    if not train:
-        raise DataError("there are no training examples; at least one is needed")
     check_measurable(train)
     arguments = _arguments(model, settings, folder, seed, report_to, name or folder.name)
     steps_per_epoch = settings.steps_per_epoch(math.ceil(len(train) / arguments.world_size))

@@ -1,9 +1,10 @@
 """Settings of a training, importable without torch so that the command line starts at once."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
+
+from grasp_lora.text.checking import require
 
 TRAINED_AS_MEASURED = 2  # forward passes that a training example counts as: the frozen backbone has no weight gradients
 
@@ -48,20 +49,19 @@ class TrainingSettings:
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        rules: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
-            (("epochs", "learning_rate"), lambda value: 0.0 < value < math.inf, "be above 0"),
-            (("batch_size", "accumulation"), lambda value: value >= 1, "be at least 1"),
-            (("weight_decay", "max_grad_norm"), lambda value: 0.0 <= value < math.inf, "be a number >= 0"),
-            (("lr_decay", "evaluate_every"), lambda value: 0.0 < value <= 1.0, "lie in (0, 1]"),
+        require(
+            self,
+            epochs=(0.0 < self.epochs < math.inf, "be above 0"),
+            batch_size=(self.batch_size >= 1, "be at least 1"),
+            accumulation=(self.accumulation >= 1, "be at least 1"),
+            learning_rate=(0.0 < self.learning_rate < math.inf, "be above 0"),
+            weight_decay=(0.0 <= self.weight_decay < math.inf, "be a number >= 0"),
+            lr_decay=(0.0 < self.lr_decay <= 1.0, "lie in (0, 1]"),
+            max_grad_norm=(0.0 <= self.max_grad_norm < math.inf, "be a number >= 0"),
+            patience=(self.patience is None or self.patience >= 1, "be at least 1, or null to train all epochs"),
+            evaluate_every=(0.0 < self.evaluate_every <= 1.0, "lie in (0, 1]"),
+            keep=(self.keep in KEEP, f"be one of {', '.join(KEEP)}"),
         )
-        for names, fits, rule in rules:
-            for name in names:
-                if not fits(getattr(self, name)):
-                    raise ValueError(f"{name} is {getattr(self, name)}; it must {rule}")
-        if self.patience is not None and self.patience < 1:
-            raise ValueError(f"patience is {self.patience}; it must be at least 1, or null to train all epochs")
-        if self.keep not in KEEP:
-            raise ValueError(f"keep is {self.keep!r}; allowed: {', '.join(KEEP)}")
 
     def shared_by(self, processes: int) -> "TrainingSettings":
         """Return the settings of each of several processes that together take the same optimizer steps.
