@@ -83,8 +83,6 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
     ("command", "written"),
     [
         (("merge", "run/source", "run/target", "-o", "out"), "out"),
-        (("learn", "tiny.yaml", "-a", "run/merged", "-o", "out"), "out"),
-        (("finetune", "tiny.yaml", "-a", "run/merged", "--ratio", "0.3", "-o", "out"), "out"),
         (("evaluate", "tiny.yaml", "-a", "run/adapter", "-o", "out"), "out"),
         (("export", "run/adapter", "-o", "out", "--gguf"), "out"),
         (("export", "run/adapter", "-o", "out", "--fold", "--dtype", "bfloat16"), "out"),

@@ -1,8 +1,8 @@
 """Checkpoints of a fine-tune that count only when they are whole.
 
 A checkpoint is the folder `checkpoint-STEP` as transformers' Trainer writes it (optimizer, schedule, random states, log), with
-the trained weights and our own state beside: tensors as safetensors, the rest as JSON. Its manifest holds the size and the hash
-of every file and is written last, so a folder without one is the remains of a process that died while writing it.
+the trained weights and our own state beside: tensors as safetensors, the rest as JSON. Its manifest holds the hash of
+every file and is written last, so a folder without one is the remains of a process that died while writing it.
 """
 
 import json
@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from grasp_lora.errors import GraspError
-from grasp_lora.storage.reading import sha256_of
+from grasp_lora.storage.reading import reading, sha256_of
 from grasp_lora.storage.writing import discard, sync, write_whole
 
 logger = logging.getLogger(__name__)
@@ -44,10 +43,6 @@ class Checkpointing:
 
     save_every: int | None = None
     stop_requested: Callable[[], str | None] = lambda: None
-
-    def __post_init__(self) -> None:
-        if self.save_every is not None and self.save_every < 1:
-            raise ValueError(f"save_every is {self.save_every}; it must be at least 1 optimizer step")
 
     def steps_between(self, steps_per_epoch: int, steps: int) -> int:
         """Optimizer steps from one checkpoint to the next in a training of so many steps."""
@@ -74,9 +69,9 @@ def complete(checkpoint: Path, seconds: float) -> None:
     files = {}
     for file in sorted(path for path in checkpoint.iterdir() if path.is_file() and path.name != MANIFEST):
         sync(file)
-        files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+        files[file.name] = sha256_of(file)
     sync(checkpoint)
-    write_whole(checkpoint / MANIFEST, json.dumps({"version": 1, "seconds": seconds, "files": files}, indent=1) + "\n")
+    write_whole(checkpoint / MANIFEST, json.dumps({"seconds": seconds, "sha256": files}, indent=1) + "\n")
     sync(checkpoint.parent)
     for old in _checkpoints(checkpoint.parent)[:-KEPT]:
         _remove(old)
@@ -123,14 +118,9 @@ def read_state(checkpoint: Path, name: str) -> State:
     Raises:
         GraspError: the checkpoint has no such state.
     """
-    values, tensors = checkpoint / f"{name}.json", checkpoint / f"{name}.safetensors"
-    if not values.is_file() or not tensors.is_file():
-        raise GraspError(
-            f"training goes on from {checkpoint}, but that holds no state of the {name}; use a checkpoint that was saved "
-            "into the trainer's output_dir with the same callbacks, or start anew"
-        )
-    with safe_open(tensors, framework="pt") as stored:
-        return json.loads(values.read_text(encoding="utf-8")), {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+    with reading(f"{checkpoint}, which has to hold the state of the {name}", GraspError):
+        values = json.loads((checkpoint / f"{name}.json").read_text(encoding="utf-8"))
+        return values, load_file(checkpoint / f"{name}.safetensors")
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -149,16 +139,9 @@ def _damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint that has a manifest."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        expected = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        hashes = {checkpoint / Path(name).name: digest for name, digest in manifest["sha256"].items()}
         float(manifest["seconds"])
     except (ValueError, TypeError, KeyError, AttributeError):
         return "its manifest cannot be read"
-    for name, (size, digest) in expected.items():
-        file = checkpoint / Path(name).name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes instead of {size}"
-        if sha256_of(file) != digest:
-            return f"{name} has changed"
-    return None
+    changed = [file.name for file, digest in hashes.items() if not file.is_file() or sha256_of(file) != digest]
+    return f"{changed[0]} is missing or has changed" if changed else None

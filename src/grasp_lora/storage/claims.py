@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 
 from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.storage.processes import Interruption, is_first
+from grasp_lora.storage.reading import is_folder, is_there, reading
 from grasp_lora.storage.writing import clear_write_errors, discard, sync, sync_all, why_not_written
 
 LOCK_FILE = "grasp-lora.lock"
@@ -147,25 +148,15 @@ def new_folder(output: Path) -> Iterator[Path]:
 
 
 def refuse_existing(output: Path) -> None:
-    """Check that a folder for a result is not there yet, or empty, and that it can be written.
+    """Check that a folder for a result is not there yet, or empty.
 
     Raises:
-        RecipeError: it holds something, is a file, or cannot be written.
+        RecipeError: it holds something or is a file.
     """
-    problem = None
-    try:
-        place = Path(os.path.realpath(output))
-        above = next(folder for folder in (place, *place.parents) if folder.exists())
-        if place.exists() and (not place.is_dir() or any(place.iterdir())):
-            problem = "exists and is not an empty folder"
-        elif not above.is_dir():
-            problem = f"cannot be made ({above.name} is a file)"
-        elif not os.access(above, os.W_OK | os.X_OK):
-            problem = "cannot be made (no permission)"
-    except OSError as error:
-        problem = f"cannot be made ({error.strerror})"
-    if problem:
-        raise RecipeError(f"{output} {problem}; choose another with --output")
+    place = Path(os.path.realpath(output))
+    with reading(output, RecipeError):
+        if is_there(place) and (not is_folder(place) or any(place.iterdir())):
+            raise RecipeError(f"{output} exists and is not an empty folder; choose another with --output")
 
 
 def make_folder(folder: Path) -> None:
@@ -174,10 +165,8 @@ def make_folder(folder: Path) -> None:
     Raises:
         RecipeError: it cannot be made.
     """
-    try:
+    with reading(f"{folder} cannot be made; choose another folder with --output", RecipeError):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RecipeError(f"{folder} cannot be made ({error.strerror}); choose another folder with --output") from error
 
 
 def _beside(path: Path, ending: str) -> Path:

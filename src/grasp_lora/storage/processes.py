@@ -47,7 +47,7 @@ def join(device: str) -> None:
         device: what the backbone's settings say: "auto", "cpu" or "cuda".
 
     Raises:
-        GraspError: there are more processes than GPUs, or the environment asks for FSDP or DeepSpeed.
+        GraspError: the environment asks for FSDP or DeepSpeed.
     """
     for name, library in OTHER_SHARDING.items():
         if os.environ.get(name, "").lower() not in ("", "0", "false"):
@@ -61,11 +61,6 @@ def join(device: str) -> None:
     from accelerate import PartialState
 
     on_gpus = device != "cpu" and torch.cuda.is_available()
-    if on_gpus and int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
-        raise GraspError(
-            f"torchrun started process {int(os.environ['LOCAL_RANK']) + 1} on this machine, but torch sees "
-            f"{torch.cuda.device_count()} GPUs; start one process for each"
-        )
     PartialState(cpu=not on_gpus, timeout=LONGEST_WAIT)
 
 

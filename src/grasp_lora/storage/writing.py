@@ -37,7 +37,7 @@ def write_whole(file: Path, content: str | bytes) -> None:
             stream.write(content.encode() if isinstance(content, str) else content)
             stream.flush()
             os.fsync(stream.fileno())
-            if not is_at(stream.fileno(), draft):
+            if not os.path.samestat(os.fstat(stream.fileno()), draft.lstat()):
                 raise FileExistsError(errno.EEXIST, "another process writes it", str(file))
         draft.replace(file)
     except OSError:
@@ -87,14 +87,6 @@ def discard(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def is_at(descriptor: int, file: Path) -> bool:
-    """Tell whether an open file is the one that is found at a place."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), file.lstat())
-    except FileNotFoundError:
-        return False
 
 
 @contextmanager
