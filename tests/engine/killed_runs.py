@@ -27,7 +27,7 @@ SAVE_EVERY = 3  # optimizer steps from one checkpoint to the next
 WRITES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 # What takes time or says when, and so differs between two runs that do the same.
 TIMED = {
-    "run.json", "cost.json", "report.html", "report.md", "controller/timings.jsonl", "compare/compare.md", "compare/report.html",
+    "run.json", "cost.json", "report.html", "controller/timings.jsonl", "compare/compare.md",
 }  # fmt: skip
 BUT_FOR_SECONDS = re.compile(r"compare/compare\.json|store/.*/(result|done)\.json")
 KEY = re.compile(r"(-[01]\.\d\d)?-[0-9a-f]{16}")  # ratio and key of a step, which depend on the recipe

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from grasp_lora.engine.preflight import Finding, preflight
 from grasp_lora.errors import DataError, RecipeError
 
 Check = Callable[..., dict[str, Finding]]
-CLASSIFIED = ("data.task=classification", 'data.labels=["no","yes"]')
 
 
 @pytest.fixture
@@ -67,7 +65,6 @@ def test_nothing_is_warned_of_where_all_is_usual(check: Check) -> None:
     [
         ("duplicates", r"3 of dev \(such as n\d+\), .*4 of test \(such as n\d+\); remove them",
          rows_like(prompt=lambda i: f"p{i // 2}:")),
-        ("control tokens", "^3 examples spell control tokens", rows_like(completion=lambda i: " c<eos>" if i < 3 else " c")),
         ("near leaks", "test prompts stand in another split but for case and marks around words, the first is n",
          rows_like(prompt=lambda i: ("WHAT IS {}?" if i % 2 else "what is {}?").format(i // 2), completion=lambda i: f" {i}")),
         ("stop", r"generation.stop \['\\n'\] ends answers that test references go on after",
@@ -98,15 +95,9 @@ def test_answers_that_go_on_the_last_word_or_sentence_of_the_prompt_are_warned_o
     assert ("prompt" in check()) == warned
 
 
-def test_labels_that_contradict_or_are_rare_are_warned_of(check: Check) -> None:
+def test_rare_labels_are_warned_of(tiny_workspace: Path) -> None:
     rows = rows_like(40, text=lambda i: f"text {i}", label=lambda i: ("no", "yes")[i % 2])
     write_rows("source", rows_like(40, text=lambda i: f"source text {i}", label=lambda i: ("no", "yes")[i % 2]))
-    write_rows("target", rows)
-    assert "contradictions" not in check(*CLASSIFIED)
-    write_rows("target", [*rows, *({**row, "id": f"x{i}", "label": "yes"} for i, row in enumerate(rows[:20]))])
-    finding = check(*CLASSIFIED)["contradictions"]
-    assert finding.level == "warning"
-    assert re.search(r"different answers, ' no' \(\w+\) and ' yes' \(\w+\); ", finding.text)
     sizes = ("data.target.train=20", "data.target.dev=8")
     slip = "so few rows of the target have the label yse (2); where one is a slip of another label, correct it; else add rows"
     for slips in (2, 3):
@@ -127,27 +118,11 @@ def test_row_numbers_as_ids_are_warned_of_where_they_cost_source_examples(check:
     assert "ids" not in check()
 
 
-def test_conversations_without_the_backbones_template_are_warned_of(check: Check) -> None:
-    for name in ("source", "target"):
-        turns = [{"role": "user", "content": f"{name} what? "}, {"role": "assistant", "content": "that"}]
-        rows = [[{**turns[0], "content": f"{name} what {i}? "}, turns[1]] for i in range(40)]
-        write_rows(name, [{"id": f"{name}{i}", "messages": row} for i, row in enumerate(rows)])
-    assert "chat" not in check()
-    shutil.copytree("tiny-llama", "with-template")
-    template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
-    Path("with-template/chat_template.jinja").write_text(template, encoding="utf-8")
-    turned_off = check("backbone.name=with-template", "data.chat_template=false")
-    assert "data.chat_template is false" in turned_off["chat"].text
-    assert "chat" not in check("backbone.name=with-template")
-
-
 def test_settings_that_cannot_give_what_they_ask_for_are_warned_of(check: Check, finished_run: Path) -> None:
     for changes, topic, text in (
         (("metrics=[bertscore]",), "metrics", "bertscore has no model for de, so it will be unavailable"),
         (("data.source.language=de",), "source", "source and target are both in de; "),
         (("source.adapters=[run/source]",), "source", "source.adapters are given, so no source adapter is trained"),
-        (("source.adapters=[run/source]", "target.adapter=run/source", "data.source=null"), "adapter",
-         "the same adapter is given more than once, so it is merged with itself"),
     ):  # fmt: skip
         finding = check(*changes)[topic]
         assert finding.level == "warning"

@@ -54,7 +54,7 @@ FILES = {
     "controller/rounds.jsonl", "controller/timings.jsonl", "controller/ratio.json", "final/sparsity.json",
     *(f"evaluation/{name}.jsonl" for name in (*SYSTEMS, "prompts")),
 }  # fmt: skip
-REPORT = {"report.html", "report.md", "adapter/README.md"}
+REPORT = {"report.html", "adapter/README.md"}
 TIMED = {"cost.json", "controller/timings.jsonl", *REPORT}
 
 

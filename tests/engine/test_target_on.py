@@ -174,7 +174,6 @@ class TestAuto:
         comparison, recorder = compared("run", "target_only", "continued", "merged", "grasp", changes=SUM)
         cost: dict[str, Any] = {row.method: row.cost for row in comparison.rows}
         assert comparison.merge == "the sum (42)"
-        assert comparison.merges == {42: "the sum"}
         assert not {"source", "target", "controller"} & set(recorder.did)
         assert len(step_folders("run", "target")) == 2
         assert cost["target_only"].runs_in_all == 1  # nothing of the choice

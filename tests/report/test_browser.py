@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_runs import SYSTEMS, answered, fixture_comparison, fixture_run, fixture_whole_run  # noqa: F401
+from made_runs import SYSTEMS, answered, fixture_run, fixture_whole_run  # noqa: F401
 
-from grasp_lora.engine.comparison import Comparison
 from grasp_lora.engine.run_folder import Run
-from grasp_lora.report.pages import write_comparison, write_report
+from grasp_lora.report.pages import write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 WIDTHS = (390, 1280)
@@ -70,16 +69,14 @@ def measured(folder: Path, pages: list[str], *flags: str) -> list[dict[str, Any]
 
 
 @pytest.fixture
-def pages(run: Run, comparison: Comparison, tmp_path: Path) -> list[str]:
-    """The reports of a run in Arabic, of one in Chinese, and of a comparison of many methods, by paths from `tmp_path`."""
+def pages(run: Run, tmp_path: Path) -> list[str]:
+    """The reports of a run in Arabic and of one in Chinese, by paths from `tmp_path`."""
     for language, (prompt, answer) in TEXTS.items():
         for name in SYSTEMS:
             run = answered(run, name, lambda place, answer=answer: {"prediction": answer, "references": (answer,)})
         (tmp_path / language).mkdir()
         write_report(replace(run, prompts=[prompt] * 8), tmp_path / language)
-    (tmp_path / "compare").mkdir()
-    write_comparison(tmp_path / "compare", comparison)
-    return [f"{name}/report.html" for name in (*TEXTS, "compare")]
+    return [f"{name}/report.html" for name in TEXTS]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
@@ -93,7 +90,7 @@ def test_pages_fit_a_phone_and_a_desk_in_light_and_dark(pages: list[str], tmp_pa
         assert all(row["plots"])
         assert row["tables"]
         language = row["page"].partition("/")[0]
-        assert row["directions"] == {"ar": ["rtl"], "zh": ["ltr"], "compare": []}[language]
+        assert row["directions"] == {"ar": ["rtl"], "zh": ["ltr"]}[language]
     brightness = [
         [sum(map(int, re.findall(r"\d+", color)[:3])) for color in rows[0]["colors"]] for rows in (light, dark)
     ]

@@ -98,7 +98,7 @@ def test_the_card_names_what_the_adapter_was_made_of_and_trained_on_alone(
     assert sorted(rows) == sorted(parents)
     assert sorted(front.get("language", [])) == sorted(codes[side] for side in sides)
     assert sorted(front.get("datasets", [])) == sorted(f"owner/{codes[side]}" for side in sides)
-    facts = {"source": ("owner/en", "English", "source train 12"), "target": ("owner/de", "German", " train 10")}
+    facts = {"source": ("owner/en", "source train 12"), "target": ("owner/de", " train 10")}
     for side, words in facts.items():
         for word in words:
             assert (word in body) == (side in sides), word

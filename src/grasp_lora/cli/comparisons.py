@@ -50,7 +50,6 @@ def compare(
         from grasp_lora import api
         from grasp_lora.cli.bars import TerminalProgress
         from grasp_lora.cli.on_ray import share
-        from grasp_lora.engine.run_folder import REPORT_FILE
         from grasp_lora.report.pages import COMPARISON_TABLES_FILE, print_comparison
     settings: dict[str, Any] = {"reference": reference, "folds": folds}
     if methods is not None:
@@ -75,7 +74,7 @@ def compare(
         else:
             folder, comparison = api.compare(progress=progress, **arguments)
     print_comparison(comparison, console)
-    say(f"tables {folder / COMPARISON_TABLES_FILE}   report {folder / REPORT_FILE}")
+    say(f"tables {folder / COMPARISON_TABLES_FILE}")
     failed = [f"{row.title} {row.unavailable}" for row in comparison.rows if row.failed]
     if failed:
         raise GraspError(f"{len(failed)} of {len(comparison.rows)} methods failed: {'; '.join(failed)}")

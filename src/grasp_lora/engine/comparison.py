@@ -19,7 +19,7 @@ from grasp_lora.engine.methods import METHODS, Outcome
 from grasp_lora.engine.results import TEST_LOSS, Finished, Losses, Measured, main_metric, read_json
 from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import GRID
-from grasp_lora.evaluation.statistics import compare_with_baselines, half_width, mean_and_sd
+from grasp_lora.evaluation.statistics import PairedComparison, compare_with_baselines, half_width, mean_and_sd
 from grasp_lora.text.display import listed
 
 COMPARISON_FILE = "compare.json"
@@ -106,19 +106,11 @@ class Cost(_Shape):
     work_in_all: float
 
 
-class Against(_Shape):
-    """The reference against this row by one metric; see `PairedComparison`. Only planned comparisons have a verdict."""
+@dataclass(frozen=True)
+class Against(PairedComparison):
+    """The reference against this row by one metric. Only planned comparisons have a verdict."""
 
-    difference: float
-    low: float
-    high: float
-    p_value: float
-    confidence: float
-    examples: int
-    resamples: int
-    comparisons: int
-    higher_is_better: bool
-    verdict: str | None
+    verdict: str | None = None  # type: ignore[assignment]  # a property there
 
 
 class MethodRow(_Shape):
@@ -205,15 +197,6 @@ class Comparison(_Shape):
         return same and len(self.folds or self.seeds) > len(earlier.folds or earlier.seeds)
 
     @property
-    def merges(self) -> dict[int, str]:
-        """With `target.on: auto`, what the merge is, by seed or fold."""
-        merges: dict[int, str] = {}
-        for part in (self.merge or "").split("; ") if self.merge else []:
-            what, _, numbers = part.removesuffix(")").rpartition(" (")
-            merges |= {int(number): what for number in numbers.split(", ")}
-        return merges
-
-    @property
     def runs(self) -> str:
         """What means and deviations go over."""
         return "folds" if self.folds else "seeds"
@@ -227,12 +210,6 @@ class Comparison(_Shape):
     def reference_title(self) -> str:
         """The reference method as tables call it."""
         return next((row.title for row in self.rows if row.method == self.reference), self.reference)
-
-    @property
-    def learned(self) -> MethodRow | None:
-        """The row whose ratios a controller learned: the reference's if it has such, else the first one."""
-        rows = [row for row in self.rows if row.method.startswith("grasp") and row.prune_ratio]
-        return next((row for row in rows if row.method == self.reference), next(iter(rows), None))
 
 
 @dataclass

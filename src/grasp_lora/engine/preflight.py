@@ -27,7 +27,7 @@ from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.recipes.stages import AUTO
 from grasp_lora.storage.memory import enough_memory, peak_memory
 from grasp_lora.text.characters import ENDS_OF_SENTENCES, bare_words, split_unspaced
-from grasp_lora.text.display import listed, one_line, quoted
+from grasp_lora.text.display import listed, one_line
 from grasp_lora.training.loss import collate, example_losses
 from grasp_lora.training.training_settings import TRAINED_AS_MEASURED
 
@@ -131,9 +131,6 @@ def _doubts(session: Session) -> Iterator[Finding]:
             f"the recipe's task is {recipe.data.task}, but these adapters were trained for another: {', '.join(tasks)}"
         )
         yield _warning("adapter", text)
-    places = len(recipe.source.adapters) + (recipe.target.adapter is not None)
-    if len({adapter.sha256 for adapter in session.given.values()}) < places:
-        yield _warning("adapter", "the same adapter is given more than once, so it is merged with itself")
     if not splits.dev:
         yield _warning("dev", "no dev set: no early stopping, the last step of every fine-tune is kept")
     if recipe.target.on == AUTO and not choosing_splits({name: len(getattr(splits, name)) for name in SPLITS}):
@@ -144,7 +141,7 @@ def _doubts(session: Session) -> Iterator[Finding]:
 
 
 def _doubts_of_rows(session: Session) -> Iterator[Finding]:
-    """Rows that stand twice, contradict each other, nearly leak, or whose prompt and answer are glued together."""
+    """Rows that stand twice, nearly leak, or whose prompt and answer are glued together."""
     splits = session.splits
     tallies = [tally for tally in (splits.report.source, splits.report.target) if tally is not None]
     excluded, numbers = sum(tally.excluded_for_leak for tally in tallies), splits.report.numbers_as_ids
@@ -161,28 +158,12 @@ def _doubts_of_rows(session: Session) -> Iterator[Finding]:
         )
         text = f"examples that stand there more than once, prompt and answer alike: {where}; remove them from the data"
         yield _warning("duplicates", text)
-    if session.recipe.data.task in ("qa", "classification") and (pair := _contradiction(session)):
-        text = f"one prompt stands there with different answers, {pair}; where they contradict each other, correct the data"
-        yield _warning("contradictions", text)
     leaked = _nearly_leaked(session)
     if leaked:
         yield _warning(
             "near leaks",
             f"{len(leaked)} of {len(splits.test)} test prompts stand in another split but for case and marks around words, the "
             f"first is {leaked[0]}; remove those that ask the same",
-        )
-    if spelled := sum(tally.control_tokens_kept_as_text for tally in tallies):
-        yield _warning(
-            "control tokens",
-            f"{spelled} examples spell control tokens, such as the end of a turn, which stay text; for conversations give "
-            "messages to a backbone with a chat template, or write the tokens into data.prompt and data.completion",
-        )
-    template = getattr(session.backbone.tokenizer, "chat_template", None)
-    if sum(tally.conversations for tally in tallies) and template and not splits.report.chat_template:
-        yield _warning(
-            "chat",
-            "the data are conversations and the backbone has a chat template, but data.chat_template is false, so the "
-            "messages before the answer are joined as plain text; leave it out",
         )
     glued = [row for row in splits.train if _are_glued(row)]
     if not splits.report.chat_template and 2 * len(glued) > len(splits.train):
@@ -198,17 +179,6 @@ def _repeated(rows: Sequence[Example]) -> list[Example]:
     """The rows of which an equal one, prompt and answer alike, stands before."""
     first: dict[tuple[str, str], Example] = {}
     return [row for row in rows if first.setdefault((row.prompt, row.completion), row) is not row]
-
-
-def _contradiction(session: Session) -> str | None:
-    """The first prompt's answers, with the ids of their rows, where it has several."""
-    splits, answers = session.splits, dict[str, dict[str, str]]()
-    for row in (*splits.train, *splits.dev, *splits.micro_dev, *splits.test):
-        answers.setdefault(row.prompt, {}).setdefault(row.completion, row.public_id)
-    several = next((by_answer for by_answer in answers.values() if len(by_answer) > 1), None)
-    if several is None:
-        return None
-    return " and ".join(f"{quoted(answer)} ({place})" for answer, place in sorted(several.items())[:2])
 
 
 def _nearly_leaked(session: Session) -> list[str]:

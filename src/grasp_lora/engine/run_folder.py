@@ -6,7 +6,7 @@ runs/NAME/
     controller/                 rounds.jsonl, timings.jsonl, history.jsonl, ratio.json
     evaluation/SYSTEM.jsonl     every answer; prompts.jsonl
     metrics.json                what each system is worth, what is handed over and why; written last
-    run.json recipe.yaml data.json cost.json prompt.jsonl report.html report.md
+    run.json recipe.yaml data.json cost.json prompt.jsonl report.html
     store/                      the finished steps
 """
 
@@ -41,7 +41,7 @@ ADAPTER_FOLDER, FINAL_FOLDER, CONTROLLER_FOLDER, MERGED_FOLDER = "adapter", "fin
 CONTINUED_FOLDER, ALL_ROWS, PREDICTIONS_FOLDER = "continued", "all_rows", "evaluation"
 STORE_FOLDER, COMPARE_FOLDER = "store", "compare"
 DATA_FILE, METRICS_FILE, COST_FILE, PROMPT_FILE = "data.json", "metrics.json", "cost.json", "prompt.jsonl"
-REPORT_FILE, REPORT_TABLES_FILE, CARD_FILE = "report.html", "report.md", "README.md"
+REPORT_FILE, CARD_FILE = "report.html", "README.md"
 HISTORY_FILE, RATIO_FILE, SPARSITY_FILE = "history.jsonl", "ratio.json", "sparsity.json"
 DIFFERENCES_SHOWN = 3
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "sacrebleu", "rouge-score")

@@ -1,4 +1,4 @@
-"""Figures of a run and of a comparison as plain plotly JSON, and how a page embeds them.
+"""Figures of a run as plain plotly JSON, and how its page embeds them.
 
 Colours are names of CSS variables, which the page resolves, so that one file suits light and dark.
 """
@@ -11,9 +11,7 @@ from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
 
-from grasp_lora.engine.comparison import Comparison, CurvePoint
-from grasp_lora.engine.run_folder import CONTROLLER_FOLDER, TRAINED, Run
-from grasp_lora.report.tables import is_even, shares_by_factor
+from grasp_lora.engine.run_folder import TRAINED, Run
 
 Figure = dict[str, Any]
 Trace = dict[str, Any]
@@ -30,29 +28,8 @@ def figures_of(run: Run) -> dict[str, Figure]:
         "curve": _curve(run),
         "trajectory": _trajectory(run),
         **{f"history-{name}": _history(run.history.get(name, [])) for name in TRAINED},
-        "sparsity": None if is_even(run.sparsity) else _sparsity(run),
-        "cost": _cost(run),
     }
     return {name: figure for name, figure in figures.items() if figure is not None}
-
-
-def comparison_figure(comparison: Comparison) -> Figure:
-    """Return the dev and test loss of the grid's runs over the ratio, mean over seeds, with the learned ratios marked."""
-    points: dict[float, list[CurvePoint]] = {}
-    for point in comparison.curve:
-        points.setdefault(point.prune_ratio, []).append(point)
-    most = max(map(len, points.values()), default=0)
-    # Where the run of a seed failed, the mean would be that of the others.
-    points = {ratio: measured for ratio, measured in sorted(points.items()) if len(measured) == most}
-    traces = []
-    for split, colour in (("dev", "target"), ("test", "grasp")):
-        losses = {ratio: [getattr(point, split) for point in measured] for ratio, measured in points.items()}
-        if all(None not in values for values in losses.values()):
-            line = [(ratio, fmean(values)) for ratio, values in losses.items()]
-            traces.append(_scatter(f"{split} loss", line, "lines+markers", line={"color": f"var(--{colour})"}))
-    learned = comparison.learned.prune_ratio if comparison.learned else None
-    marks = [_mark(ratio) for ratio in (learned.values if learned else ())]
-    return _figure(traces, _RATIO, "Loss (nats per answer token)", shapes=marks)
 
 
 def script_json(value: Any) -> Any:
@@ -207,46 +184,3 @@ def _history(history: Sequence[Mapping[str, float]]) -> Figure | None:
     ]
     y = "Loss (nats per token)"
     return _figure(traces, "Optimizer step", y, yaxis={"rangemode": "tozero"}) if traces else None
-
-
-def _sparsity(run: Run) -> Figure:
-    shares = dict(reversed(shares_by_factor(run.sparsity).items()))
-    layers = sorted(
-        {layer for row in shares.values() for layer in row}, key=lambda name: (name.isdigit(), len(name), name)
-    )
-    trace = {
-        "type": "heatmap", "x": layers, "y": list(map(_label, shares)),
-        "z": [[row.get(layer) for layer in layers] for row in shares.values()],
-        "zmin": 0, "zmax": 1, "xgap": 1, "ygap": 1, "colorscale": _SEQUENTIAL,
-        "hovertemplate": "layer %{x}<br>%{y}<br>kept %{z:.3f}<extra></extra>",
-        "colorbar": {"title": {"text": "Kept share<br>(fraction)"}},
-    }  # fmt: skip
-    category, height = {"type": "category"}, 150 + 26 * len(shares)
-    return _figure([trace], "Layer (index)", "Factor, origin", height=height, xaxis=category, yaxis=category)
-
-
-def _cost(run: Run) -> Figure:
-    cost, timings = run.cost, run.learned.result.timings if run.learned else []
-    unit, name = (60, "minutes") if max(cost.values()) >= 180 else (1, "seconds")
-    probing = {
-        step: min(sum(row["probe_seconds"] for row in timings), cost[step])
-        for step in cost
-        if step == CONTROLLER_FOLDER
-    }
-    rest = [seconds - probing.get(step, 0.0) for step, seconds in cost.items()]
-    bars = [
-        ("training and the rest", rest, "var(--merged)"),
-        ("probes", [probing.get(step, 0.0) for step in cost], "var(--grasp)"),
-    ]
-    traces = [
-        {"type": "bar", "orientation": "h", "name": label, "x": [part / unit for part in seconds],
-         "y": list(map(_label, cost)), "marker": {"color": color}}
-        for label, seconds, color in (bars if probing else bars[:1])
-    ]  # fmt: skip
-    steps = {"autorange": "reversed", "type": "category"}
-    return _figure(traces, f"Time ({name})", "Step", barmode="stack", height=130 + 34 * len(cost), yaxis=steps)
-
-
-def _label(text: str) -> str:
-    """Plotly reads tags in its texts, so a text from a file must not hold any."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -1,6 +1,6 @@
-"""From a run or a comparison in memory to what a person reads: report.html, report.md, compare.md and a table in the terminal.
+"""From a run or a comparison in memory to what a person reads: report.html, compare.md and a table in the terminal.
 
-`view_of` turns a run into texts and tables that both reports and the model card share. Nothing is computed here that a step
+`view_of` turns a run into texts and tables that the report and the model card share. Nothing is computed here that a step
 should have computed, and nothing that was not measured is shown as a number.
 """
 
@@ -22,11 +22,11 @@ from grasp_lora.data.splits import SPLITS
 from grasp_lora.engine.comparison import Comparison
 from grasp_lora.engine.methods import METHODS
 from grasp_lora.engine.results import TEST_LOSS
-from grasp_lora.engine.run_folder import COMPARE_FOLDER, DISCARDED, REPORT_FILE, REPORT_TABLES_FILE, Run
+from grasp_lora.engine.run_folder import COMPARE_FOLDER, DISCARDED, REPORT_FILE, Run
 from grasp_lora.recipes.text import RECIPE_FILE
 from grasp_lora.report import delivered, tables
 from grasp_lora.report.examples import examples_of, label_note
-from grasp_lora.report.figures import comparison_figure, figures_of, plotly_js, script_json
+from grasp_lora.report.figures import figures_of, plotly_js, script_json
 from grasp_lora.report.tables import METRIC_NAMES, percent
 from grasp_lora.storage.writing import write_whole
 from grasp_lora.text.display import escaped, one_line
@@ -35,14 +35,6 @@ from grasp_lora.text.names import last_part
 
 logger = logging.getLogger(__name__)
 
-LANGUAGES = {
-    "am": "Amharic", "ar": "Arabic", "bn": "Bengali", "de": "German", "el": "Greek", "en": "English", "es": "Spanish",
-    "fa": "Persian", "fi": "Finnish", "fr": "French", "ha": "Hausa", "he": "Hebrew", "hi": "Hindi", "id": "Indonesian",
-    "ig": "Igbo", "it": "Italian", "ja": "Japanese", "jv": "Javanese", "ko": "Korean", "ms": "Malay", "my": "Burmese",
-    "ne": "Nepali", "nl": "Dutch", "pl": "Polish", "pt": "Portuguese", "ro": "Romanian", "ru": "Russian", "so": "Somali",
-    "su": "Sundanese", "sw": "Swahili", "ta": "Tamil", "te": "Telugu", "th": "Thai", "tr": "Turkish", "uk": "Ukrainian",
-    "ur": "Urdu", "uz": "Uzbek", "vi": "Vietnamese", "yo": "Yoruba", "zh": "Chinese", "zu": "Zulu",
-}  # fmt: skip
 COVERED = {  # by the interval of each rule
     "best_reward": "the choice of rounds only, not chance within a round",
     "smooth_fit": "the choice of probed examples and rounds, not the shape of the fitted curve",
@@ -54,32 +46,27 @@ FULL_WIDTH = 180  # of a table that does not go to a terminal
 
 
 def write_report(run: Run, folder: Path) -> Path:
-    """Write report.html and report.md into the folder of a run.
+    """Write report.html into the folder of a run and return its path: one file that needs no network.
 
-    Returns:
-        The path of report.html: one file that needs no network.
+    A viewer runs the scripts of this page alone, as the nonce says.
     """
-    view = view_of(run, folder)
-    write_whole(folder / REPORT_TABLES_FILE, render("report.md.j2", view))
-    write_whole(folder / REPORT_FILE, _page("report.html.j2", view, figures_of(run)))
+    view = view_of(run, folder) | {"figures": figures_of(run), "plotly_js": plotly_js()}
+    write_whole(folder / REPORT_FILE, render("report.html.j2", view | {"nonce": secrets.token_urlsafe(16)}))
     logger.info("Wrote %s", folder / REPORT_FILE)
     return folder / REPORT_FILE
 
 
 def write_comparison(folder: Path, comparison: Comparison) -> Path:
-    """Write compare.md and report.html into the folder of a comparison; return the path of the latter."""
-    view = _view_of_comparison(comparison)
-    figures = {"grid": comparison_figure(comparison)} if comparison.curve else {}
-    write_whole(folder / COMPARISON_TABLES_FILE, render("comparison.md.j2", view))
-    write_whole(folder / REPORT_FILE, _page("comparison.html.j2", view, figures))
-    return folder / REPORT_FILE
+    """Write compare.md into the folder of a comparison and return its path."""
+    write_whole(folder / COMPARISON_TABLES_FILE, render("comparison.md.j2", _view_of_comparison(comparison)))
+    return folder / COMPARISON_TABLES_FILE
 
 
 # A run
 
 
 def view_of(run: Run, folder: Path) -> dict[str, Any]:
-    """Everything that both reports and the model card print, as texts and tables; paths of the recipe as seen from a folder."""
+    """Everything that the report and the model card print, as texts and tables; paths of the recipe as seen from a folder."""
     metrics, estimate, choice, in_chat = (
         run.metrics,
         run.estimate,
@@ -179,9 +166,8 @@ def sizes_of(run: Run, splits: Sequence[str] = SPLITS) -> str:
 
 
 def languages_of(corpora: Sequence[CorpusSettings]) -> str:
-    """The languages of data, as words."""
-    codes = [language_code(corpus.language) for corpus in corpora]
-    return " to ".join(LANGUAGES.get(code, code) for code in codes)
+    """The languages of data, by their codes."""
+    return " to ".join(language_code(corpus.language) for corpus in corpora)
 
 
 def public_name(name: str) -> str:
@@ -250,7 +236,6 @@ def _view_of_comparison(comparison: Comparison) -> dict[str, Any]:
         "machines": len(comparison.made_with),
         "scale": tables.scale_note(metric for metric in comparison.metrics if metric != TEST_LOSS),
         "stopping": _stopping(comparison),
-        "marked": comparison.learned.title if comparison.learned else None,
         "command": command_of(comparison),
     }
 
@@ -307,11 +292,6 @@ def _drawn(comparison: Comparison) -> str:
 def render(template: str, context: dict[str, Any]) -> str:
     """Fill a template of this package; HTML is escaped."""
     return _templates().get_template(template).render(context)  # type: ignore[no-any-return]
-
-
-def _page(template: str, view: dict[str, Any], figures: dict[str, Any]) -> str:
-    """A page with its figures; a viewer runs the scripts of this one alone, as the nonce says."""
-    return render(template, view | {"figures": figures, "plotly_js": plotly_js(), "nonce": secrets.token_urlsafe(16)})
 
 
 @cache

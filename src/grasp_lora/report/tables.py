@@ -8,7 +8,6 @@ Beside the scores stand the paired intervals of `evaluation.statistics`: a diffe
 """
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -37,13 +36,11 @@ class Cell(NamedTuple):
     Args:
         best: marks the best of its column, in a first cell the row.
         span: columns of a text that is no value.
-        long: text among numbers, which may take several lines.
     """
 
     text: str
     best: bool = False
     span: int = 1
-    long: bool = False
 
 
 class TextTable(NamedTuple):
@@ -317,23 +314,6 @@ def is_even(entries: Sequence[Mapping[str, Any]]) -> bool:
     return all(abs(row["kept"] - share * row["weights"]) <= 1 for row in entries)
 
 
-def shares_by_factor(entries: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Return the kept share of each factor and origin, by layer.
-
-    The factor A of `model.layers.3.self_attn.q_proj`, from the source adapter, is "q_proj A, source" in layer "3".
-    """
-    places = [re.fullmatch(r"(?:.*\.)?(\d+)\.(.+)", row["module"]) for row in entries]
-    kinds = [place[2] if place else row["module"] for place, row in zip(places, entries, strict=True)]
-    short = {kind: kind.rsplit(".", 1)[-1] for kind in kinds}
-    # GPT-2 has a c_proj in its attention and another in its MLP: then the full names are needed.
-    ambiguous = len(set(short.values())) < len(short)
-    shares: dict[str, dict[str, float]] = {}
-    for row, place, kind in zip(entries, places, kinds, strict=True):
-        factor = f"{kind if ambiguous else short[kind]} {row['factor']}, {row['segment']}"
-        shares.setdefault(factor, {})[place[1] if place else "–"] = row["kept"] / row["weights"]
-    return dict(sorted(shares.items()))
-
-
 def sparsity_note(run: Run) -> str:
     """What the shares of kept weights say together, and whether they are those of the ratio."""
     pruned, ratio = 1 - kept_share(run.sparsity), run.metrics.prune_ratio
@@ -394,7 +374,7 @@ def comparison_scores(comparison: Comparison) -> TextTable:
             Cell(_spread(row.scores[metric], digits[metric]), row.method in best[metric])
             for metric in comparison.metrics
         ]
-        verdict = Cell(_verdict(row, comparison, digits), long=True)
+        verdict = Cell(_verdict(row, comparison, digits))
         rows.append([Cell(row.title), Cell(_ratio(row)), Cell(CHOSEN_ON[row.chosen_on]), *scores, verdict])
     return TextTable(f"Scores of every method, mean and standard deviation over {comparison.runs}", columns, rows)
 
