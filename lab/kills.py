@@ -50,8 +50,6 @@ WAYS: dict[str, tuple[str, ...]] = {
     )),
     "compare": ("compare", "tiny.yaml", "--methods", "source_only,continued,grasp", "--seeds", "42"),
     "merge": ("merge", f"{GIVEN}/source", f"{GIVEN}/target"),
-    "learn": ("learn", "tiny.yaml", "--adapter", f"{GIVEN}/merged"),
-    "finetune": ("finetune", "tiny.yaml", "--adapter", f"{GIVEN}/merged", "--ratio", "0.4"),
     "evaluate": ("evaluate", "tiny.yaml", "--adapter", f"{GIVEN}/merged", "--adapter", f"{GIVEN}/source"),
     "export": ("export", f"{GIVEN}/merged", "--gguf"),
     "export, folded": ("export", f"{GIVEN}/merged", "--fold", "--dtype", "float32"),
