@@ -15,6 +15,7 @@ from grasp_lora.models.live import adapter_weights, live_pairs
 from grasp_lora.models.model_settings import LoraSettings
 from grasp_lora.training import trainer as finetune_module
 from grasp_lora.training.probes import ProbeSet
+from grasp_lora.training.pruned import PrunedTraining
 from grasp_lora.training.trainer import finetune
 from grasp_lora.training.training_settings import TrainingSettings
 
@@ -79,6 +80,13 @@ def script_dev_losses(monkeypatch, losses) -> None:
 
 
 # The gradient
+
+
+def test_clipping_takes_the_norm_of_kept_weights_alone(run):
+    watch = Watch()
+    run(callbacks=[PrunedTraining(0.8, ProbeSet(make_examples(2), PAD)), watch], max_grad_norm=1e-4)
+    for gradients in watch.gradients:
+        assert math.hypot(*(float(gradient.norm()) for gradient in gradients)) == pytest.approx(1e-4, rel=1e-2)
 
 
 @pytest.mark.parametrize("architecture", list(TARGETS))

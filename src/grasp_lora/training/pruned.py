@@ -221,6 +221,10 @@ class PrunedTraining(GradientCheck, SavedInCheckpoints):
             GraspError: no LoRA weight has a gradient, so nothing would be trained.
         """
         super().on_pre_optimizer_step(args, state, control, **kwargs)
+        self.mask_gradients()
+
+    def mask_gradients(self) -> None:
+        """Zero the gradients of held weights. `finetune` does so before it clips, so that they have no part in the norm."""
         if self.mode == "hold":
             self.masks.mask_gradients()
 

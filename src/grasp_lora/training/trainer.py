@@ -49,7 +49,7 @@ from grasp_lora.storage.writing import cannot_write, clear_write_errors, vanishe
 from grasp_lora.text.display import first_line
 from grasp_lora.training.loss import Encoded, check_measurable, collate, example_losses
 from grasp_lora.training.probes import ProbeSet
-from grasp_lora.training.pruned import GradientCheck, SavedInCheckpoints, no_gradients
+from grasp_lora.training.pruned import GradientCheck, PrunedTraining, SavedInCheckpoints, no_gradients
 from grasp_lora.training.training_settings import TrainingSettings
 
 if TYPE_CHECKING:
@@ -237,6 +237,14 @@ class FineTuneTrainer(Trainer):
         if not losses.requires_grad:
             raise no_gradients(model)
         return losses.sum() / self._examples_per_rank.to(losses.dtype)
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
+        """Clip by the norm of what is trained: else a step would depend on gradients that the mask takes away."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, PrunedTraining):
+                callback.mask_gradients()
+        clip: Any = super()._clip_grad_norm
+        return clip(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Multiply the learning rate by `lr_decay` after every epoch."""
