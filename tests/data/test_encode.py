@@ -302,7 +302,7 @@ class TestEncodeRows:
     @pytest.mark.parametrize(
         ("row", "message"),
         [
-            ("text", "^row 1: expected an object with named fields, found str"),
+            ("text", "^row 1: 'str' object is not a mapping"),
             ({"prompt": [USER], "completion": "b"}, "^row 1: prompt must be a text, found list"),
             ({"prompt": "a", "completion": "b", "id": "row 0"}, "1 ids stand more than once, first row 0;"),
             (

@@ -107,12 +107,10 @@ def test_labels_that_the_tokenizer_confounds_are_refused(tmp_path, tiny_tokenize
         split(rows(["a", "ab"]))
 
 
-def test_references_beside_a_label_are_refused(split):
-    train = [row | {"references": ["a", "b"]} for row in rows(["a", "ab"])]
-    with pytest.raises(
-        DataError, match=r"references stand beside the one label of the row; leave out the column references"
-    ):
-        split(train)
+def test_references_beside_a_label_are_right_answers_too(split):
+    found = split([row | {"references": ["a", "b"]} for row in rows(["a", "b"])], rows(["a", "b"], 6, "o"))
+    assert list(found.labels) == ["a", "b"]
+    assert {example.references for example in found.train} == {("a", "b"), ("b", "a")}
 
 
 def test_a_whole_number_is_a_label_as_in_csv_and_nothing_else_that_is_no_text(split):

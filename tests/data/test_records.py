@@ -176,7 +176,7 @@ class TestRecords:
                 [{"id": i // 2, "prompt": "a", "completion": "b"} for i in range(14)],
                 "7 ids stand more than once, first 0, 1",
             ),
-            ("[1]", "line 1: expected an object with named fields, found list"),
+            ("[1]", "line 1: 'list' object is not a mapping"),
         ],
     )
     def test_malformed(self, read, rows, message):
@@ -278,8 +278,11 @@ class TestConversations:
         [
             ({"messages": "hi"}, "messages must be a list that ends with an assistant message"),
             ({"messages": [HELLO]}, "messages must be a list that ends with an assistant message, and a user's must"),
-            ({"conversations": [{"from": "tool", "value": "4"}]}, "a turn has the role 'tool' and .*; roles are human"),
-            ({"conversations": [{"from": "human", "value": 4}]}, "a turn has the role 'human' and the content 4"),
+            (
+                {"conversations": [{"from": "tool", "value": "4"}]},
+                "a turn has the role 'tool' and .*, and roles are human",
+            ),
+            ({"conversations": [{"from": "human", "value": 4}]}, "a turn has the role 'user' and the content 4"),
             (
                 {"messages": [HI, {**HI, "role": "system"}, HELLO]},
                 "messages has a system message that is not the first",

@@ -101,14 +101,7 @@ def test_signature_names_the_model_as_the_recipe_does(encoder):
     assert "|bert_score:0.3." in result.signature
 
 
-@pytest.mark.parametrize(
-    ("place", "message"),
-    [
-        ("no-such-model-anywhere", "no-such-model-anywhere: there is no such folder, and the hub gave"),
-        ("a/b/c", "a/b/c: there is no such folder, and it is no hub id either"),
-    ],
-)
-def test_a_model_that_cannot_be_used_is_an_error_of_one_line(place, message):
-    with pytest.raises(RecipeError, match=message) as caught:
+@pytest.mark.parametrize("place", ["no-such-model-anywhere", "a/b/c"])
+def test_a_model_that_cannot_be_used_is_an_error_of_one_line(place):
+    with pytest.raises(RecipeError, match=rf"^BERTScore model {place}: [^\n]+$"):
         lack_of_bertscore("zh", BertScoreSettings({"zh": place}), offline=True)
-    assert "\n" not in str(caught.value)

@@ -556,7 +556,6 @@ def test_an_existing_file_is_never_overwritten(start: Callable[..., Path]) -> No
             r"data for the task qa by its columns, but the target's task is completion",
         ),
         (completion(60), ("few.jsonl",), DataError, r"the source has 10 examples, .*at least 20 are needed"),
-        (completion(60), ("s.jsonl", "renamed.jsonl"), DataError, r"the source files differ in their columns"),
         ([{"prompt": "a", "completion": ""}] * 60, (), DataError, r"line 1: completion is empty"),
         (labelled(60, ["a"]), (), DataError, r"t\.jsonl: 1 labels, first a; a classification has 2 to 200"),
     ],
@@ -567,7 +566,6 @@ def test_mistakes_are_named_and_nothing_is_written(
     file = write(Path("t.json" if isinstance(data, dict) else "t.jsonl"), data)
     write(Path("s.jsonl"), completion(60, "s"))
     write(Path("few.jsonl"), completion(10, "s"))
-    write(Path("renamed.jsonl"), [{"Prompt": "a", "Completion": "b"}])
     with pytest.raises(error, match=message):
         start(file, source)
     assert not Path("mine.yaml").exists()

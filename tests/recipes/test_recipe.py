@@ -252,7 +252,7 @@ class TestOverrides:
             ("=1", r"must look like a\.b=value"),
             ("name.x=1", "name: must be a text"),
             ("seed=[1", "is no valid YAML"),
-            ("backbone.name=org/llama #2", "YAML reads 'org/llama'; write backbone.name=\"org/llama #2\""),
+            ("backbone.name=org/llama #2", 'has a comment, as YAML reads it; write backbone.name="org/llama #2"'),
             ("data.target.trian=4", "unknown key 'data.target.trian'; did you mean 'train'?"),
         ],
     )

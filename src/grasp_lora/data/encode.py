@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import chain, takewhile
 from typing import TYPE_CHECKING, Any, cast
 
-from grasp_lora.data.files import Row, Table, as_row
+from grasp_lora.data.files import Row, Table
 from grasp_lora.data.groups import join_groups, keys_with_turns
 from grasp_lora.data.records import Message, Record, make_pool
 from grasp_lora.data.tasks import ANY_LANGUAGE, TASKS, TEMPLATES, Template, resolve_template
@@ -421,8 +421,9 @@ def encode_rows(rows: Sequence[Mapping[str, object]], tokenizer: "PreTrainedToke
     check_tokenizer(tokenizer, chat=False)
     identified: list[Row] = []
     for number, item in enumerate(rows):
-        where, values = as_row(item, f"row {number}")
-        identified.append(Row(where, {**values, "id": where} if values.get("id") is None else values))
+        with reading(where := f"row {number}"):
+            values = {**item}
+        identified.append(Row(where, values if values.get("id") is not None else {**values, "id": where}))
     # Columns that are named, if only that of the id, are taken as they are: no row is of Alpaca here.
     pool = make_pool([Table("the list of rows", identified)], "completion", {"id": "id"})
     groups = join_groups(keys_with_turns(pool.records))

@@ -62,13 +62,6 @@ class Table:
         return list(map(str, dict.fromkeys(chain.from_iterable(row.values for row in self.rows))))
 
 
-def as_row(item: object, where: str) -> Row:
-    """Return a row that is in memory, with where it stands."""
-    if not isinstance(item, Mapping):
-        raise DataError(f"{where}: expected an object with named fields, found {type(item).__name__}")
-    return Row(where, item)
-
-
 def read_file(name: str, path: Path, sheet: str | None = None) -> Table:
     """Read a file; SQuAD data has a row for each article.
 
@@ -107,16 +100,15 @@ def _text(path: Path, name: str) -> str:
 
 def _json(path: Path, name: str) -> Iterator[Row]:
     """Read a list of objects, alone or under a key `data`, or one object."""
-    try:
-        content = json.loads(_text(path, name))
-    except json.JSONDecodeError as error:
-        if error.msg != "Extra data":
-            raise
-        yield from _json_lines(path, name)  # they are often saved as .json
+    text = _text(path, name).strip()
+    content, end = json.JSONDecoder().raw_decode(text)
+    if end < len(text):  # lines are often saved as .json
+        yield from _json_lines(path, name)
         return
     rows = content.get("data") if isinstance(content, dict) else content
     for number, item in enumerate(rows if isinstance(rows, list) else [content], start=1):
-        yield as_row(item, f"{name}, record {number}")
+        with reading(where := f"{name}, record {number}"):
+            yield Row(where, {**item})
 
 
 def _json_lines(path: Path, name: str) -> Iterator[Row]:
@@ -124,7 +116,7 @@ def _json_lines(path: Path, name: str) -> Iterator[Row]:
     for number, line in enumerate(_text(path, name).split("\n"), start=1):
         if line.strip():
             with reading(where := f"{name}, line {number}"):
-                yield as_row(json.loads(line), where)
+                yield Row(where, {**json.loads(line)})
 
 
 def _named(rows: Iterable[tuple[str, list[str]]]) -> Iterator[Row]:
@@ -278,15 +270,12 @@ def read_hub(name: str, config: str | None, split: str, *, offline: bool = False
     with reading(label), no_network(offline):
         try:
             table = datasets.load_dataset(name, config, split=split)
-        except RuntimeError as error:
-            if "scripts are no longer supported" not in str(error):
-                raise
-            logger.info("%s has a loading script: reading the hub's parquet export instead", name)
-            # The export knows no configurations: each is a folder.
+        except RuntimeError:  # it has a loading script; the export knows no configurations: each is a folder
+            logger.info("%s cannot be read as it is: reading the hub's parquet export instead", name)
             table = datasets.load_dataset(name, data_dir=config, split=split, revision=PARQUET_EXPORT)
     # Sounds and pictures, whose decoders need not be there, are no text.
     table = table.remove_columns([column for column, kind in table.features.items() if _is_decoded(kind)])
-    return Table(label, [as_row(row, f"{label}, row {number}") for number, row in enumerate(table, start=1)])
+    return Table(label, [Row(f"{label}, row {number}", row) for number, row in enumerate(table, start=1)])
 
 
 def _is_decoded(kind: Any) -> bool:

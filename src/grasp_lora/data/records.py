@@ -357,9 +357,8 @@ def _record(
     gold = answers
     if not is_blank(references := row.get("references")) and references != []:
         several = references if isinstance(references, list | tuple) else [references]
-        gold = [text_of(reference, "references") for reference in several]
-    if fields.chooses and gold != answers:
-        raise ValueError("references stand beside the one label of the row; leave out the column references")
+        more = [text_of(reference, "references") for reference in several]
+        gold = [*answers, *more] if fields.chooses else more  # the label of the row stands first
     return Record(identity, inputs, answers[0], tuple(dict.fromkeys(gold)), frozenset(keys), tuple(messages[:-1]))
 
 
@@ -442,6 +441,9 @@ def _messages(values: Mapping[str, Any], column: str) -> list[Message]:
             turns = [{"role": "system", "content": system}, *turns]
     messages = [_message(turn) for turn in turns] if isinstance(turns, list) else []
     roles = [message["role"] for message in messages]
+    strange = [
+        message for message in messages if message["role"] not in SPEAKERS or type(message["content"]) is not str
+    ]
     faults = [
         f"{name} is not empty, but prompts are made without it; leave out such rows, or the column {name} where the answers do "
         "not rest on it"
@@ -452,6 +454,11 @@ def _messages(values: Mapping[str, Any], column: str) -> list[Message]:
         faults.append(f"{column} must be a list that ends with an assistant message, and a user's must stand before it")
     if "system" in roles[1:]:
         faults.append(f"{column} has a system message that is not the first; join them there")
+    if strange:
+        faults.append(
+            f"a turn has the role {quoted(strange[0]['role'])} and the content {quoted(strange[0]['content'])}; a content is a "
+            f"text, and roles are {', '.join(SPEAKERS)}. Remove rows with other turns, such as those of tools"
+        )
     if faults:
         raise ValueError(faults[0])
     for message in messages[:-1]:
@@ -462,12 +469,7 @@ def _messages(values: Mapping[str, Any], column: str) -> list[Message]:
 def _message(turn: Mapping[str, Any]) -> Message:
     """A turn of `role` and `content`, or of `from` and `value`, as a message."""
     speaker, text = (turn["from"], turn["value"]) if "from" in turn else (turn["role"], turn["content"])
-    if speaker not in SPEAKERS or not isinstance(text, str):
-        raise ValueError(
-            f"a turn has the role {quoted(speaker)} and the content {quoted(text)}; roles are {', '.join(SPEAKERS)}, and a "
-            "content is a text. Remove rows with other turns, such as those of tools"
-        )
-    return {"role": SPEAKERS[speaker], "content": text}
+    return {"role": SPEAKERS.get(speaker, speaker), "content": text}
 
 
 def _squad_rows(table: Table) -> Iterator[Row]:

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from grasp_lora.errors import RecipeError
 from grasp_lora.evaluation.overlap import rouge_fractions
 from grasp_lora.evaluation.short_answers import MetricScore, Outputs, score_of_fractions, score_of_similarities
-from grasp_lora.storage.network import not_there
 from grasp_lora.storage.reading import expanded, is_folder, reading
 from grasp_lora.text.names import needs, without_place
 
@@ -126,10 +125,13 @@ def _load(place: str, base: Path, offline: bool) -> _Encoder:
     needs("BERTScore", "bert_score", "bert-score", extra="eval")
     import torch
     from bert_score.utils import get_model, model2layers
+    from huggingface_hub import snapshot_download
     from transformers import AutoConfig, AutoTokenizer
 
-    folder = _find(place, base, offline)
     with reading(f"BERTScore model {place}", RecipeError):
+        folder = next((str(path) for path in (base / place, expanded(place)) if is_folder(path)), None)
+        patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
+        folder = folder or snapshot_download(place, allow_patterns=patterns, local_files_only=offline)
         config = AutoConfig.from_pretrained(folder)
         layers = int(config.num_hidden_layers)
         tuned = model2layers.get(place, model2layers.get(Path(place).name))
@@ -143,21 +145,6 @@ def _load(place: str, base: Path, offline: bool) -> _Encoder:
     tokenizer.model_max_length = min(tokenizer.model_max_length, context)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return _Encoder(model.float().eval().to(device), tokenizer, f"{layer}/{layers}", device)
-
-
-def _find(place: str, base: Path, offline: bool) -> str:
-    """Find the folder of a model, from the hub where it is none here."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    for folder in (base / place, expanded(place)):
-        if is_folder(folder):
-            return str(folder)
-    try:
-        patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
-        return str(snapshot_download(place, allow_patterns=patterns, local_files_only=offline))
-    except (HFValidationError, OSError) as error:  # network, authorisation and missing repositories are OSErrors
-        raise RecipeError(f"BERTScore model {place}: {not_there(error)}") from error
 
 
 def lack_of_similarity(language: str) -> str | None:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from grasp_lora.errors import DataError
 from grasp_lora.text.characters import DOTTED, INVISIBLE, JOINERS, lowered, space_words, split_unspaced
 from grasp_lora.text.languages import language_code
 
@@ -60,17 +59,17 @@ class MetricScore:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a model wrote and what it should have written; checked on construction.
+    """What a model wrote and what it should have written.
 
     Args:
-        predictions: one text per example; may be empty texts.
+        predictions: one text per example, at least one; may be empty texts.
         references: one or more good texts per example.
         language: code of the language of the texts, such as `ar` or `zh-CN`; see `language_code`.
         labels: of a classification, all that can be chosen; a score of labels has its statistics for each of them, so that those
             of several sets can be added up.
 
     Raises:
-        DataError: there is nothing to score, an example has no references, or the language is no code.
+        DataError: the language is no code.
     """
 
     predictions: Sequence[str]
@@ -80,11 +79,6 @@ class Outputs:
 
     def __post_init__(self) -> None:
         language_code(self.language)
-        if not self.predictions or len(self.predictions) != len(self.references) or not all(self.references):
-            raise DataError(
-                f"{len(self.predictions)} predictions came with {len(self.references)} lists of references; give at least one "
-                "prediction, and for each a list of at least one reference"
-            )
 
     @property
     def language_code(self) -> str:

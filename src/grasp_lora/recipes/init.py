@@ -122,8 +122,6 @@ def write_recipe(
         )
         for name in files
     ]
-    if len({(corpus.layout, tuple(corpus.columns.items())) for corpus in sources}) > 1:
-        raise DataError("the source files differ in their columns; convert them to the same ones")
     for corpus in sources if target.labels else ():
         check_labels((*target.labels, *corpus.labels), f"{target.name} and {corpus.name}")
     sizes = choose_sizes(target, sources)

@@ -196,16 +196,17 @@ def _read(override: str) -> tuple[str, Any]:
     shown = f"override {quoted(override)}"
     path, _, text = override.partition("=")
     path, bare = path.strip(), text.strip()
-    if not path or not bare:
-        raise RecipeError(f"{shown} must look like a.b=value, such as data.target.train=100; a.b=null unsets a key")
     value = parse(text, shown)
     written = text if path.startswith(TEMPLATES) else bare
     cut = value != written if isinstance(value, str) else value is None and bare.startswith("#")
-    if cut and bare[0] not in "\"'|>":  # what stands behind a # is a comment to YAML
+    fault = ""
+    if not path or not bare:
+        fault = "must look like a.b=value, such as data.target.train=100; a.b=null unsets a key"
+    elif cut and bare[0] not in "\"'|>":  # what stands behind a # is a comment to YAML
         in_quotes = json.dumps(written, ensure_ascii=False)
-        raise RecipeError(
-            f"{shown}: YAML reads {quoted(value)}; write {escaped(path)}={in_quotes}, in the shell's quotes"
-        )
+        fault = f"has a comment, as YAML reads it; write {escaped(path)}={in_quotes}, in the shell's quotes"
+    if fault:
+        raise RecipeError(f"{shown} {fault}")
     return path, value
 
 

@@ -104,11 +104,17 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _target_on_source_is_added_up(self) -> Self:
-        """Refuse another merge than the sum: the target adapter was trained as the second part of it."""
-        if self.target.on is not None and (self.merge.rule != "exact" or self.merge.weights is not None):
-            key = "merge.rule" if self.merge.rule != "exact" else "merge.weights"
+        """Refuse another merge than the sum, whose second part the target adapter is trained as, and one that is given."""
+        contrary = {
+            "target.adapter": self.target.adapter is not None,
+            "merge.rule": self.merge.rule != "exact",
+            "merge.weights": self.merge.weights is not None,
+        }
+        if self.target.on is not None and any(contrary.values()):
+            key = next(key for key, present in contrary.items() if present)
             raise ValueError(
-                f"target.on is {self.target.on!r}, so both adapters are added up as they are; remove {key}, or target.on"
+                f"target.on is {self.target.on!r}, so the target adapter is trained here, and both are added up as they are; "
+                f"remove {key}, or target.on"
             )
         return self
 

@@ -128,12 +128,6 @@ class TargetStage:
     on: Literal["source", "auto"] | None = None
     training: Training = field(default_factory=TrainingSettings)
 
-    def __post_init__(self) -> None:
-        if self.on is not None and self.adapter is not None:
-            raise ValueError(
-                f"on is {self.on!r}, but an adapter is given, which was trained already; remove one of them"
-            )
-
 
 @dataclass(frozen=True)
 class ControllerStage(Controller):

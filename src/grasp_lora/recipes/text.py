@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from grasp_lora.errors import RecipeError
+from grasp_lora.storage.reading import reading
 from grasp_lora.text.display import one_line, quoted
 
 RECIPE_FILE = "recipe.yaml"  # where a folder keeps it
@@ -47,9 +48,8 @@ def builtin_text(name: str) -> str:
     Raises:
         RecipeError: there is none of that name.
     """
-    if name not in builtin_recipes():
-        raise RecipeError(f"there is no built-in recipe {quoted(name)}; there are: {', '.join(builtin_recipes())}")
-    return (resources.files("grasp_lora") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    with reading(f"built-in recipe {quoted(name)}", RecipeError):
+        return (resources.files("grasp_lora") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 class _Loader(yaml.SafeLoader):

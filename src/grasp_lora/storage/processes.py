@@ -175,4 +175,4 @@ class Interruption:
         if again:
             signal.raise_signal(number)
         if not self._deferred:
-            raise _Stop
+            self.stop_if_asked()

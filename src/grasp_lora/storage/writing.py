@@ -40,10 +40,9 @@ def write_whole(file: Path, content: str | bytes) -> None:
             if not os.path.samestat(os.fstat(stream.fileno()), draft.lstat()):
                 raise FileExistsError(errno.EEXIST, "another process writes it", str(file))
         draft.replace(file)
-    except OSError:
+    finally:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
-        raise
     sync(file.parent)
 
 
