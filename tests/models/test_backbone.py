@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from grasp_lora.errors import GraspError
+from grasp_lora.models import backbone as backbones
 from grasp_lora.models.adapters import fresh_adapter
 from grasp_lora.models.backbone import (
     fact_of,
@@ -68,16 +69,18 @@ def test_a_local_folder_loads_frozen_in_eval_mode(tiny_backbone_folder):
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "dtype"),
+    ("maker", "capabilities", "dtype"),
     [
-        ({}, "float32"),
-        ({"avx2": True, "avx512_f": True}, "float32"),
-        ({"avx512_bf16": True, "amx_bf16": False, "amx_tile": True}, "float32"),  # slower in bfloat16 than in float32
-        ({"bf16": True, "sve_bf16": True}, "float32"),  # Arm's
-        ({"avx512_bf16": True, "amx_bf16": True}, "bfloat16"),
+        ("AuthenticAMD", {}, "float32"),
+        ("AuthenticAMD", {"avx2": True, "avx512_f": True}, "float32"),
+        ("AuthenticAMD", {"avx512_bf16": True, "amx_bf16": False}, "bfloat16"),
+        ("GenuineIntel", {"avx512_bf16": True, "amx_bf16": False, "amx_tile": True}, "float32"),  # slower in bfloat16
+        ("", {"bf16": True, "sve_bf16": True}, "float32"),  # Arm's
+        ("GenuineIntel", {"avx512_bf16": True, "amx_bf16": True}, "bfloat16"),
     ],
 )
-def test_of_processors_auto_takes_bfloat16_on_those_with_amx(monkeypatch, capabilities, dtype):
+def test_of_processors_auto_takes_bfloat16_where_it_is_faster(monkeypatch, maker, capabilities, dtype):
+    monkeypatch.setattr(backbones, "_processor", lambda: f"vendor_id : {maker}")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: pytest.fail("the processor was asked for"))
     assert find_dtype("cpu") == dtype

@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -254,9 +254,10 @@ def fact_of(config: "PretrainedConfig", name: str) -> Any:
 def find_dtype(device: str, model_type: str = "") -> Literal["bfloat16", "float16", "float32"]:
     """Return the dtype that "auto" stands for, by a fixed rule: the same recipe gives the same numbers on every day.
 
-    bfloat16 on CUDA cards that compute in it and on processors with AMX, where products take a fifth of the time. float16 on
-    other CUDA cards (T4, V100), but for Gemma: hidden states of Gemma 3 270M reach 1e5, and float16 ends at 65,504. float32
-    elsewhere: processors without AMX are slower in bfloat16 than in float32 (`lab/log.md`).
+    bfloat16 on CUDA cards that compute in it, on processors with AMX, where products take a fifth of the time, and on those of
+    AMD with AVX512-BF16, where a training step takes half. float16 on other CUDA cards (T4, V100), but for Gemma: hidden states
+    of Gemma 3 270M reach 1e5, and float16 ends at 65,504. float32 elsewhere: Intel's AVX512-BF16 without AMX, as some virtual
+    machines show it, is slower in bfloat16 (`lab/log.md`).
 
     Args:
         device: "cpu", "cuda" or "cuda:N".
@@ -266,7 +267,9 @@ def find_dtype(device: str, model_type: str = "") -> Literal["bfloat16", "float1
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bfloat16"
         return "float32" if model_type.startswith("gemma") else "float16"
-    return "bfloat16" if _capabilities().get("amx_bf16") else "float32"
+    found = _capabilities()
+    fast = found.get("amx_bf16") or (found.get("avx512_bf16") and "AuthenticAMD" in _processor())
+    return "bfloat16" if fast else "float32"
 
 
 def computes_in(dtype: str, device: str) -> bool:
@@ -285,6 +288,13 @@ def computes_in(dtype: str, device: str) -> bool:
 def _capabilities() -> dict[str, Any]:
     """What the processor can do, where torch tells."""
     return dict(getattr(torch.cpu, "get_capabilities", dict)())
+
+
+def _processor() -> str:
+    """What Linux says of the processor, its maker included; nothing elsewhere."""
+    with suppress(OSError):
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    return ""
 
 
 def is_quantised(config: "PretrainedConfig") -> bool:

@@ -31,8 +31,8 @@ class BackboneSettings:
         name: "gemma3-270m" (the embedded default), a local folder, or a Hugging Face hub id. A model that was saved quantised is
             loaded as it is.
         dtype: what the weights are loaded in, or computed in if they are quantised; "auto" takes bfloat16 on CUDA cards that
-            have it and on processors with AMX, float16 on other CUDA cards (float32 for Gemma, whose numbers it cannot
-            hold), else float32.
+            have it and on processors with AMX or of AMD with AVX512-BF16, float16 on other CUDA cards (float32 for Gemma, whose
+            numbers it cannot hold), else float32.
         quantise: store the weights of the linear layers, but not the output layer, in fewer bits: `nf4` (4 bits) and `int8` by
             bitsandbytes; None as they are.
         revision: branch, tag or commit of a hub id.
