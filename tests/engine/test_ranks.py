@@ -147,7 +147,7 @@ def test_commands_of_one_process_say_so(
 ) -> None:
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    for command in ("compare", "check", "learn"):
+    for command in ("compare", "check"):
         result = cli(command, "tiny.yaml")
         assert (result.status, result.err) == (2, f"error: {command} runs in one process; start it without torchrun\n")
 

@@ -103,7 +103,9 @@ def test_the_right_answers_decide_between_grasps_result_and_the_continued_adapte
     assert (delivered.name, delivered.against) == ("continued", "grasp")
     assert measured == [("dev", False), ("dev", False)]
     assert "It answers 8 of 8 dev rows right, GRASP's result 0." in delivered.why
-    settings = ComparisonSettings(methods=("continued", "delivered"), reference="continued", seeds=(42,), resamples=200)
+    settings = ComparisonSettings(
+        methods=("continued", "delivered"), reference="continued", seeds=(42,), resamples=1000
+    )
     rows = {row.method: row for row in compare(session_of(*changes), Path("run"), settings).rows}
     assert rows["delivered"].taken
     assert rows["delivered"].scores == rows["continued"].scores
