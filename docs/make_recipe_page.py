@@ -49,7 +49,7 @@ Scores run from 0 to 100, higher is better, and each comes with a signature that
 METRIC_END = """
 
 **Two measures are called ROUGE-L.** Scores of one say nothing about scores of the other.
-`rougeL`, with `tok:unicode` in its signature, counts characters in Chinese, Japanese, Thai, Lao, Burmese
+`rougeL`, with `tok:unicode` in its signature, counts characters in Chinese, Japanese, Yi, Thai, Lao, Burmese
 and Khmer, and words as they stand elsewhere.
 Published XL-Sum scores count jieba's words in Chinese and stems in Arabic and fourteen other languages; that is `rougeL_xlsum`.
 It is unavailable in Bengali, Burmese, Hindi, Japanese, Thai and Turkish, whose stemmers or word lists it does not bring.

@@ -6,18 +6,20 @@ import unicodedata
 # Direction marks, soft hyphens and the like; joiners and the zero-width space tell words apart.
 INVISIBLE = re.compile("[\u00ad\u061c\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
 JOINERS = "\u200c\u200d"
-# With 々, 〇 and planes 2 and 3.
+# With 々, 〇, Yi's syllables and planes 2 and 3.
 IDEOGRAPH_OR_KANA = re.compile(
-    "[\u3005-\u3007\u3021-\u3029\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f"
+    "[\u3005-\u3007\u3021-\u3029\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\ua000-\ua48c\uf900-\ufaff\uff66-\uff9f"
     "\U0001b000-\U0001b16f\U00020000-\U0003ffff]"
 )
-# Letters of Thai, Lao, Myanmar and Khmer, each with the vowel signs and tone marks that follow it.
+# Letters of Thai, Lao, Myanmar, Khmer, Tai Tham, Balinese and Javanese, each with the vowel signs and tone marks that follow it.
 _WITH_MARKS = re.compile(
     "[\u0e01-\u0e30\u0e32-\u0e33\u0e40-\u0e46][\u0e31\u0e34-\u0e3a\u0e47-\u0e4e]*"
     "|[\u0e81-\u0eb0\u0eb2-\u0eb3\u0ebd-\u0ec6\u0edc-\u0edf][\u0eb1\u0eb4-\u0ebc\u0ec8-\u0ece]*"
     "|[\u1000-\u102a\u103f\u1050-\u1055\u105a-\u105d\u1061\u1065-\u1066\u106e-\u1070\u1075-\u1081\u108e]"
     "[\u102b-\u103e\u1056-\u1059\u105e-\u1060\u1062-\u1064\u1067-\u106d\u1071-\u1074\u1082-\u108d\u108f\u109a-\u109d]*"
     "|[\u1780-\u17b3\u17d7\u17dc][\u17b4-\u17d3\u17dd]*"
+    "|[\u1a20-\u1a54][\u1a55-\u1a7f]*|[\u1b05-\u1b33\u1b45-\u1b4c][\u1b00-\u1b04\u1b34-\u1b44]*"
+    "|[\ua984-\ua9b2][\ua980-\ua983\ua9b3-\ua9c0]*"
 )
 ENDS_OF_SENTENCES = ".?!\u2026\u061f\u06d4\u0964\u3002\uff1f\uff01"  # also those of Arabic, Urdu, Hindi and Chinese
 _BETWEEN_WORDS = re.compile(
@@ -47,7 +49,7 @@ def bare_words(text: str) -> list[str]:
 
 
 def split_unspaced(text: str) -> str:
-    """Put white space around each ideograph, kana and letter of Thai, Lao, Myanmar and Khmer.
+    """Put white space around each ideograph, kana, syllable of Yi, and letter of Thai and the other scripts above.
 
     A letter keeps its vowel signs and tone marks. Words would need a dictionary of each language.
 
@@ -70,7 +72,7 @@ def lowered(text: str, language: str = "") -> str:
 
 
 def is_unspaced(text: str) -> bool:
-    """Whether most letters of a text are ideographs, kana, or letters of Thai, Lao, Myanmar or Khmer.
+    """Whether most letters of a text are of scripts that `split_unspaced` takes apart.
 
     >>> is_unspaced("台灣 Taiwan 的首都是臺北市"), is_unspaced("Taipei (台北)")
     (True, False)
