@@ -48,24 +48,13 @@ Scores run from 0 to 100, higher is better, and each comes with a signature that
 """
 METRIC_END = """
 
-**Two measures are called ROUGE-L.** Scores of one say nothing about scores of the other.
 `rougeL`, with `tok:unicode` in its signature, counts characters in Chinese, Japanese, Yi, Thai, Lao, Burmese
 and Khmer, and words as they stand elsewhere.
-Published XL-Sum scores count jieba's words in Chinese and stems in Arabic and fourteen other languages; that is `rougeL_xlsum`.
-It is unavailable in Bengali, Burmese, Hindi, Japanese, Thai and Turkish, whose stemmers or word lists it does not bring.
-The authors leave stop words unstemmed, by a list that is downloaded; here all words are stemmed.
-
-| XL-Sum articles: what stands for the summary | `rougeL` | `rougeL_xlsum` | with the authors' stop words |
-|---|---:|---:|---:|
-| Arabic, 165: the first sentence | 11.4 | 14.5 | 14.5 |
-| Chinese, 257: the first sentence | 21.0 | 19.6 | 19.6 |
-| English, 180: the first sentence | 12.5 | 12.8 | 12.7 |
-| Arabic, 50: the best of ten sentences | 18.9 | 21.1 |  |
-| Chinese, 50: the best of ten sentences | 31.6 | 28.8 |  |
+Published XL-Sum scores count jieba's words in Chinese and stems in Arabic: other numbers, also called ROUGE-L.
 
 `similarity` says whether answer and reference are about the same; it hardly sees a negation or another number.
 Unrelated texts have about 0 to 20.
-`rougeL_xlsum` in Chinese and `similarity` need `pip install 'grasp-lora[eval]'`; `check` says so before a run.
+`similarity` and `bertscore` need `pip install 'grasp-lora[eval]'`; `check` says so before a run.
 
 [A metric of your own](../method/extend.md#a-metric) is a function.
 """

@@ -27,7 +27,7 @@ def test_a_code_loses_its_region_and_is_short_where_rules_depend_on_it(language,
 
 
 def test_every_language_that_a_metric_has_rules_for_is_known_by_its_long_code():
-    ruled = {*extras.EMBEDDED, *extras._STEMMERS, *extras._LACKING, *overlap._BLEU_TOKENIZERS, *short_answers._ARTICLES}
+    ruled = {*extras.EMBEDDED, *overlap._BLEU_TOKENIZERS, *short_answers._ARTICLES}
     assert ruled - {"yue"} <= set(languages._SHORT.values())  # Cantonese has no short one
     assert all(len(long) > len(short) or long in ("nb", "nn") for long, short in languages._SHORT.items())
 

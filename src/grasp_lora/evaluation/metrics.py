@@ -16,9 +16,7 @@ from grasp_lora.evaluation.extras import (
     bertscore,
     lack_of_bertscore,
     lack_of_similarity,
-    lack_of_xlsum_rouge,
     similarity,
-    xlsum_rouge,
 )
 from grasp_lora.evaluation.overlap import bleu, bleu_from_statistics, chrf, chrf_from_statistics, rouge
 from grasp_lora.evaluation.short_answers import (
@@ -81,11 +79,6 @@ METRICS: dict[str, Metric] = {
         chrf, "chrF++ of the corpus, by sacrebleu: shared pieces of words, and words", chrf_from_statistics
     ),
     "bleu": Metric(bleu, "BLEU-4 of the corpus, by sacrebleu", bleu_from_statistics),
-    "rougeL_xlsum": Metric(
-        xlsum_rouge,
-        "ROUGE-L as published for XL-Sum: jieba words in Chinese, stems (extra `eval`)",
-        lack=lack_of_xlsum_rouge,
-    ),
     "similarity": Metric(
         similarity, "cosine of sentence embeddings, in 15 languages (extra `eval`)", lack=lack_of_similarity
     ),

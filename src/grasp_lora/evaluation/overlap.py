@@ -11,7 +11,6 @@ from grasp_lora.text.characters import DOTTED, is_unspaced, lowered, split_unspa
 from grasp_lora.text.languages import KNOWN
 
 if TYPE_CHECKING:
-    from rouge_score.tokenizers import Tokenizer
     from torch import Tensor
 
 _ZERO_WIDTH_SPACE = "\u200b"
@@ -56,12 +55,17 @@ def rouge(kind: str, outputs: Outputs) -> MetricScore:
 
     Source: rouge-score, the Python port of ROUGE-1.5.5 (Lin 2004).
     """
+    from rouge_score.rouge_scorer import RougeScorer  # imports nltk: not at the top
+
+    code = outputs.language_code
+    scorer = RougeScorer([kind], tokenizer=UnicodeTokenizer(code))
+    pairs = zip(outputs.predictions, outputs.references, strict=True)
     return score_of_fractions(
         kind,
         outputs,
-        rouge_fractions(kind, outputs, UnicodeTokenizer(outputs.language_code)),
+        [float(scorer.score_multi(references, prediction)[kind].fmeasure) for prediction, references in pairs],
         measure="f",
-        case=f"lc_{outputs.language_code}" if outputs.language_code in DOTTED else "lc",
+        case=f"lc_{code}" if code in DOTTED else "lc",
         form="nfc",
         tok="unicode",
         stem="no",
@@ -69,17 +73,6 @@ def rouge(kind: str, outputs: Outputs) -> MetricScore:
         unicode=unicodedata.unidata_version,
         rouge_score=version("rouge-score"),
     )
-
-
-def rouge_fractions(kind: str, outputs: Outputs, tokenizer: "Tokenizer") -> list[float]:
-    """The F-measure of each prediction against its best reference, in [0, 1], on the tokens of a tokenizer."""
-    from rouge_score.rouge_scorer import RougeScorer  # imports nltk: not at the top
-
-    scorer = RougeScorer([kind], tokenizer=tokenizer)
-    return [
-        float(scorer.score_multi(references, prediction)[kind].fmeasure)
-        for prediction, references in zip(outputs.predictions, outputs.references, strict=True)
-    ]
 
 
 def bleu_tokenizer(code: str, references: Iterable[str]) -> str:
