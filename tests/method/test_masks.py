@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from grasp_lora.errors import AdapterError, RecipeError
+from grasp_lora.errors import RecipeError
 from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
 from grasp_lora.method.masks import (
     SCORES,
@@ -381,13 +381,6 @@ def test_a_set_that_was_restored_goes_on_as_the_one_that_was_saved(score: str) -
             assert torch.equal(first.newly_masked[key], other.newly_masked[key])
             assert torch.equal(first.keep[key], other.keep[key])
             assert torch.equal(bits(first.weights[key]), bits(other.weights[key]))
-
-
-def test_a_shared_factor_is_an_error() -> None:
-    A = torch.ones(1, 2)
-    pairs = {"q": LoraPair(A, torch.ones(2, 1)), "v": LoraPair(A, torch.ones(2, 1))}
-    with pytest.raises(AdapterError, match="two modules share a LoRA factor"):
-        MaskSet(pairs, MaskSettings())
 
 
 # --- scores ----------------------------------------------------------------------------------------------------------

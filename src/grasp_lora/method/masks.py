@@ -339,9 +339,6 @@ class MaskSet:
     Args:
         pairs: module name -> pair whose A and B are the live parameters, scaling and segments included.
         settings: the score.
-
-    Raises:
-        AdapterError: two modules share a factor.
     """
 
     def __init__(self, pairs: Mapping[str, LoraPair], settings: MaskSettings) -> None:
@@ -350,8 +347,6 @@ class MaskSet:
         self.norms: dict[str, InputNorms] = {}
         self.ratio = 0.0
         weights = _factors_of(pairs)
-        if len({id(weight) for weight in weights.values()}) < len(weights):
-            raise AdapterError("two modules share a LoRA factor; masks need separate ones")
         places: dict[tuple[torch.device, torch.dtype], dict[WeightKey, Tensor]] = {}
         for key, weight in weights.items():
             places.setdefault((weight.device, weight.dtype), {})[key] = weight
@@ -481,11 +476,11 @@ class MaskSet:
         """Take up the state of another set over the same modules; the weights have to be those of that moment.
 
         Raises:
-            ValueError: the state is of other modules or shapes.
+            AdapterError: the state is of other modules or shapes.
         """
         keep, stash = of_prefix(KEEP, state), of_prefix(STASH, state)
         if any({key: tensor.shape for key, tensor in saved.items()} != self._shapes for saved in (keep, stash)):
-            raise ValueError("the saved masks are of another adapter; resume with the one they belong to")
+            raise AdapterError("the saved masks are of another adapter; resume with the one they belong to")
         for block in self._blocks:
             block.keep = in_a_row([keep[key] for key in block.weights], block.keep.device)
             block.stash = in_a_row([stash[key] for key in block.weights], block.keep.device)

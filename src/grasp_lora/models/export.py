@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from grasp_lora.errors import AdapterError, GraspError, RecipeError
+from grasp_lora.errors import AdapterError, RecipeError
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.models.adapter_files import LoadedAdapter, read_adapter
 from grasp_lora.models.adapters import attached, check_fits
@@ -126,10 +126,7 @@ def _write_model(draft: Path, adapter: LoadedAdapter, backbone: Backbone, dtype:
     name = without_place(adapter.base_model or backbone.base_model)
     backbone.model.name_or_path = backbone.model.config._name_or_path = name
     backbone.tokenizer.name_or_path = name
-    try:
-        backbone.model.save_pretrained(draft)
-    except ValueError as reason:  # such as sampling settings that contradict each other in its generation config
-        raise GraspError(f"backbone {backbone.name} cannot be saved: {reason}") from reason
+    backbone.model.save_pretrained(draft)
     for file in draft.glob("*.safetensors"):  # which nobody but the owner may read
         shutil.copymode(draft / "config.json", file)
     backbone.tokenizer.save_pretrained(draft)

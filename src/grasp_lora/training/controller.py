@@ -31,7 +31,7 @@ import torch
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from grasp_lora.data.encode import check_encoding, encoding_of
-from grasp_lora.errors import GraspError, ProbeError
+from grasp_lora.errors import GraspError
 from grasp_lora.method.lora import Segment
 from grasp_lora.method.masks import MaskSet, MaskSettings, Ranking, named, of_prefix, reset_moments
 from grasp_lora.method.rules import RatioEstimate, Round
@@ -232,7 +232,8 @@ class GraspController(PrunedTraining):
         losses = {ratio: of_turn for ratio in candidates if self.regime.is_baseline(ratio, before)}
         for ratio in candidates:
             if ratio not in losses:  # candidates coincide where bounds clamp them
-                losses[ratio] = self._probe(model, ratio, order, few)
+                with masks.probe(ratio, order):
+                    losses[ratio] = few.losses(model)
         by_candidate = [losses[ratio] for ratio in candidates]
         measured = Round(before, tuple(candidates), tuple(baseline), tuple(map(tuple, by_candidate)), places)
         decision = search.tell(measured)
@@ -240,13 +241,6 @@ class GraspController(PrunedTraining):
             self.regime.commit(masks, decision.ratio, order, optimizer)
             self.prune_ratio = decision.ratio
         return decision.to_json(measured, search.mean, search.std, masks.sparsity())
-
-    def _probe(self, model: torch.nn.Module, ratio: float, order: Ranking, examples: ProbeSet) -> list[float]:
-        try:
-            with self.masks.probe(ratio, order):
-                return examples.losses(model)
-        except ProbeError as error:
-            raise ProbeError(f"probe of prune ratio {ratio:.4f}: {error}") from error
 
     # In a training
 

@@ -268,10 +268,7 @@ class PrunedTraining(GradientCheck, SavedInCheckpoints):
                 raise GraspError(
                     f"training began with {name} {begun!r} and resumes with {now.get(name)!r}; give it the same, or start anew"
                 )
-        try:
-            self.masks.restore(tensors, values["ratio"])
-        except ValueError as error:
-            raise GraspError(str(error)) from error
+        self.masks.restore(tensors, values["ratio"])
 
     @property
     def _most_pruned(self) -> float:
