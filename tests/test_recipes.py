@@ -100,13 +100,13 @@ def arguments(
             corpus = getattr(recipe.data, role)
             changes += [f"data.{role}.{split}={count}" for split, count in counts.items()]
             if recipe.data.task == "classification":
-                for file in (*corpus.files, *corpus.train_files, *corpus.dev_files, *corpus.test_files):
+                for file in corpus.all_files:
                     Path(file).parent.mkdir(exist_ok=True)
                     name = Path(file).stem.rpartition("-")[2]
                     Path(file).write_text(comments(corpus.language, name), encoding="utf-8")
                 continue
             files = []
-            for number, file in enumerate(corpus.files):
+            for number, file in enumerate(corpus.files.get("pool", ())):
                 rows = news(f"{corpus.language}{number}")
                 if recipe.data.task == "summarization":
                     content = "".join(json.dumps(row) + "\n" for row in rows)

@@ -233,7 +233,7 @@ class TestEncoding:
     def test_conversations_take_a_template_that_is_there(self, given, chat, tokenizer, tmp_path):
         rows = [{"messages": [{**USER, "content": f"hi {i}"}, ASSISTANT]} for i in range(40)]
         (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        target = CorpusSettings("en", files=("t.jsonl",), test=9, dev=8, micro_dev=4)
+        target = CorpusSettings("en", files={"pool": ("t.jsonl",)}, test=9, dev=8, micro_dev=4)
         settings = DataSettings("completion", target, chat_template=given)
         if given is None:
             plain = build_splits(settings, tokenizer, 0, tmp_path)
@@ -293,7 +293,7 @@ class TestEncodeRows:
             turns = [[{**USER, "content": row["prompt"]}, {**ASSISTANT, "content": row["completion"]}] for row in rows]
             rows = [{"id": row["id"], "messages": messages} for row, messages in zip(rows, turns, strict=True)]
         (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        target = CorpusSettings("ar", files=("x.jsonl",), test=1, dev=1, micro_dev=1)
+        target = CorpusSettings("ar", files={"pool": ("x.jsonl",)}, test=1, dev=1, micro_dev=1)
         splits = build_splits(DataSettings("completion", target, chat_template=chat), chat_tokenizer, 0, tmp_path)
         built = {e.id: dataclasses.replace(e, language="") for name in SPLITS for e in getattr(splits, name)}
         assert {e.id: e for e in encode_rows(rows, chat_tokenizer)} == built

@@ -26,8 +26,8 @@ def split(tmp_path: Path, tiny_tokenizer) -> Callable[..., Splits]:
         given = {"train": train, "test": rows(["a", "ab"], 6, "other") if test is None else test, "source": source}
         for name, content in given.items():
             (tmp_path / name).with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in content or []))
-        target = CorpusSettings("jv", train_files=("train.jsonl",), test_files=("test.jsonl",), micro_dev=0)
-        rich = None if source is None else CorpusSettings("en", files=("source.jsonl",), dev=0)
+        target = CorpusSettings("jv", files={"train": ("train.jsonl",), "test": ("test.jsonl",)}, micro_dev=0)
+        rich = None if source is None else CorpusSettings("en", files={"pool": ("source.jsonl",)}, dev=0)
         data = DataSettings("classification", target, rich, **settings)
         return build_splits(data, tiny_tokenizer, 0, tmp_path)
 
@@ -134,7 +134,7 @@ def test_a_whole_number_is_a_label_as_in_csv_and_nothing_else_that_is_no_text(sp
 )
 def test_labels_of_a_recipe_are_checked_with_it(task, labels, message):
     with pytest.raises((DataError, ValueError), match=message):
-        DataSettings(task, CorpusSettings("jv", files=("a.csv",)), labels=labels)
+        DataSettings(task, CorpusSettings("jv", files={"pool": ("a.csv",)}), labels=labels)
 
 
 def test_joiners_that_belong_to_a_word_stay():

@@ -41,7 +41,7 @@ def split(name: str, tokenizer) -> Splits:
 def test_held_out_questions_share_no_id_context_or_article_with_training_data(name, tiny_tokenizer):
     recipe, _ = load_recipe(name)
     splits, target, source = split(name, tiny_tokenizer), recipe.data.target, recipe.data.source
-    places = {id: place for file in (*target.files, *target.test_files) for id, place in questions(file).items()}
+    places = {id: place for file in target.all_files for id, place in questions(file).items()}
     held_out = [one for part in HELD_OUT for one in getattr(splits, part)]
     assert len(splits.test) >= SETTINGS[name]
     assert len(splits.train) == 50
@@ -50,14 +50,16 @@ def test_held_out_questions_share_no_id_context_or_article_with_training_data(na
             ours = {places[one.id][kind] for one in getattr(splits, part)}
             assert not ours & {places[one.id][kind] for one in others}, (part, kind)
         assert not {one.id for one in getattr(splits, part)} & {one.id for one in others}
-    english = {id: place for file in source.files for id, place in questions(file).items()}
+    english = {id: place for file in source.all_files for id, place in questions(file).items()}
     taught = [english[one.id] for one in (*splits.source_train, *splits.source_dev)]
     ids = {one.id for one in held_out}
     barred = [english[id] for id in ids & set(english)]  # the English side of what is held out
-    if target.test_files:
+    if "test" in target.files:
         assert len(barred) > 200
-        assert {one.id for one in splits.test} >= set(questions(target.test_files[0]))
-        assert {one.id for one in (*splits.train, *splits.dev, *splits.micro_dev)} <= set(questions(target.files[0]))
+        assert {one.id for one in splits.test} >= set(questions(target.files["test"][0]))
+        assert {one.id for one in (*splits.train, *splits.dev, *splits.micro_dev)} <= set(
+            questions(target.files["pool"][0])
+        )
         barred += questions("xquad/xquad.en.json").values()
     for kind in (0, 1):
         assert not {place[kind] for place in taught} & {place[kind] for place in barred}

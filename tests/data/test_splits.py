@@ -197,35 +197,36 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"micro_dev": -1}, "micro_dev must be >= 0, or left out; it is -1"),
             ({"language": " "}, "' ' is no language code; give one of two or three letters"),
-            ({"files": ()}, "data of ar is given by nothing; give exactly one of files"),
-            ({"dev_files": ("b",)}, "files of single splits need files of train, and exclude files"),
-            ({"hub_split": "train"}, "need hub: the name of the data set"),
+            ({"files": {}}, "data of ar is given by nothing; give files or hub"),
+            ({"files": {"pool": ("a",), "dev": ("b",)}}, "files has pool, dev; give a list"),
+            ({"files": {"dev": ("b",)}}, "files has dev; give a list"),
+            ({"hub": ("a/b",)}, "data of ar is given by files and hub"),
             ({"columns": {"body": "text"}}, "columns names body; allowed: answer, completion, context"),
-            ({"files": (), "train_files": ("b",), "dev": 5}, "dev is 5 but there are no files of dev"),
+            ({"files": {"train": ("b",)}, "dev": 5}, "dev is 5 but there are no files of dev"),
         ],
     )
     def test_corpus(self, changes, message):
         with pytest.raises(ValueError, match=message):
-            CorpusSettings(**{"language": "ar", "files": ("a.json",), **changes})
+            CorpusSettings(**{"language": "ar", "files": {"pool": ("a.json",)}, **changes})
 
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
             ({"task": "qna"}, "there is no task 'qna'; allowed: qa, summarization, classification"),
-            ({"max_tokens": 4}, "max_tokens is 4; it must be >= 8"),
             ({"task": "completion", "max_document_tokens": 9}, "the task completion has no document to cut"),
             ({"prompt": "{context} {title}"}, r"names \{title\}; allowed fields: \{context\}, \{question\}"),
+            ({"prompt": {"fr": "{context}"}}, "prompt has a template for fr, but the data are of ar"),
             ({"prompt": "{question.__class__}"}, r"names \{question.__class__\}"),
             ({"prompt": "{question"}, r"prompt template '\{question'.*write \{\{ or \}\} for a literal brace"),
             ({"completion": "yes"}, r"completion template 'yes' names no field; allowed fields: \{answer\}"),
-            ({"source": CorpusSettings("en", files=("a",), test=5)}, "the source has only train and dev splits"),
+            ({"source": CorpusSettings("en", files={"pool": ("a",)}, test=5)}, "source has only train and dev splits"),
         ],
     )
     def test_data(self, changes, message):
+        target = CorpusSettings("ar", files={"pool": ("a.json",)})
         with pytest.raises(ValueError, match=message):
-            DataSettings(**{"task": "qa", "target": CorpusSettings("ar", files=("a.json",)), **changes})
+            DataSettings(**{"task": "qa", "target": target, **changes})
 
 
 class TestBuildSplits:
@@ -236,8 +237,8 @@ class TestBuildSplits:
         write("ar.json", squad("ar", 50))
         defaults = {
             "task": "qa",
-            "source": CorpusSettings("en", files=("en.json",)),
-            "target": CorpusSettings("ar", files=("ar.json",), test=20, dev=9, micro_dev=8, train=10),
+            "source": CorpusSettings("en", files={"pool": ("en.json",)}),
+            "target": CorpusSettings("ar", files={"pool": ("ar.json",)}, test=20, dev=9, micro_dev=8, train=10),
         }
         return DataSettings(**{**defaults, **changes})
 
@@ -273,12 +274,12 @@ class TestBuildSplits:
         halves = [write(f"{i}.json", {"data": content["data"][i * 25 :][:25]}) for i in (0, 1)]
         found = []
         for files in (halves, halves[::-1]):
-            target = CorpusSettings("ar", files=tuple(files), test=20, dev=0, micro_dev=8, train=10)
+            target = CorpusSettings("ar", files={"pool": tuple(files)}, test=20, dev=0, micro_dev=8, train=10)
             found.append(build_splits(DataSettings("qa", target), tiny_tokenizer, 3, tmp_path))
         assert found[0] == found[1]
 
     def test_dev_free_and_without_source(self, write, tiny_tokenizer, tmp_path):
-        target = CorpusSettings("sw", files=(write("x.jsonl", prompt_rows(range(200))),), dev=0)
+        target = CorpusSettings("sw", files={"pool": (write("x.jsonl", prompt_rows(range(200))),)}, dev=0)
         splits = build_splits(DataSettings("completion", target), tiny_tokenizer, 0, tmp_path)
         sizes = [len(getattr(splits, name)) for name in ("source_train", "source_dev", *self.COUNTS)]
         assert sizes == [0, 0, 100, 0, 16, 84]
@@ -290,11 +291,9 @@ class TestBuildSplits:
             article["paragraphs"][0]["qas"][0]["id"] = f"more{number}"
             article["paragraphs"][0]["qas"][1]["id"] = f"also{number}"
         more["data"][2]["paragraphs"][0]["qas"][1]["id"] = "q5-0"
-        files = (write("de.json", squad("de", 12)),)
-        corpus = CorpusSettings(
-            "de", files=files, test_files=(write("more.json", more),), train=6, dev=4, micro_dev=2, test=4
-        )
-        source = CorpusSettings("en", files=(write("en.json", squad("en", 12)),), dev=2)
+        files = {"pool": (write("de.json", squad("de", 12)),), "test": (write("more.json", more),)}
+        corpus = CorpusSettings("de", files=files, train=6, dev=4, micro_dev=2, test=4)
+        source = CorpusSettings("en", files={"pool": (write("en.json", squad("en", 12)),)}, dev=2)
         splits = build_splits(DataSettings("qa", corpus, source), tiny_tokenizer, 0, tmp_path)
         assert len(splits.test) == 6 + 4
         assert {f"{kind}{n}" for kind in ("more", "also") for n in range(2)} | {"more2", "q5-0"} <= set(
@@ -310,21 +309,21 @@ class TestBuildSplits:
             return datasets.Dataset.from_list(prompt_rows(range(30)))
 
         monkeypatch.setattr(datasets, "load_dataset", load)
-        target = CorpusSettings("ar", hub="org/talk", hub_config="ar", test=5, dev=0, micro_dev=4)
+        target = CorpusSettings("ar", hub=("org/talk", "ar"), test=5, dev=0, micro_dev=4)
         splits = build_splits(DataSettings("completion", target), tiny_tokenizer, 0)
         assert len(splits.train) == 21
         assert splits.train[0].id.startswith("hub:org/talk/ar/train:")
 
     def test_too_few(self, write, tiny_tokenizer, tmp_path):
         rows = [*prompt_rows(range(30)), {"prompt": "x" * 600, "completion": "y"}]
-        target = CorpusSettings("en", files=(write("x.jsonl", rows),), test=20, dev=5, micro_dev=4, train=2)
+        target = CorpusSettings("en", files={"pool": (write("x.jsonl", rows),)}, test=20, dev=5, micro_dev=4, train=2)
         with pytest.raises(DataError, match=r"asked for test 20, dev 5, micro_dev 4, train 2 \(together 31") as caught:
             build_splits(DataSettings("completion", target), tiny_tokenizer, 0, tmp_path)
         for part in ("30 examples in 30 groups", "31 read, 1 are longer than max_tokens 512", "train got 1", "Lower"):
             assert part in str(caught.value)
 
     def test_all_too_long(self, write, tiny_tokenizer, tmp_path):
-        target = CorpusSettings("en", files=(write("x.jsonl", prompt_rows(["a" * 90, "b" * 50])),))
+        target = CorpusSettings("en", files={"pool": (write("x.jsonl", prompt_rows(["a" * 90, "b" * 50])),)})
         # bos + "prompt " + 50 + "ok" + eos
         with pytest.raises(DataError, match="all 2 examples are longer than max_tokens 20; the shortest has 61 tokens"):
             build_splits(DataSettings("completion", target, max_tokens=20), tiny_tokenizer, 0, tmp_path)
@@ -332,17 +331,17 @@ class TestBuildSplits:
     def test_a_large_pool_is_not_read_to_its_end(self, write, tiny_tokenizer, tmp_path):
         rows = [*prompt_rows(range(1000)), *prompt_rows(["x" * 600 + str(i) for i in range(1000)])]
         counts = {"test": 20, "dev": 5, "micro_dev": 4, "train": 2}
-        target = CorpusSettings("en", files=(write("x.jsonl", rows),), **counts)
+        target = CorpusSettings("en", files={"pool": (write("x.jsonl", rows),)}, **counts)
         splits = build_splits(DataSettings("completion", target), tiny_tokenizer, 0, tmp_path)
         assert 0 < splits.report.target.too_long < 300
-        target = CorpusSettings("en", files=("x.jsonl",), **{**counts, "train": 900})
+        target = CorpusSettings("en", files={"pool": ("x.jsonl",)}, **{**counts, "train": 900})
         splits = build_splits(DataSettings("completion", target), tiny_tokenizer, 0, tmp_path)
         assert len(splits.train) == 900
 
     def test_few_articles_in_micro_dev_are_warned_about(self, write, tiny_tokenizer, tmp_path, caplog):
         write("ar.json", squad("ar", 20, questions=20))
         for train, groups in ((None, 1), (30, 8)):
-            target = CorpusSettings("ar", files=("ar.json",), train=train)
+            target = CorpusSettings("ar", files={"pool": ("ar.json",)}, train=train)
             caplog.clear()
             with caplog.at_level(logging.WARNING):
                 splits = build_splits(DataSettings("qa", target), tiny_tokenizer, 0, tmp_path)
@@ -350,7 +349,7 @@ class TestBuildSplits:
             assert ("16 micro-dev examples come from 1 group(s) only" in caplog.text) == (groups == 1)
 
     def test_a_tokenizer_without_a_chat_template(self, tiny_tokenizer):
-        settings = DataSettings("qa", CorpusSettings("ar", files=("a.json",)), chat_template=True)
+        settings = DataSettings("qa", CorpusSettings("ar", files={"pool": ("a.json",)}), chat_template=True)
         with pytest.raises(DataError, match=r"the tokenizer has no chat template, .*set data\.chat_template to false"):
             build_splits(settings, tiny_tokenizer, 0)
 
@@ -371,8 +370,8 @@ class TestBuildSplits:
             (folder / f"{language}.jsonl").write_text("\n".join(lines))
         settings = DataSettings(
             "completion",
-            CorpusSettings("ar", files=("ar.jsonl",), test=6, dev=3, micro_dev=3),
-            CorpusSettings("en", files=("en.jsonl",), dev=0),
+            CorpusSettings("ar", files={"pool": ("ar.jsonl",)}, test=6, dev=3, micro_dev=3),
+            CorpusSettings("en", files={"pool": ("en.jsonl",)}, dev=0),
         )
         try:
             splits = build_splits(settings, tiny_tokenizer, seed, folder)
@@ -393,16 +392,16 @@ class TestBuildSplits:
 class TestGivenSplits:
     @pytest.fixture
     def build(self, tiny_tokenizer, tmp_path) -> Callable[..., Splits]:
-        return lambda **target: build_splits(
-            DataSettings("completion", CorpusSettings("en", **target)), tiny_tokenizer, 0, tmp_path
+        return lambda files, **sizes: build_splits(
+            DataSettings("completion", CorpusSettings("en", files, **sizes)), tiny_tokenizer, 0, tmp_path
         )
 
     @pytest.fixture
     def sizes(self, build) -> Callable[..., list[int]]:
-        """Give `sizes(**target)`: of train, dev, micro_dev and test."""
+        """Give `sizes(files, **sizes)`: of train, dev, micro_dev and test."""
 
-        def call(**target: object) -> list[int]:
-            splits = build(**target)
+        def call(files: dict[str, tuple[str, ...]], **sizes: int) -> list[int]:
+            splits = build(files, **sizes)
             return [len(getattr(splits, name)) for name in ("train", "dev", "micro_dev", "test")]
 
         return call
@@ -410,33 +409,33 @@ class TestGivenSplits:
     @pytest.fixture
     def files(self, write: Callable[[str, object], str]) -> dict[str, tuple[str, ...]]:
         names = {"train": range(9), "dev": range(10, 16), "test": range(30, 37)}
-        return {f"{name}_files": (write(f"{name}.jsonl", prompt_rows(span)),) for name, span in names.items()}
+        return {name: (write(f"{name}.jsonl", prompt_rows(span)),) for name, span in names.items()}
 
     def test_all_of_each_file_or_up_to_the_cap(self, files, sizes):
-        assert sizes(**files, micro_dev=0) == [9, 6, 0, 7]
-        assert sizes(**files, micro_dev=0, train=5, dev=50, test=0) == [5, 6, 0, 0]
+        assert sizes(files, micro_dev=0) == [9, 6, 0, 7]
+        assert sizes(files, micro_dev=0, train=5, dev=50, test=0) == [5, 6, 0, 0]
 
     def test_micro_dev_comes_from_dev_or_train_and_leaves_most_of_it(self, write, files, build, sizes):
-        assert sizes(**files) == [9, 4, 2, 7]
-        assert {e.id.split(":")[0] for e in build(**files).micro_dev} == {"dev.jsonl"}
+        assert sizes(files) == [9, 4, 2, 7]
+        assert {e.id.split(":")[0] for e in build(files).micro_dev} == {"dev.jsonl"}
         with pytest.raises(DataError, match=r"asked for micro_dev 16, dev the rest .*dev got 0"):
-            build(**files, micro_dev=16)
-        files["dev_files"] = (write("many.jsonl", prompt_rows(range(40, 100))),)
-        assert sizes(**files) == [9, 44, 16, 7]
-        del files["dev_files"]
-        assert sizes(**files) == [6, 0, 3, 7]
-        assert sizes(**files, micro_dev=2) == [7, 0, 2, 7]
+            build(files, micro_dev=16)
+        files["dev"] = (write("many.jsonl", prompt_rows(range(40, 100))),)
+        assert sizes(files) == [9, 44, 16, 7]
+        del files["dev"]
+        assert sizes(files) == [6, 0, 3, 7]
+        assert sizes(files, micro_dev=2) == [7, 0, 2, 7]
 
     def test_overlaps_are_errors(self, write, files, build):
         write("test.jsonl", prompt_rows(range(7, 12)))
         with pytest.raises(DataError, match="splits overlap") as caught:
-            build(**files, micro_dev=0)
+            build(files, micro_dev=0)
         assert "train and test share 0 ids, 2 prompts and 2 groups" in str(caught.value)
         assert "dev and test share 0 ids, 2 prompts and 2 groups" in str(caught.value)
 
     def test_prompts_that_are_alike_once_they_are_cut_are_named(self, write, tiny_tokenizer, tmp_path):
         rows = [{"document": f"{n % 6} " + "a" * 40 + f" {n}", "summary": "s", "id": f"id{n}"} for n in range(12)]
-        target = CorpusSettings("en", files=(write("x.jsonl", rows),), train=6, dev=3, micro_dev=0, test=3)
+        target = CorpusSettings("en", files={"pool": (write("x.jsonl", rows),)}, train=6, dev=3, micro_dev=0, test=3)
         settings = DataSettings("summarization", target, max_document_tokens=20)
         with pytest.raises(DataError, match=r"the prompts of 'id\d+' and 'id\d+' are the same, as the model sees them"):
             build_splits(settings, tiny_tokenizer, 0, tmp_path)
@@ -444,12 +443,12 @@ class TestGivenSplits:
     def test_the_source_is_checked_where_both_are_given_and_filtered_where_not(
         self, write, files, tiny_tokenizer, tmp_path
     ):
-        target = CorpusSettings("en", **files, micro_dev=0)
+        target = CorpusSettings("en", files, micro_dev=0)
         write("source.jsonl", prompt_rows(range(34, 60)))
-        given = CorpusSettings("en", train_files=("source.jsonl",))
+        given = CorpusSettings("en", files={"train": ("source.jsonl",)})
         with pytest.raises(DataError, match="source_train and test share 0 ids, 3 prompts and 3 groups"):
             build_splits(DataSettings("completion", target, given), tiny_tokenizer, 0, tmp_path)
-        pool = CorpusSettings("en", files=("source.jsonl",))
+        pool = CorpusSettings("en", files={"pool": ("source.jsonl",)})
         splits = build_splits(DataSettings("completion", target, pool), tiny_tokenizer, 0, tmp_path)
         assert splits.report.source.excluded_for_leak == 3
         assert len(splits.source_train) + len(splits.source_dev) == 23

@@ -33,8 +33,7 @@ BY_ROWS = NOTHING  # by what was read, drawn and tokenised
 
 TRAINING = ("epochs", "batch_size", "accumulation", "learning_rate", "weight_decay", "lr_decay", "max_grad_norm", "patience",
             "evaluate_every", "keep")  # fmt: skip
-CORPUS = ("files", "sheet", "hub", "hub_config", "hub_split", "columns", "train", "dev", "micro_dev", "test",
-          "train_files", "dev_files", "test_files", "prompt", "completion")  # fmt: skip
+CORPUS = ("files", "sheet", "hub", "columns", "train", "dev", "micro_dev", "test")
 
 TABLE: dict[str, str] = {
     "name": NOTHING,

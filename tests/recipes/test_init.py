@@ -391,7 +391,7 @@ def test_a_large_source_is_cut_to_what_two_cores_can_train(start: Callable[..., 
 def test_several_source_files_and_a_built_in_text(start: Callable[..., Path]) -> None:
     write(Path("s1.json"), squad(30, "a"))
     recipe, _ = load_recipe(start(write(Path("t.json"), squad(60)), ("s1.json", "demo:en.json")))
-    assert recipe.data.source.files == ("s1.json", "demo:en.json")
+    assert recipe.data.source.all_files == ("s1.json", "demo:en.json")
 
 
 def test_adapters_take_the_place_of_source_data(start: Callable[..., Path]) -> None:
@@ -492,8 +492,8 @@ def test_paths_start_from_the_folder_of_the_recipe(start: Callable[..., Path], t
     data, source = write(tmp_path / "data/t.jsonl", completion(60)), write(Path("s.csv"), completion(60, "s"))
     file = start(data.absolute(), (str(source),), output=Path("deep/er/mine.yaml"))
     recipe, _ = load_recipe(file)
-    assert recipe.data.target.files == ("../../data/t.jsonl",)
-    assert recipe.data.source.files == ("../../s.csv",)
+    assert recipe.data.target.all_files == ("../../data/t.jsonl",)
+    assert recipe.data.source.all_files == ("../../s.csv",)
     assert recipe.backbone.name == "../../tiny-llama"
     assert str(tmp_path) not in file.read_text()
     sizes_of(file)

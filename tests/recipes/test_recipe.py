@@ -150,9 +150,9 @@ class TestData:
             "  source: {language: en, hub: [a/b, c]}\n  target: {language: sw, files: {pool: x.csv, test: [y.csv]}}\n"
         )
         target, source = recipe.data.target, recipe.data.source
-        assert (target.files, target.test_files, target.explicit) == (("x.csv",), ("y.csv",), False)
+        assert (target.files, target.explicit) == ({"pool": ("x.csv",), "test": ("y.csv",)}, False)
         assert source is not None
-        assert (source.hub, source.hub_config, source.hub_split) == ("a/b", "c", None)
+        assert source.hub == ("a/b", "c")
         assert recipe.data.templates(target)[0] == "Swali {question} {context}"
         assert recipe.data.templates(source)[0] is None
         assert validate(recipe.model_dump(mode="json"), "again") == recipe
@@ -166,17 +166,13 @@ class TestData:
             ("{language: de, files: [x], prompt: y}", r"target\.prompt is gone: write data\.prompt"),
             ("{language: de, files: [x], format: squad}", r"target\.format is gone: leave it out"),
             ("{language: de, train_files: [x]}", r"train_files is gone: write files: \{train: "),
-            ("{language: de, hub: [a, b, c, d]}", r"target\.hub: tuple should have at most 3 items"),
+            ("{language: de, hub: [a, b, c, d]}", r"target\.hub: .* should have at most 3 items"),
             ("{language: no, files: [x]}", r"language: must be a text \(it is False\); put it in quotes"),
         ],
     )
     def test_what_does_not_fit_is_named(self, load: Load, target: str, message: str) -> None:
         with pytest.raises(RecipeError, match=message):
             load(f"name: a\ndata: {{task: completion, target: {target}}}\n")
-
-    def test_a_template_of_another_language_is_refused(self, load: Load) -> None:
-        with pytest.raises(RecipeError, match="prompt has a template for fr, but the data are of de"):
-            load(SMALL, "data.prompt={fr: '{prompt}'}")
 
 
 class TestCode:

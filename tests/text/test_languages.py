@@ -35,7 +35,7 @@ def test_every_language_that_a_metric_has_rules_for_is_known_by_its_long_code():
 @pytest.mark.parametrize("language", ["swahili", "Arabic", "", " ", "a", "ar ", "zh-", "中文"])
 def test_what_is_no_code_is_refused_in_a_recipe_before_any_work(language):
     with pytest.raises(DataError, match="is no language code; give one of two or three letters"):
-        CorpusSettings(language=language, files=("a.jsonl",))
+        CorpusSettings(language=language, files={"pool": ("a.jsonl",)})
 
 
 def test_a_long_code_has_the_prompts_of_the_short_one():

@@ -258,7 +258,7 @@ def resolve_file(name: str, root: str | None = None, base: Path | None = None) -
     return places[first]
 
 
-def read_hub(name: str, config: str | None, split: str, *, offline: bool = False) -> Table:
+def read_hub(name: str, config: str | None = None, split: str = "train", *, offline: bool = False) -> Table:
     """Read one split of a data set on the hub; never runs code of its repository.
 
     A repository with a loading script is read from the hub's own parquet export of it. With `offline`, only what is in the

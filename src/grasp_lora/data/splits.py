@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from grasp_lora.data.data_settings import CorpusSettings, DataSettings
 from grasp_lora.data.encode import Encoder, Example, Tally, check_tokenizer, encode_labels
@@ -252,29 +252,28 @@ def _read_corpus(
         return pool_of(read_file(name, place, corpus.sheet) for name, place in places)
 
     if corpus.explicit:
-        return [_given_share(read(names), counts, corpus) for names, counts in _given_splits(corpus, role) if names]
-    if corpus.hub is not None:
-        pool = pool_of([read_hub(corpus.hub, corpus.hub_config, corpus.hub_split or "train", offline=offline)])
-    else:
-        pool = read(corpus.files)
+        parts = [(corpus.files.get(part), counts) for part, counts in _given_splits(corpus, role).items()]
+        return [_given_share(read(names), counts, corpus) for names, counts in parts if names]
+    pool = pool_of([read_hub(*corpus.hub, offline=offline)]) if corpus.hub else read(corpus.files["pool"])
     if role == "source":
         most = len(pool.records) if corpus.train is None else corpus.train
         dev = min(most // SOURCE_DEV_SHARE, SOURCE_DEV_MOST) if corpus.dev is None else corpus.dev
         return [Share(pool, {"source_dev": dev, "source_train": corpus.train})]
     asked = {"test": corpus.test, "dev": corpus.dev, "micro_dev": corpus.micro_dev}
     counts: Counts = {name: PAPER_SIZES[name] if count is None else count for name, count in asked.items()}
-    beside = [Share(read(corpus.test_files), {"test": None})] if corpus.test_files else []
+    beside = [Share(read(corpus.files["test"]), {"test": None})] if "test" in corpus.files else []
     return [*beside, Share(pool, counts | {"train": corpus.train})]
 
 
-def _given_splits(corpus: CorpusSettings, role: str) -> list[tuple[tuple[str, ...], Counts]]:
+def _given_splits(corpus: CorpusSettings, role: str) -> dict[Literal["test", "dev", "train"], Counts]:
+    """Of the files of each split, in the order of filling, what is taken from them."""
     if role == "source":
-        return [(corpus.dev_files, {"source_dev": corpus.dev}), (corpus.train_files, {"source_train": corpus.train})]
+        return {"dev": {"source_dev": corpus.dev}, "train": {"source_train": corpus.train}}
     micro_dev: Counts = {"micro_dev": PAPER_SIZES["micro_dev"] if corpus.micro_dev is None else corpus.micro_dev}
     dev: Counts = {"dev": corpus.dev}
     train: Counts = {"train": corpus.train}
-    dev, train = (micro_dev | dev, train) if corpus.dev_files else (dev, micro_dev | train)
-    return [(corpus.test_files, {"test": corpus.test}), (corpus.dev_files, dev), (corpus.train_files, train)]
+    dev, train = (micro_dev | dev, train) if "dev" in corpus.files else (dev, micro_dev | train)
+    return {"test": {"test": corpus.test}, "dev": dev, "train": train}
 
 
 def _given_share(pool: Pool, counts: Counts, corpus: CorpusSettings) -> Share:

@@ -159,7 +159,7 @@ def why_no_folds(recipe: Recipe) -> str | None:
             "--folds would test rows that the given target.adapter may have been trained on; leave target.adapter out, so that "
             "one is trained for each fold, or leave --folds out"
         )
-    if target.explicit or target.test_files:
+    if target.explicit or "test" in target.files:
         key = "train" if target.explicit else "test"
         return (
             f"folds are cut from one pool, but the target has data.target.files.{key}; give one pool (files or hub), or leave "

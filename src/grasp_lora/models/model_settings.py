@@ -7,7 +7,9 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import Field
+
+from grasp_lora.data.data_settings import Texts
 
 EMBEDDED_NAME = "gemma3-270m"
 ALL_LINEAR = "all-linear"  # PEFT's word
@@ -15,12 +17,6 @@ MOST_RANK = 16_384  # of an adapter
 EMBEDDED_HUB_ID = "google/gemma-3-270m"
 EMBEDDED_LICENCE = "gemma"  # as the hub calls it
 QUANTISERS = {"nf4": "bitsandbytes", "int8": "bitsandbytes"}  # -> the library that does it
-
-Texts = Annotated[  # a single text stands for a list of one
-    tuple[str, ...],
-    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
-    WithJsonSchema({"type": ["array", "string"], "items": {"type": "string"}}),
-]
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,11 @@ from typing import Annotated, Any, Self, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from grasp_lora.data.data_settings import DataSettings
+from grasp_lora.data.data_settings import CorpusSettings, DataSettings, Texts
 from grasp_lora.evaluation.extras import BertScoreSettings
 from grasp_lora.method.masks import MaskSettings
 from grasp_lora.method.merging import MergeSettings
-from grasp_lora.models.model_settings import BackboneSettings, GenerationSettings, LoraSettings, Texts
-from grasp_lora.recipes.corpora import DataSection
+from grasp_lora.models.model_settings import BackboneSettings, GenerationSettings, LoraSettings
 from grasp_lora.recipes.section import Based, Section
 from grasp_lora.recipes.stages import ControllerStage, Deliver, FinalStage, SourceStage, TargetStage, from_preset
 from grasp_lora.text.docstrings import arguments
@@ -29,6 +28,12 @@ from grasp_lora.training.training_settings import TrainingSettings
 
 PAPER = "paper"  # the preset whose trainings are as the released code has them
 TEXTS = ("prompt", "completion", "stop", "labels", "columns")  # keys of texts that may look like a path
+DATA = Section(
+    written={
+        "source": Annotated[CorpusSettings, Section(("micro_dev", "test"))] | None,
+        "target": Annotated[CorpusSettings, Section()],
+    }
+)
 
 
 class Recipe(BaseModel):
@@ -58,7 +63,7 @@ class Recipe(BaseModel):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     seed: int = Field(default=42, ge=0)
     backbone: Annotated[BackboneSettings, Section(("device", "offline"))] = Field(default_factory=BackboneSettings)
-    data: Annotated[DataSettings, DataSection()]
+    data: Annotated[DataSettings, DATA]
     lora: Annotated[LoraSettings, Section(("rslora",))] = Field(default_factory=LoraSettings)
     source: Annotated[SourceStage, Section()] = Field(default_factory=SourceStage)
     target: Annotated[TargetStage, Section()] = Field(default_factory=TargetStage)

@@ -40,7 +40,7 @@ class Section:
 
     Args:
         hidden: those fields.
-        written: keys that a recipe writes in another shape than the settings have, as pydantic takes them: type and `Field`.
+        written: types of keys that are sections themselves.
     """
 
     def __init__(self, hidden: tuple[str, ...] = (), written: Mapping[str, Any] | None = None) -> None:
@@ -56,7 +56,8 @@ class Section:
     def model_of(self, settings: type[Any]) -> type[BaseModel]:
         """Make that model."""
         docstring = settings.__doc__ or ""
-        meanings, annotations = arguments(docstring), get_type_hints(settings, include_extras=True)
+        meanings = arguments(docstring)
+        annotations = get_type_hints(settings, include_extras=True) | self.written
         keys: dict[str, Any] = {}
         for entry in fields(settings):
             if entry.name in self.hidden:
@@ -65,7 +66,7 @@ class Section:
             default = default if entry.default_factory is MISSING else {"default_factory": entry.default_factory}
             text = meanings.get(entry.name, "").replace("None", "null")
             keys[entry.name] = (annotations[entry.name], Field(description=text, **default))
-        return create_model(settings.__name__, __config__=CONFIG, __doc__=summary(docstring), **keys | self.written)
+        return create_model(settings.__name__, __config__=CONFIG, __doc__=summary(docstring), **keys)
 
     def read(self, settings: type[Any], base: Any, keys: Any) -> Any:
         """Check the keys and build the settings, on top of others where there are any."""

@@ -118,7 +118,7 @@ def _front_matter(run: Run, backbone: str, system: str, corpora: Sequence[Corpus
     """What the hub reads of a card. It names no local file and no local folder, for which the hub would look among its own."""
     embedded = backbone == PUBLIC_NAME
     codes = [language_code(corpus.language) for corpus in reversed(corpora)]
-    data_sets = [corpus.hub for corpus in reversed(corpora) if corpus.hub and HUB_ID.fullmatch(corpus.hub)]
+    data_sets = [corpus.hub[0] for corpus in reversed(corpora) if corpus.hub and HUB_ID.fullmatch(corpus.hub[0])]
     card = ModelCardData(
         model_name=run.info.name,
         library_name="peft",
@@ -135,13 +135,13 @@ def _front_matter(run: Run, backbone: str, system: str, corpora: Sequence[Corpus
 
 def _results(run: Run, system: str) -> list[EvalResult]:
     """The scores of the adapter that was handed over, one a metric, with the number of test rows."""
-    scores, count, hub = run.metrics.systems[system], run.metrics.test_examples, run.recipe.data.target.hub
+    scores, count, hub = run.metrics.systems[system], run.metrics.test_examples, "".join(run.recipe.data.target.hub[:1])
     names = {"loss": "Test loss, nats per token of the answer"} | METRIC_NAMES
-    rows, on_hub = f"{count} test rows", hub is not None and HUB_ID.fullmatch(hub)
+    rows, on_hub = f"{count} test rows", HUB_ID.fullmatch(hub)
     return [
         EvalResult(
             task_type="text-generation",
-            dataset_type=str(hub) if on_hub else "local",
+            dataset_type=hub if on_hub else "local",
             dataset_name=f"{hub}, {rows}" if on_hub else f"{rows} of the run",
             dataset_split="test",
             dataset_args={"test_rows": count},
@@ -202,6 +202,6 @@ def _data_names(corpora: Sequence[CorpusSettings]) -> list[str]:
     """Names of data sets and files, without their folders."""
     names: list[str] = []
     for corpus in corpora:
-        names += [public_name(corpus.hub)] if corpus.hub else []
+        names += [public_name(name) for name in corpus.hub[:1]]
         names += map(last_part, corpus.all_files)
     return list(dict.fromkeys(names))

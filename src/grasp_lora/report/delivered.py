@@ -185,7 +185,7 @@ def next_steps(run: Run, recipe: str, overrides: Sequence[str], folder: Path, al
         steps.append(f"{cost} this run: {shlex.join(['grasp-lora', 'compare', *words, *settings])}")
     if delivered.low is not None and delivered.high is not None and delivered.low <= 0 <= delivered.high:
         split = (delivered.split or "dev").replace("-", "_")
-        files, key = getattr(target, f"{split}_files"), f"data.target.{split}"
+        files, key = split in target.files, f"data.target.{split}"
         place = f"to data.target.files.{split}" if files else f"and raise {key} (now {delivered.examples})"
         steps.append(f"more {delivered.split} rows tell more: add examples {place}")
     if delivered.name != "grasp":
