@@ -72,7 +72,7 @@ def test_a_classification_is_answered_by_the_likeliest_label(tiny_workspace) -> 
 
 def test_a_comparison_has_the_intervals_of_accuracy_and_macro_f1(tiny_workspace) -> None:
     write("classification")
-    settings = ComparisonSettings(methods=("zero_shot", "target_only", "grasp"), seeds=(1,), resamples=500)
+    settings = ComparisonSettings(methods=("zero_shot", "target_only", "grasp"), seeds=(1,), resamples=1000)
     comparison = compare(session_of(), Path("out"), settings)
     assert comparison.metrics == ["test_loss", "accuracy", "macro_f1"]
     rows: dict[str, Any] = {row.method: row for row in comparison.rows}
