@@ -1,6 +1,7 @@
 """What a run hands over: the best by paired dev evidence, the usual practice where the rows cannot tell, and nothing is lost."""
 
 import random
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from grasp_lora.engine.progress import Progress
 from grasp_lora.engine.results import Losses
 from grasp_lora.engine.steps import Steps
 from grasp_lora.errors import DivergedError, GraspError, Interrupted, RecipeError
+from grasp_lora.evaluation.statistics import compare_with_baselines
 
 ROWS = 20
 BEST = "final.deliver=best"
@@ -211,13 +213,26 @@ class TestRule:
             assert titles["merged"] in (choose(steps, systems, parents).warning or "")
 
 
-# Below 6 rows nothing can be shown, so the usual practice is handed over.
-ENOUGH = ("data.target.dev=9", "data.target.test=5")
+def no_difference(ours: Any, theirs: Any, **more: Any) -> Any:
+    compared = compare_with_baselines(ours, theirs, **more)
+    return {name: replace(each, low=-1.0, high=1.0) for name, each in compared.items()}
+
+
+@pytest.fixture
+def begun(finished_run: Path) -> Path:
+    """A folder `best` whose store has all but the continued adapter."""
+    shutil.copytree("run/store", "best/store")
+    return Path("best")
 
 
 class TestRun:
-    def test_the_default_is_the_best_and_all_else_stays_in_its_folder(self, finished_run: Path) -> None:
-        metrics = run_tiny(BEST, folder="best").metrics
+    def test_the_default_is_the_best_and_all_else_stays_in_its_folder(self, finished_run: Path, begun: Path) -> None:
+        recorder = Recorder()
+        metrics = run_tiny(BEST, folder=begun, progress=recorder).metrics
+        assert recorder.trained == ["final-0.00"]
+        settings = ComparisonSettings(methods=("continued", "zero_shot"), reference="continued", seeds=(42,))
+        compare(session_of(progress=recorder), begun, settings)
+        assert recorder.trained == ["final-0.00"]  # a comparison and a run share the continued adapter
         assert metrics.delivered.name == "grasp"
         assert metrics.delivered.low is not None
         assert set(metrics.systems) == {"zero_shot", *SYSTEMS}
@@ -235,26 +250,24 @@ class TestRun:
         assert not (finished_run / "continued").exists()
         assert weights_in(finished_run / "adapter") == weights_in(finished_run / "final")
 
-    @pytest.mark.parametrize("winner", ["merged", "grasp", "continued"])
-    def test_whichever_wins_lies_in_adapter(
-        self, winner: str, tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        original, asked = Steps.losses, []
+    def test_whichever_wins_lies_in_adapter(self, begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        original, order = Steps.losses, ("zero_shot", "source", "target", "merged", "continued", "grasp")
+        for winner in ("merged", "grasp", "continued"):
+            keys: list[str] = []
 
-        def scripted(self: Steps, adapter: Any, split: str) -> Any:
-            measured = original(self, adapter, split)
-            if split != "dev":
-                return measured
-            if adapter.key not in asked:
-                asked.append(adapter.key)
-            name = ("zero_shot", "source", "target", "merged", "continued", "grasp")[asked.index(adapter.key)]
-            values = [0.1 if name == winner else 1.0 + row / 10 for row in range(9)]
-            return replace(measured, result=Losses(losses=values))
+            def scripted(self: Steps, adapter: Any, split: str, winner: str = winner, keys: list[str] = keys) -> Any:
+                measured = original(self, adapter, split)
+                if split != "dev":
+                    return measured
+                if adapter.key not in keys:
+                    keys.append(adapter.key)
+                better = order[keys.index(adapter.key)] == winner
+                return replace(measured, result=Losses(losses=[0.1 if better else 1.0 + row / 10 for row in range(6)]))
 
-        monkeypatch.setattr(Steps, "losses", scripted)
-        run_tiny(BEST, *ENOUGH)
-        assert read("run/metrics.json")["delivered"]["name"] == winner
-        assert weights_in("run/adapter") == weights_in(Path("run", "final" if winner == "grasp" else winner))
+            monkeypatch.setattr(Steps, "losses", scripted)
+            run_tiny(BEST, folder=begun)
+            assert read(begun / "metrics.json")["delivered"]["name"] == winner
+            assert weights_in(begun / "adapter") == weights_in(begun / ("final" if winner == "grasp" else winner))
 
     def test_given_adapters_are_handed_over_whole(self, finished_run: Path) -> None:
         (finished_run / "source").rename("mine")
@@ -268,18 +281,18 @@ class TestRun:
         assert weights_in("given/adapter") == weights_in("mine")
 
     def test_a_source_that_cannot_be_continued_is_left_out_in_words(
-        self, tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch
+        self, begun: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def diverges(self: Steps) -> None:
             raise DivergedError("the loss is not finite")
 
         monkeypatch.setattr(Steps, "continued", diverges)
-        metrics = run_tiny(BEST).metrics
+        metrics = run_tiny(BEST, folder=begun).metrics
         assert "continued" not in metrics.systems
         assert metrics.delivered.why.endswith("The source adapter could not be continued: the loss is not finite")
 
     def test_what_passes_is_no_reason_to_leave_an_adapter_out(
-        self, tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch
+        self, begun: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def full(self: Steps) -> None:
             raise GraspError("the disk is full")
@@ -287,12 +300,12 @@ class TestRun:
         with monkeypatch.context() as patch:
             patch.setattr(Steps, "continued", full)
             with pytest.raises(GraspError, match="the disk is full"):
-                run_tiny(BEST)
-        assert not Path("run/metrics.json").exists()
-        assert "continued" in run_tiny(BEST).metrics.systems
+                run_tiny(BEST, folder=begun)
+        assert not (begun / "metrics.json").exists()
+        assert "continued" in run_tiny(BEST, folder=begun).metrics.systems
 
     def test_a_source_that_no_step_improved_is_handed_over_as_the_source(
-        self, tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch
+        self, begun: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         original = Steps.continued
 
@@ -304,36 +317,24 @@ class TestRun:
 
         monkeypatch.setattr(Steps, "continued", unchanged)
         monkeypatch.setattr(deliver, "AHEAD", 1000.0)
-        delivered = run_tiny(BEST, "data.target.dev=5").metrics.delivered  # too few rows to show anything
+        monkeypatch.setattr(deliver, "compare_with_baselines", no_difference)
+        delivered = run_tiny(BEST, folder=begun).metrics.delivered
         assert delivered.name == "source"
         assert delivered.why.endswith("which leaves the source adapter.")
-        assert weights_in("run/adapter") == weights_in("run/source")
+        assert weights_in(begun / "adapter") == weights_in(begun / "source")
 
-    def test_a_comparison_and_a_run_share_the_continued_adapter(self, tiny_workspace: Path) -> None:
-        settings = ComparisonSettings(methods=("continued", "zero_shot"), reference="continued", seeds=(42,))
-        run_tiny(BEST, folder="one")
-        recorder = Recorder()
-        compare(session_of(progress=recorder), Path("one"), settings)
-        assert not recorder.did
-        compare(session_of(), Path("other"), settings)
-        run_tiny(BEST, folder="other", progress=recorder)
-        assert "final-0.00" not in recorder.did
-        assert Path("one/metrics.json").read_bytes() == Path("other/metrics.json").read_bytes()
-
-    def test_a_stop_between_the_steps_loses_nothing(self, tiny_workspace: Path) -> None:
+    def test_a_stop_between_the_steps_loses_nothing(self, begun: Path) -> None:
         class Stops(Progress):
             def finished(self, step: Any) -> None:
                 if step.name == "final-0.00":
                     raise Interrupted("stopped")
 
         with pytest.raises(Interrupted):
-            run_tiny(BEST, progress=Stops())
-        assert not Path("run/metrics.json").exists()
+            run_tiny(BEST, folder=begun, progress=Stops())
+        assert not (begun / "metrics.json").exists()
         recorder = Recorder()
-        whole = run_tiny(BEST, folder="whole")
-        assert run_tiny(BEST, progress=recorder).metrics == whole.metrics
-        assert "final-0.00" not in recorder.did
-        assert weights_in("run/adapter") == weights_in("whole/adapter")
+        run_tiny(BEST, folder=begun, progress=recorder)
+        assert not recorder.trained
 
     def test_another_word_is_refused(self, tiny_workspace: Path) -> None:
         with pytest.raises(RecipeError, match=r"final\.deliver: input should be 'best' or 'grasp'"):

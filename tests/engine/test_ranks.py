@@ -120,13 +120,12 @@ def test_what_cannot_be_shared_is_refused(tiny_workspace: Path) -> None:
     status, output = launch_forked()
     assert status != 0
     assert "error: target.training: an optimizer step takes batch_size 1 times accumulation 1 examples" in output
-    assert "2 processes cannot share evenly; make their product a multiple of 2, or start fewer processes" in output
+    assert "2 processes cannot share evenly; make their product a multiple of 2" in output
     assert not Path("run").exists()
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "accumulation", "processes", "each"),
-    [(1, 8, 8, (1, 1)), (1, 8, 2, (1, 4)), (2, 1, 2, (1, 1)), (4, 3, 6, (2, 1)), (3, 5, 1, (3, 5))],
+    ("batch_size", "accumulation", "processes", "each"), [(1, 8, 2, (1, 4)), (4, 3, 6, (2, 1)), (3, 5, 1, (3, 5))]
 )
 def test_a_step_is_shared_evenly(batch_size: int, accumulation: int, processes: int, each: tuple[int, int]) -> None:
     settings = TrainingSettings(batch_size=batch_size, accumulation=accumulation)
@@ -223,8 +222,8 @@ def results(folder: str) -> dict[str, Any]:
     return {file: Path(folder, file).read_bytes() for file in files}
 
 
-@pytest.mark.parametrize("changes", [["data.target.test=7", "target.on=source"], ["data.target.test=1"]])
-def test_a_split_backbone_changes_no_bit(tiny_workspace: Path, changes: list[str]) -> None:
+def test_a_split_backbone_changes_no_bit(tiny_workspace: Path) -> None:
+    changes = ["data.target.test=1", "target.on=source"]  # one process has nothing to answer
     for folder, shard in (("whole", "false"), ("split", "true")):
         status, output = launch_forked(*CHANGES, *changes, f"backbone.shard={shard}", folder=folder)
         assert status == 0, output

@@ -207,10 +207,10 @@ class TestAuto:
         (("target.on=both",), r"target\.on: input should be 'source' or 'auto'"),
         (
             (ON, "merge.rule=ties"),
-            "target.on is 'source', so both adapters are added up as they are; remove merge.rule",
+            "target.on is 'source', so the target adapter is trained here, and both are added up",
         ),
         ((AUTO, "merge.weights=[1, 1]"), "remove merge.weights, or target.on"),
-        ((ON, "target.adapter=mine"), "on is 'source', but an adapter is given"),
+        ((ON, "target.adapter=mine"), "remove target.adapter, or target.on"),
     ],
 )
 def test_what_contradicts_it_is_refused(changes: tuple[str, ...], message: str, tiny_workspace: Path) -> None:
