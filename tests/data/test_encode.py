@@ -365,16 +365,6 @@ def test_a_template_may_change_texts(template, content, tokenizer, caplog):
     assert not caplog.messages
 
 
-def test_a_template_that_leaves_out_a_user_turn_is_named(tokenizer, caplog):
-    tokenizer.chat_template = "{{ messages[-1].content }}"
-    early = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
-    with caplog.at_level(logging.WARNING):
-        assert render_chat(tokenizer, [TURNS, [*early, *TURNS], [*early, *TURNS]], ["a", "b", "c"]) == ["hi"] * 3
-    assert caplog.messages == [
-        "b: the tokenizer's chat template leaves out a user turn, so the model does not see it; check the template"
-    ]
-
-
 @pytest.mark.parametrize(
     ("template", "reason"),
     [

@@ -68,15 +68,6 @@ class TestHub:
         assert calls == [(("org/sums", "arabic"), {"split": "train[:10]"})]
         assert pool.records[0].fields == {"document": "“t”"}
 
-    def test_pictures_are_left_out_unread(self, monkeypatch):
-        """What decodes them, or sounds, need not be installed; and they are no text."""
-        image, picture = datasets.Image(), {"bytes": b"no picture", "path": None}
-        kinds = {"text": datasets.Value("string"), "any": datasets.Json(), "one": image, "some": datasets.List(image)}
-        rows = {"text": ["t"], "any": [[1, "a"]], "one": [picture], "some": [[picture]]}
-        table = datasets.Dataset.from_dict(rows, features=datasets.Features(kinds))
-        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
-        assert [row.values for row in read_hub("org/talk", None, "train").rows] == [{"text": "t", "any": [1, "a"]}]
-
     def test_a_loading_script_is_replaced_by_the_parquet_export(self, monkeypatch):
         def load(name: str, *args: object, **kwargs: object) -> datasets.Dataset:
             if "revision" not in kwargs:

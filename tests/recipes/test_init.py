@@ -341,7 +341,7 @@ def test_a_language_without_templates_gets_the_english_ones_to_translate(
     file = start(data, (str(source),), language=language)
     recipe, _ = load_recipe(file)
     english = ("Context: {context}\nQuestion: {question}\nAnswer:", " {answer}")
-    assert (recipe.data.target.prompt, recipe.data.target.completion) == (english if language == "sw" else (None, None))
+    assert recipe.data.templates(recipe.data.target) == (english if language == "sw" else (None, None))
     session = Session(*load_recipe(file, ["data.prompt={" + language + ': "{question}: {context} ->"}']))
     assert session.splits.train[0].prompt.endswith(" ->")
     assert session.splits.source_train[0].prompt.startswith("Context: ")

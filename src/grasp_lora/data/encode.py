@@ -109,26 +109,17 @@ def render_chat(
         names: of the conversations, for messages.
     """
     check_tokenizer(tokenizer, chat=True)
-    prompts, left_out = [], dict[str, str]()  # role -> the first conversation
+    prompts = []
     for turns, name in zip(conversations, names, strict=True):
         prompts.append(prompt := _rendered(tokenizer, turns, name))
-        rendered = "".join(prompt.split())
-        for number, turn in enumerate(turns):
-            # A template may change a text, so one that does not stand in its prompt counts only if more of it changes nothing.
-            if turn["role"] != "assistant" and "".join(turn["content"].split()) not in rendered:
-                longer = {**turn, "content": turn["content"] + " And more."}
-                if _rendered(tokenizer, [*turns[:number], longer, *turns[number + 1 :]], name) == prompt:
-                    left_out.setdefault(turn["role"], name)
-    if "system" in left_out:
-        raise DataError(
-            f"{left_out['system']}: the tokenizer's chat template leaves out the system message; put its text into "
-            "the first user turn"
-        )
-    if "user" in left_out:
-        logger.warning(
-            "%s: the tokenizer's chat template leaves out a user turn, so the model does not see it; check the template",
-            left_out["user"],
-        )
+        first, *rest = turns
+        if first["role"] == "system" and "".join(first["content"].split()) not in "".join(prompt.split()):
+            # A template may change the text, so it counts as left out only where more of it changes nothing.
+            longer = {**first, "content": first["content"] + " And more."}
+            if _rendered(tokenizer, [longer, *rest], name) == prompt:
+                raise DataError(
+                    f"{name}: the tokenizer's chat template leaves out the system message; put its text into the first user turn"
+                )
     return prompts
 
 

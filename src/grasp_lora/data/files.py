@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from grasp_lora.errors import DataError
 from grasp_lora.storage.network import no_network
@@ -273,17 +273,4 @@ def read_hub(name: str, config: str | None = None, split: str = "train", *, offl
         except RuntimeError:  # it has a loading script; the export knows no configurations: each is a folder
             logger.info("%s cannot be read as it is: reading the hub's parquet export instead", name)
             table = datasets.load_dataset(name, data_dir=config, split=split, revision=PARQUET_EXPORT)
-    # Sounds and pictures, whose decoders need not be there, are no text.
-    table = table.remove_columns([column for column, kind in table.features.items() if _is_decoded(kind)])
     return Table(label, [Row(f"{label}, row {number}", row) for number, row in enumerate(table, start=1)])
-
-
-def _is_decoded(kind: Any) -> bool:
-    """Whether a column of a hub data set holds sounds, pictures and the like, be it in lists or objects."""
-    import datasets
-
-    if isinstance(kind, dict):
-        return any(map(_is_decoded, kind.values()))
-    if (inner := getattr(kind, "feature", None)) is not None:
-        return _is_decoded(inner)
-    return hasattr(kind, "decode_example") and not isinstance(kind, getattr(datasets, "Json", ()))

@@ -476,7 +476,7 @@ def check_disjoint(splits: Splits) -> None:
     and micro-dev. The source may share groups with the target's train split: translations of it are fair training data.
     """
     contents: dict[str, tuple[set[str], dict[str, str], set[str]]] = {}
-    problems, hint = [], ""
+    problems = []
     for name in SPLITS:
         examples: tuple[Example, ...] = getattr(splits, name)
         ids = {example.id for example in examples}
@@ -491,18 +491,14 @@ def check_disjoint(splits: Splits) -> None:
         if any(common):
             ids, alike, groups = common
             problems.append(f"{first} and {second} share {len(ids)} ids, {len(alike)} prompts and {len(groups)} groups")
-            if ids and not alike:
-                hint = "; where ids only number the rows of each file, rename that column"
-            if alike and not groups:
+            if alike:
                 ours, theirs = (quoted(contents[name][1][min(alike)]) for name in (first, second))
-                hint = (
-                    f"; the prompts of {ours} and {theirs} are the same, as the model sees them (after cuts and "
-                    "the template); remove one, or let them differ there"
-                )
+                problems[-1] += f" (the prompts of {ours} and {theirs} are the same, after cuts and the template)"
     if problems:
         raise DataError(
             f"splits overlap: {'; '.join(problems)}. A group joins records with the same id, context, document or "
-            f"article; remove the shared ones from a file, or give one pool (files) and let it be split{hint}"
+            "article; remove the shared ones from a file, rename ids that only number its rows, or give one pool (files) and let "
+            "it be split"
         )
 
 

@@ -49,7 +49,6 @@ class Corpus:
     Args:
         name: path relative to the recipe's folder, or `demo:NAME`.
         task: that its columns fit.
-        layout: of its rows, a key of `LAYOUTS`.
         columns: field -> column, where they differ.
         records: what it holds.
         unanswered: how many rows without an answer were left out.
@@ -59,7 +58,6 @@ class Corpus:
 
     name: str
     task: str
-    layout: str
     columns: dict[str, str]
     records: tuple[Record, ...]
     unanswered: int = 0
@@ -149,12 +147,9 @@ def read_corpus(
     table = read_file(name, path, sheet=sheet)
     # A source may have columns of other names than the target, where the user named those of the target.
     chosen = {field: column for field, column in (columns or {}).items() if option or column in table.columns}
-    layout = find_layout(table, None, chosen)
-    renamed: dict[str, str] = {}
-    if layout.task is None:
+    data_task, renamed = find_layout(table, None, chosen).task, dict[str, str]()
+    if data_task is None:
         data_task, renamed = _guess(table, task, chosen, option or "--source-column")
-    else:
-        data_task = layout.task
     if find_layout(table, data_task, chosen) is LAYOUTS["xlsum"]:
         renamed = {}  # the reader knows them
     if task not in (None, data_task):
@@ -162,12 +157,11 @@ def read_corpus(
             f"{name} is data for the task {data_task} by its columns, but the target's task is {task}; give both the same "
             "columns, or name them with --column and --source-column"
         )
-    layout_name = next(key for key, row in LAYOUTS.items() if row is layout)
     written = name if name.startswith(DEMO_PREFIX) else relative(name, folder)
     pool = make_pool([table], data_task, renamed, skip_unanswered=skip_unanswered)
     answers = (record.answer for record in pool.records)
     labels = check_labels(answers, name) if TASKS[data_task].chooses else ()
-    return Corpus(written, data_task, layout_name, renamed, pool.records, pool.unanswerable, sheet, labels)
+    return Corpus(written, data_task, renamed, pool.records, pool.unanswerable, sheet, labels)
 
 
 def relative(place: str, folder: Path) -> str:

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from itertools import islice
 from pathlib import Path
@@ -110,7 +110,7 @@ def import_code(content: Mapping[str, Any], name: str, base: Path, *, allow_code
     """Import what a recipe names by import path, so that it is found where its name is read.
 
     Args:
-        content: plain values of a recipe, or a part of them.
+        content: plain values of a recipe.
         name: what they are, for messages.
         base: folder of the recipe, where a file of code may lie.
         allow_code: whether the user allows it.
@@ -118,22 +118,17 @@ def import_code(content: Mapping[str, Any], name: str, base: Path, *, allow_code
     Raises:
         RecipeError: code is not allowed, or what is named cannot be imported.
     """
-    for key, path in _named_code(content):
-        with reading(name, RecipeError), beside(base):
-            if not allow_code:
-                raise ValueError(f"{key} names code, {quoted(path)}; read it, then allow it with --allow-code")
-            imported(key, path, ())
-
-
-def _named_code(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The code that a recipe's plain values name: dotted key and import path."""
     for key in NAMES_CODE:
         place: Any = content
         for part in key.split("."):
             place = place.get(part) if isinstance(place, Mapping) else None
-        for value in place if isinstance(place, list) else [place]:
-            if isinstance(value, str) and is_import_path(value):
-                yield key, value
+        for path in place if isinstance(place, list) else [place]:
+            if not isinstance(path, str) or not is_import_path(path):
+                continue
+            with reading(name, RecipeError), beside(base):
+                if not allow_code:
+                    raise ValueError(f"{key} names code, {quoted(path)}; read it, then allow it with --allow-code")
+                imported(key, path, ())
 
 
 def validate(content: dict[str, Any], name: str) -> Recipe:
