@@ -202,8 +202,8 @@ MUTATIONS = (
     ),
     Mutation(
         "checkpoints: files that have changed count",
-        "if sha256_of(file) != digest:",
-        "if not digest:",
+        "if not file.is_file() or sha256_of(file) != digest]",
+        "if not file.is_file()]",
         (CHECKPOINTS,),
         "training goes on from spoiled weights",
     ),

@@ -11,7 +11,6 @@ import openpyxl
 import pytest
 
 from grasp_lora.data.files import Row, read_file
-from grasp_lora.data.records import make_pool
 from grasp_lora.errors import DataError
 
 
@@ -60,20 +59,6 @@ def test_the_first_sheet_that_is_shown_or_the_one_that_is_named(tmp_path):
     assert rows_of(path)[0].values == {"b": "2"}
     with pytest.raises(DataError, match=r"x\.xlsx has no sheet 'Nyingine'; it has Maswali, Majibu"):
         rows_of(path, "Nyingine")
-
-
-def test_empty_and_merged_cells_are_empty(tmp_path):
-    path = workbook(tmp_path / "x.xlsx", [["prompt", "completion"], ["a", "b"], ["c", "d"]])
-    book = openpyxl.load_workbook(path)
-    book.active.merge_cells("A2:A3")
-    book.save(path)
-    with pytest.raises(DataError, match="row 3: prompt is empty"):
-        make_pool([read_file("x.xlsx", path)], "completion")
-
-
-def test_a_column_that_stands_twice(tmp_path):
-    with pytest.raises(DataError, match=r"sheet 'Maswali', row 1: the column 'a' stands twice; rename one"):
-        rows_of(workbook(tmp_path / "x.xlsx", [["a", "a "], ["1", "2"]]))
 
 
 def test_numbers_dates_and_truth_values_are_texts(tmp_path):

@@ -139,7 +139,7 @@ def test_many_equal_methods_seldom_look_different():
     assert families <= 8  # 5 % of 60 is 3; without correction about 15 families would
 
 
-@pytest.mark.parametrize(("examples", "most"), [(2, 7), (5, 7), (10, 7), (20, 7)])
+@pytest.mark.parametrize(("examples", "most"), [(2, 7), (10, 7)])
 def test_few_examples_seldom_make_equal_methods_look_different(examples, most):
     families = 0
     for seed in range(60):
@@ -195,12 +195,6 @@ def test_interval_and_p_value_say_the_same(seed, confidence):
     result = compared(ours, theirs, resamples=499, confidence=confidence, seed=seed)
     assert (result.low > 0 or result.high < 0) == (result.p_value <= 1 - confidence + 1e-12)
     assert 0 < result.p_value <= 1
-
-
-def test_equal_seeds_give_equal_results():
-    ours, theirs = normal(20, 1), normal(20, 2)
-    assert compared(ours, theirs, seed=3) == compared(ours, theirs, seed=3)
-    assert compared(ours, theirs, seed=3) != compared(ours, theirs, seed=4)
 
 
 def test_a_mean_through_statistics_equals_the_mean():
@@ -321,14 +315,6 @@ class TestGroups:
                 covered[known] += found.low <= 0.0 <= found.high
         assert covered[True] >= 137  # 142.5 are expected
         assert covered[False] <= 125
-
-    def test_corpus_scores_are_drawn_in_groups_too(self):
-        rows = [[value, 1.0] for value in normal(20, 5, 1.0)]
-        ours, theirs = [row for row in rows for _ in range(3)], [[0.0, 1.0]] * 60
-        groups = [number for number in range(20) for _ in range(3)]
-        found = compared(ours, theirs, groups=groups, corpus_score=mean_of_first)
-        alone = compared(rows, [[0.0, 1.0]] * 20, corpus_score=mean_of_first)
-        assert (found.low, found.high) == pytest.approx((alone.low, alone.high))
 
     def test_a_single_group_shows_nothing(self):
         found = compared([3.0, 2.0, 4.0, 3.0, 4.0, 3.0, 5.0, 6.0], [1.0] * 8, groups=["a"] * 8)

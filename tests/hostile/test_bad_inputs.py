@@ -4,7 +4,6 @@ The reasons are those of the libraries that read the files; the tests ask for th
 """
 
 import ctypes
-import gzip
 import io
 import json
 import os
@@ -22,8 +21,6 @@ import torch
 from conftest import TINY_RECIPE, CliResult, write_tiny_workspace
 from pyarrow import parquet
 from safetensors.torch import save_file
-
-from grasp_lora.data import files
 
 Cli = Callable[..., CliResult]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -50,32 +47,17 @@ ROWS = "".join(json.dumps({"prompt": f"target {i}: what?", "completion": f" {i}"
 FOLDER, OWN = object(), {"model_type": "own"}
 # What is wrong: the file (t.* is the target's), its content (None: it is gone; a dict: keys that change), what the line says.
 BROKEN: dict[str, tuple[str, object, str]] = {
-    "an empty recipe": ("tiny.yaml", "", r"tiny\.yaml.* keys and values"),
     "a recipe that is not UTF-8": ("tiny.yaml", b"name: \xff", r"tiny\.yaml"),
-    "a tab": ("tiny.yaml", TINY_RECIPE + "seed:\n\t- 1\n", r"tiny\.yaml.* line 14"),
-    "an open bracket": ("tiny.yaml", TINY_RECIPE + "x: [1,\nseed: 3\n", r"no valid YAML in line \d+"),
-    "a key twice": ("tiny.yaml", TINY_RECIPE + "seed: 1\nseed: 2\n", r"'seed' .*twice"),
     "a Python tag": ("tiny.yaml", TINY_RECIPE + "x: !!python/object/apply:os.mkdir [made]\n", r"tiny\.yaml.* tag"),
     "an escape in a key": ("tiny.yaml", TINY_RECIPE + '"\\e[31mred": 1\n', r"\\x1b\[31mred"),
-    "an odd template": ("tiny.yaml", TINY_RECIPE.replace("data:", "data:\n  prompt: '{prompt.real}'"), r"prompt\.real"),
     "a folder for a recipe": ("tiny.yaml", FOLDER, r"no recipe 'tiny\.yaml'"),
-    "an empty file": ("t.jsonl", "", r"t\.jsonl holds no records"),
-    "a text that is not UTF-8": ("t.jsonl", ROWS.encode() + b'{"prompt": "\xe9"}\n', r"t\.jsonl, line 41: not UTF-8"),
-    "UTF-16": ("t.csv", ROWS.encode("utf-16"), r"t\.csv, line 1: not UTF-8 .* save the file as UTF-8"),
-    "gzip by another name": ("t.csv", gzip.compress(ROWS.encode()), r"t\.csv, .* if it is compressed, unpack it"),
-    "a workbook by another name": ("t.csv", b"PK\x03\x04\xff", r"t\.csv, .* give it the suffix \.xlsx"),
     "a workbook that is none": ("t.xlsx", workbook(b"x"), r"t\.xlsx: "),
     "a truncated workbook": ("t.xlsx", workbook(b"x" * 900)[:60], r"t\.xlsx: "),
-    "a workbook larger than the memory": ("t.xlsx", workbook(bytes(1000)), r"t\.xlsx unpacks to 1000 bytes, more than 999"),
     "truncated parquet": ("t.parquet", table()[:400], r"t\.parquet: "),
-    "truncated JSON": ("t.json", '[{"prompt": "a", "compl', r"t\.json: .*line 1"),
     "a broken line": ("t.jsonl", ROWS + '{"prompt": ', r"t\.jsonl, line 41: "),
     "deep JSON": ("t.jsonl", ROWS + '{"prompt": ' + "[" * 50_000 + "]" * 50_000 + "}", r"line 41: .*recursion"),
-    "an open quote": ("t.csv", 'prompt,completion\na,"b\n', r"t\.csv, line 2: not valid CSV"),
     "a missing column": ("t.jsonl", ROWS + '{"\\u001b[31m": 1, "prompt": "a"}', r"no column 'completion'; found: \\x1b\[31m"),
-    "an unknown suffix": ("t.exe", ROWS, r"t\.exe: cannot tell the format from the suffix '\.exe'"),
     "a missing file": ("t.jsonl", None, r"'t\.jsonl' is missing"),
-    "a folder for data": ("t.jsonl", FOLDER, r"'t\.jsonl' is missing"),
     "a pickle for weights": (f"adapter/{WEIGHTS}", None, r"a pickle \(\.bin\) is never loaded"),
     "a pickle by another name": (f"adapter/{WEIGHTS}", b"\x80\x04" + b"x" * 99, r"adapter"),
     "truncated weights": (f"adapter/{WEIGHTS}", b"\x00" * 50, r"adapter"),
@@ -140,9 +122,7 @@ def test_what_is_whole_passes_and_code_of_others_is_announced(workspace: Path, c
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_a_broken_file_is_one_line_and_nothing_is_written(
-    what: str, workspace: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_broken_file_is_one_line_and_nothing_is_written(what: str, workspace: Path, cli: Cli) -> None:
     name, content, message = BROKEN[what]
     file = workspace / name
     if isinstance(content, dict):
@@ -152,7 +132,6 @@ def test_a_broken_file_is_one_line_and_nothing_is_written(
         file.mkdir()
     elif content is not None:
         file.write_bytes(content if isinstance(content, bytes) else str(content).encode())
-    monkeypatch.setattr(files, "MOST_UNPACKED", 999)
     before = contents(workspace)
     check_refusal(cli(*check_with(name)), message)
     assert contents(workspace) == before
@@ -174,8 +153,6 @@ READ = [  # PATH is what cannot be read
     "check tiny.yaml -s backbone.name=PATH",
     "run tiny.yaml -s target.adapter=PATH -o out",
     "compare PATH -o out",
-    "learn tiny.yaml -a PATH -o out",
-    "finetune tiny.yaml -a PATH --ratio 0.5 -o out",
     "evaluate tiny.yaml -a PATH -o out",
     "merge adapter PATH -o out",
     "export PATH --gguf -o out",
@@ -188,16 +165,18 @@ WRITTEN = [
     "run tiny.yaml -o PATH",
     "demo -s backbone.name=tiny-llama -o PATH",
     "compare tiny.yaml -o PATH",
-    "learn tiny.yaml -a adapter -o PATH",
-    "finetune tiny.yaml -a adapter --ratio 0.5 -o PATH",
     "evaluate tiny.yaml -a adapter -o PATH",
     "merge adapter -o PATH",
     "export adapter --gguf -o PATH",
     "init target.jsonl -l de -o PATH/new.yaml",
 ]
 LONG = "n" * 256
-CASES = [(command, path) for command in READ for path in ("shut/adapter", "mute.jsonl", "loop/x", LONG)]
-CASES += [(command, path) for command in WRITTEN for path in ("shut/x", "sealed/x", "mute.jsonl/x", LONG)]
+CLOSED, SEALED = ("shut/adapter", "mute.jsonl", "loop/x", LONG), ("shut/x", "sealed/x", "mute.jsonl/x", LONG)
+# Every command with one kind of place, and every kind of place with one command that reads and one that writes.
+CASES = [(command, CLOSED[number % 4]) for number, command in enumerate(READ)] + [
+    (READ[1], path) for path in CLOSED[2:]
+]
+CASES += [(command, SEALED[number % 4]) for number, command in enumerate(WRITTEN)]
 
 
 class _Powers(ctypes.Structure):

@@ -39,15 +39,6 @@ def test_check_says_it_of_the_recipes_own_numbers(overrides: tuple[str, ...], sa
     assert {one.level for one in found} == {"ok"}
 
 
-@pytest.mark.parametrize(("overrides", "little"), [((), True), (("target.on=source",), False)])
-def test_what_pruning_gains_depends_on_where_the_target_adapter_is_trained(
-    overrides: tuple[str, ...], little: bool, tiny_workspace: Path
-) -> None:
-    said = next(one.text for one in preflight(Session(*load_recipe("tiny.yaml", overrides))) if one.topic == "advice")
-    assert ("Pruning alone then gains little" in said) is little
-    assert ("Pruning lowered the loss of both adapters' sum" in said) is not little
-
-
 def test_joint_training_is_a_rival_of_adapters_trained_apart() -> None:
     for on, sentences in ((None, 2), ("source", 1), ("auto", 1)):
         assert len(advice(50, keeps_best=True, on=on, has_source_rows=True)) == sentences
