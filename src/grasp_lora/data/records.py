@@ -130,8 +130,12 @@ def make_pool(
         layout = find_layout(table, task, columns)
         if layout.task not in (None, task):
             raise DataError(f"{table.name} is {layout.name} data, which fits the task {layout.task}, not {task}")
-        table = _cleaned(_in_small_letters(table, columns), columns.get("id", "id"), counts)
-        rows = table.rows if layout.rows is None else list(layout.rows(table))
+        renamed, identity = _in_small_letters(table, columns), columns.get("id", "id")
+        rows = [
+            Row(where, _clean({renamed.get(key, key): part for key, part in values.items()}, identity, counts))
+            for where, values in table.rows
+        ]
+        rows = rows if layout.rows is None else list(layout.rows(replace(table, rows=rows)))
         named = layout.columns or columns
         has_ids = any(not is_blank(row.values.get(named.get("id", "id"))) for row in rows)
         for number, (where, values) in enumerate(rows, start=1):
@@ -224,16 +228,7 @@ def clean_text(text: str, counts: Counter[str]) -> str:
     return _CONTROL.sub(replacement, text.replace("\r\n", "\n"))
 
 
-def _cleaned(table: Table, identity: str, counts: Counter[str]) -> Table:
-    """Clean all texts of a table but those in the column of ids."""
-    rows = [
-        Row(where, {key: part if key == identity else _clean(part, identity, counts) for key, part in values.items()})
-        for where, values in table.rows
-    ]
-    return replace(table, rows=rows)
-
-
-def _clean(value: object, identity: str, counts: Counter[str]) -> object:
+def _clean(value: Any, identity: str, counts: Counter[str]) -> Any:
     """Clean every text but ids, also in lists and objects."""
     if isinstance(value, Mapping):
         return {key: part if key == identity else _clean(part, identity, counts) for key, part in value.items()}
@@ -242,26 +237,22 @@ def _clean(value: object, identity: str, counts: Counter[str]) -> object:
     return clean_text(value, counts) if isinstance(value, str) else value
 
 
-def _in_small_letters(table: Table, named_columns: Columns) -> Table:
-    """Rename columns that are called `ID`, `Group` or `Title`; those that have the very name stay the only ones.
+def _in_small_letters(table: Table, named_columns: Columns) -> dict[str, str]:
+    """Columns that are called `ID`, `Group` or `Title`, by their name in small letters; where both are there, none.
 
     An `ID` that stands twice is no id: it may number articles.
     """
     renamed = {}
-    for field in ("id", "group", "title"):
-        called_so = [
-            name for name in table.columns if name not in named_columns.values() and name.strip().lower() == field
-        ]
-        if field in named_columns or len(called_so) != 1 or called_so == [field]:
+    for field in {"id", "group", "title"} - set(named_columns):
+        free = (name for name in table.columns if name not in named_columns.values())
+        called_so = [name for name in free if name.strip().lower() == field]
+        if len(called_so) != 1:
             continue
         values = [row.values.get(called_so[0]) for row in table.rows]
         unlike = all(isinstance(value, str | int) for value in values) and len(set(values)) == len(values)
         if field != "id" or unlike:
             renamed[called_so[0]] = field
-    if not renamed:
-        return table
-    rows = [Row(where, {renamed.get(key, key): value for key, value in values.items()}) for where, values in table.rows]
-    return replace(table, rows=rows)
+    return renamed
 
 
 def _check_ids(records: list[Record]) -> None:

@@ -4,7 +4,6 @@ import difflib
 import json
 import os
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from datetime import date
 from itertools import islice
@@ -38,7 +37,6 @@ _PLAIN_WORDS = {  # of pydantic's error types, for those who do not know Python
     "dict_type": _SECTION,
     "string_type": "must be a text",
 }
-_PERCENT = re.compile(r"(\d+(?:\.\d+)?) ?%?")
 
 
 def load_recipe(recipe: str | Path, overrides: Overrides = (), *, allow_code: bool = False) -> tuple[Recipe, Path]:
@@ -167,10 +165,6 @@ def explain(error: ValidationError, keys: Sequence[str]) -> str:
         message += f" (it is {quoted(arrived)})"
         if problem["type"] == "string_type":
             message += "; put it in quotes"  # YAML reads the language code `no` as false
-    if problem["type"] == "tuple_type" and isinstance(arrived, str) and "data.task" in keys:
-        message += f"; write {path}: [{arrived}], or --set {shlex.quote(f'{path}=[{arrived}]')}"
-    if share := _PERCENT.fullmatch(str(arrived)) if "ratio" in path.rpartition(".")[2] else None:
-        message += f"; for {share[1]} % write {float(share[1]) / 100:g}"
     return f"{escaped(path)}: {message}{more}"
 
 
