@@ -168,19 +168,6 @@ class TestEncoding:
         assert tally.control_tokens_kept_as_text == 1
         assert plain == self.encoder(tiny_tokenizer, data_is_text=False).encode([self.record()], ["g"], Tally())[0]
 
-    def test_what_spells_a_control_token_stays_text_in_a_chat(self, tokenizer):
-        tokenizer.chat_template = CHAT_TEMPLATE
-        template, tally = resolve_template("completion", "en", chat=True), Tally()
-        encoder = self.encoder(tokenizer, chat=True, task="completion", template=template)
-        turns = ({"role": "user<pad>", "content": "a<eos>b"},)
-        (e,) = encoder.encode([self.record(messages=turns, fields={}, answer="c<eos>")], ["g"], tally)
-        assert e.prompt == "<bos>[user<pad>]a<eos>b[assistant]"
-        assert [token for token in e.prompt_ids if token < 4] == [1]
-        assert [token for token in e.completion_ids if token < 4] == [EOS]
-        assert tally.control_tokens_kept_as_text == 1
-        assert prompt_ids(tokenizer, ["a<eos>b"], chat=True)[0].count(EOS) == 0
-        assert prompt_ids(tokenizer, ["<bos>a<eos>b"])[0].count(EOS) == 1  # a prompt that a person wrote whole
-
     @pytest.mark.parametrize("special", [True, False], ids=["special", "not special"])
     def test_no_text_begins_a_turn_of_its_own(self, special, tiny_tokenizer, tokenizer):
         tokenizer.add_tokens(["<sot>", "<think>", "\n\n"], special_tokens=special)

@@ -62,11 +62,6 @@ def test_a_label_that_no_test_row_has_is_told_of(split, caplog):
     ]
 
 
-def test_a_completion_template_and_a_chat_hold_for_labels_too(split, tiny_tokenizer):
-    found = split(rows(["ab", "a"]), completion="<{label}>")
-    assert tiny_tokenizer.decode(found.labels["ab"][:-1]) == "<ab>"
-
-
 def test_the_source_may_have_labels_of_its_own(split):
     found = split(rows(["a", "ab"]), source=rows(["x", "a"], name="s"))
     assert list(found.labels) == ["a", "ab"]
@@ -140,7 +135,3 @@ def test_labels_of_a_recipe_are_checked_with_it(task, labels, message):
 def test_joiners_that_belong_to_a_word_stay():
     labels = ("می\u200cخواهم", "അവന്\u200d")  # Persian, and a letter of Malayalam in its older writing
     assert set(check_labels(labels, "here")) == set(labels)
-
-
-def test_white_space_around_a_label_is_removed_as_around_any_answer(split):
-    assert list(split(rows([" a", "b\n"]), rows(["b "], 6, "o")).labels) == ["a", "b"]
