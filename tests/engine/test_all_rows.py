@@ -1,14 +1,16 @@
 """`final.all_rows`: what was chosen is trained once more on every row outside the test, and nothing else changes."""
 
 import os
+import shutil
 import signal
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import write_tiny_workspace
 from recorder import Recorder, files_of, read, rows_of, run_tiny, session_of, steps_of, weights_in
 
 from grasp_lora.data.encode import Example
@@ -17,6 +19,7 @@ from grasp_lora.engine import deliver
 from grasp_lora.engine.all_rows import _epochs
 from grasp_lora.engine.compare import compare
 from grasp_lora.engine.comparison import ComparisonSettings
+from grasp_lora.engine.run import run
 from grasp_lora.engine.run_folder import Delivered
 from grasp_lora.errors import DivergedError, Interrupted, RecipeError
 from grasp_lora.method.lora import AdapterWeights
@@ -61,61 +64,59 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[Training]:
     return noted
 
 
+@pytest.fixture(scope="module")
+def chosen_run(tmp_path_factory: pytest.TempPathFactory, tiny_backbone_folder: Path) -> Path:
+    """The folder of a run that has all up to the choice; treat it as read-only."""
+    recipe = write_tiny_workspace(tmp_path_factory.mktemp("chosen") / "work", tiny_backbone_folder)
+    run(session_of(*BEST, recipe=recipe), recipe.parent / "before")
+    return recipe.parent / "before"
+
+
+@pytest.fixture
+def before(chosen_run: Path, tiny_workspace: Path) -> Path:
+    """A copy of it in the working folder."""
+    return Path(shutil.copytree(chosen_run, tiny_workspace / "before"))
+
+
 @pytest.mark.parametrize("winner", list(TRAINED))
 def test_what_was_chosen_is_trained_again_on_every_row_but_those_of_the_test(
-    winner: str, tiny_workspace: Path, choose: Callable[[str], None], trainings: list[Training]
+    winner: str, before: Path, choose: Callable[[str], None], trainings: list[Training]
 ) -> None:
     choose(winner)
-    before = run_tiny(*BEST, folder="before").metrics
-    first = len(trainings)
-    run = run_tiny(*AGAIN, folder="again")
-    metrics, facts = run.metrics, run.metrics.all_rows
+    shutil.copytree(before / "store", "again/store")
+    metrics = run_tiny(*AGAIN, folder="again").metrics
+    facts = metrics.all_rows
     assert facts is not None
     # All up to the choice is what it is without the key: no row of dev, micro-dev or test has reached it.
-    again = trainings[first:]
-    assert again[:first] == trainings[:first]
-    assert {name: metrics.systems[name] for name in before.systems} == before.systems
-    assert metrics.delivered == before.delivered
-    for step, _, dev, _ in trainings[:first]:  # what the choice rests on was judged on rows that it was not trained on
-        assert len(dev) == {"source": 4, "controller": 0}.get(step, 6)
+    systems = read(before / "metrics.json")["systems"]
+    assert {name: asdict(metrics.systems[name]) for name in systems} == systems
     splits = session_of().splits
-    assert [step for step, *_ in again[first:]] == TRAINED[winner]
-    for _, train, dev, _ in again[first:]:
+    assert [step for step, *_ in trainings] == TRAINED[winner]
+    for _, train, dev, _ in trainings:
         assert train == [*splits.train, *splits.dev, *splits.micro_dev]
         assert not dev
     assert facts.rows == 20
-    assert [training.steps(20) for *_, training in again[first:]] == [count for count in facts.steps.values() if count]
+    assert [training.steps(20) for *_, training in trainings] == [count for count in facts.steps.values() if count]
     assert metrics.systems["all_rows"].dev_loss is None
     assert metrics.systems["all_rows"].test_loss != metrics.systems[winner].test_loss
-    handed_over, rivals = (
-        weights_in("again/adapter"),
-        weights_in(Path("again", "final" if winner == "grasp" else winner)),
-    )
-    assert handed_over == weights_in("again/all_rows") != rivals
+    rivals = weights_in(Path("again", "final" if winner == "grasp" else winner))
+    assert weights_in("again/adapter") == weights_in("again/all_rows") != rivals
     assert metrics.handed_over == "all_rows"
     if winner != "merged":  # of a merge there is no training by itself
         assert rows_of("again/all_rows/history.jsonl")[-1]["step"] == list(facts.steps.values())[-1]
-    assert {row["id"] for row in rows_of("again/evaluation/all_rows.jsonl")} == set(
-        read("again/data.json")["ids"]["test"]
-    )
+    tested = {row["id"] for row in rows_of("again/evaluation/all_rows.jsonl")}
+    assert tested == set(read("again/data.json")["ids"]["test"])
     assert facts.why.startswith("The choice was made with 10 training rows.")
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        (),
-        ("target.training.accumulation=3",),
-        ("target.training.batch_size=4",),
-    ],
-)
 def test_the_adapter_is_that_of_a_plain_training_on_all_rows(
-    changes: tuple[str, ...], tiny_workspace: Path, choose: Callable[[str], None]
+    tiny_workspace: Path, choose: Callable[[str], None]
 ) -> None:
     choose("target")
-    facts = run_tiny(*AGAIN, *changes, folder="again").metrics.all_rows
+    changes = (*AGAIN, "target.training.accumulation=3")
+    facts = run_tiny(*changes, folder="again").metrics.all_rows
     assert facts is not None
-    steps = steps_of(*AGAIN, *changes)
+    steps = steps_of(*changes)
     rows, training = steps.splits, steps.recipe.target.training
     everything = replace(rows, train=(*rows.train, *rows.dev, *rows.micro_dev), dev=(), micro_dev=())
     plain = replace(training, epochs=_epochs(facts.steps["target"], training, 20), patience=None, keep="last")
@@ -149,9 +150,10 @@ def test_the_epochs_give_the_steps_that_were_chosen(accumulation: int) -> None:
     ],
 )
 def test_where_there_is_nothing_to_train_one_line_says_so(
-    winner: str, changes: Sequence[str], reason: str, finished_run: Path, choose: Callable[[str], None]
+    winner: str, changes: Sequence[str], reason: str, finished_run: Path, before: Path, choose: Callable[[str], None]
 ) -> None:
     choose(winner)
+    shutil.copytree(before / "store", "again/store")
     if winner == "continued":  # else a single source that no step improved is no candidate
         changes = (*changes, "source.adapters=[run/source, run/target]", "data.source=null")
     metrics = run_tiny(*AGAIN, *changes, folder="again").metrics
@@ -189,9 +191,11 @@ def test_pruned_and_not_trained_is_the_final_run_before_its_first_step(tiny_work
 
 
 def test_a_run_that_is_stopped_in_it_goes_on_to_the_same_bits(
-    tiny_workspace: Path, choose: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+    before: Path, choose: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     choose("grasp")
+    for folder in ("whole", "again"):
+        shutil.copytree(before / "store", f"{folder}/store")
     whole = run_tiny(*AGAIN, folder="whole")
     finetune = training_module.finetune
 
@@ -212,7 +216,7 @@ def test_a_run_that_is_stopped_in_it_goes_on_to_the_same_bits(
 
 
 def test_a_training_that_fails_leaves_what_was_chosen(
-    tiny_workspace: Path, choose: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+    before: Path, choose: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     choose("continued")
 
@@ -220,51 +224,44 @@ def test_a_training_that_fails_leaves_what_was_chosen(
         raise DivergedError("the loss is not finite")
 
     monkeypatch.setattr(module, "_made_again", diverges)
-    metrics = run_tiny(*AGAIN, folder="again").metrics
+    metrics = run_tiny(*AGAIN, folder=before).metrics
     assert metrics.all_rows is not None
     assert metrics.all_rows.why.endswith("once more on all rows: the loss is not finite")
     assert metrics.handed_over == "continued"
-    assert weights_in("again/adapter") == weights_in("again/continued")
+    assert weights_in(before / "adapter") == weights_in(before / "continued")
 
 
-def test_grasps_result_is_trained_again_where_the_recipe_asks_for_it(tiny_workspace: Path) -> None:
-    metrics = run_tiny(*AGAIN, "final.deliver=grasp", folder="again").metrics
+def test_grasps_result_is_trained_again_where_the_recipe_asks_for_it(before: Path) -> None:
+    metrics = run_tiny(*AGAIN, "final.deliver=grasp", folder=before).metrics
     assert metrics.handed_over == "all_rows"
     assert metrics.all_rows is not None
     assert set(metrics.all_rows.steps) == {"target", "grasp"}
-    assert weights_in("again/adapter") == weights_in("again/all_rows")
+    assert weights_in(before / "adapter") == weights_in(before / "all_rows")
 
 
-def test_a_comparison_leaves_the_key_aside(tiny_workspace: Path, choose: Callable[[str], None]) -> None:
-    choose("continued")
-    run_tiny(*AGAIN)
+def test_a_comparison_leaves_the_key_aside(before: Path) -> None:
     recorder = Recorder()
     settings = ComparisonSettings(methods=("continued", "grasp"), reference="continued", seeds=(42,))
-    with_key = compare(session_of(*AGAIN, progress=recorder), Path("run"), settings)
-    assert with_key.rows == compare(session_of(*BEST, progress=recorder), Path("run"), settings).rows
+    with_key = compare(session_of(*AGAIN, progress=recorder), before, settings)
+    assert with_key.rows == compare(session_of(*BEST, progress=recorder), before, settings).rows
     assert not recorder.did
 
 
 def test_a_finished_run_goes_on_to_all_rows_and_is_refused_another_seed(
-    tiny_workspace: Path, choose: Callable[[str], None]
+    before: Path, choose: Callable[[str], None]
 ) -> None:
     choose("continued")
-    first = run_tiny(*BEST)
     recorder = Recorder()
-    again = run_tiny(*AGAIN, progress=recorder)
-    assert set(recorder.did) == {
-        "final-0.00",
-        "test-losses",
-        "answers",
-        "scores",
-    }  # on all rows, and that adapter on the test
+    again = run_tiny(*AGAIN, folder=before, progress=recorder)
+    # On all rows, and that adapter on the test.
+    assert set(recorder.did) == {"final-0.00", "test-losses", "answers", "scores"}
+    recorder = Recorder()
+    first = run_tiny(*BEST, folder=before, progress=recorder)
     assert {name: again.metrics.systems[name] for name in first.metrics.systems} == first.metrics.systems
-    recorder = Recorder()
-    assert run_tiny(*BEST, progress=recorder).metrics == first.metrics
     assert not recorder.did
-    assert weights_in("run/adapter") == weights_in("run/continued")
-    assert not Path("run/all_rows").exists()
-    before = files_of("run")
+    assert weights_in(before / "adapter") == weights_in(before / "continued")
+    assert not (before / "all_rows").exists()
+    files = files_of(before)
     with pytest.raises(RecipeError, match="another recipe"):
-        run_tiny(*AGAIN, "seed=7")
-    assert files_of("run") == before  # what was refused has cost nothing
+        run_tiny(*AGAIN, "seed=7", folder=before)
+    assert files_of(before) == files  # what was refused has cost nothing
