@@ -20,7 +20,9 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 SAVE_EVERY = 3  # optimizer steps from one checkpoint to the next
@@ -58,15 +60,23 @@ class Attempt:
 def load_everything() -> None:
     """Import what a run needs, without starting a thread: only then is a fork safe."""
     import datasets  # noqa: F401
+    import peft  # noqa: F401
+    import plotly.offline  # noqa: F401
     import rouge_score.rouge_scorer  # noqa: F401
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
+    import transformers.trainer  # noqa: F401
     import trl  # noqa: F401
+    from accelerate import optimizer
+    from accelerate.utils import memory
 
+    from grasp_lora import api  # noqa: F401
     from grasp_lora.storage import checkpoints
 
     checkpoints.LEAST_STEPS = SAVE_EVERY  # else trainings that short leave none
 
+    memory.gc = SimpleNamespace(collect=lambda: 0)  # as in conftest.py: full collections, and looks for a package at each step
+    optimizer.is_lomo_available = cache(optimizer.is_lomo_available)
     torch.set_num_threads(1)
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # torch has no pool for the threads of a forked process
     gc.collect()
