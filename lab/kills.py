@@ -46,7 +46,7 @@ WAYS: dict[str, tuple[str, ...]] = {
     )),
     "run, accumulation and fractions": (*RUN, *sets(
         *LONG, "target.training.accumulation=3", "source.training.epochs=2.5",
-        "mask.score=input_aware", "controller.preset=paper", "controller.rule=best_reward", "controller.training.accumulation=2",
+        "mask.score=input_aware", "controller.preset=paper", "controller.rule=best_reward",
     )),
     "compare": ("compare", "tiny.yaml", "--methods", "source_only,continued,grasp", "--seeds", "42"),
     "merge": ("merge", f"{GIVEN}/source", f"{GIVEN}/target"),
