@@ -2,7 +2,9 @@
 
 import errno
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from recorder import read, rows_of, session_of
 
 from grasp_lora.engine import store as store_module
+from grasp_lora.engine.check import check
 from grasp_lora.engine.predict import predict_texts
 from grasp_lora.engine.single import evaluate_folders, merge_folders
 from grasp_lora.errors import AdapterError, GraspError, RecipeError
@@ -112,11 +115,26 @@ def test_a_temporary_folder_that_is_full_is_one_line_and_nothing_is_written(
 def test_what_makes_scores_too_good_or_too_bad_is_said(finished_run: Path, caplog: pytest.LogCaptureFixture) -> None:
     evaluate_folders(session_of(), ["run/adapter"], None)
     assert not caplog.messages
-    evaluate_folders(session_of("seed=7"), ["run/adapter"], None)
-    assert " test rows have ids of rows that adapter 'adapter' was trained or chosen on" in caplog.text
-    assert "asks otherwise" not in caplog.text
     evaluate_folders(session_of('data.prompt={de: "Say {prompt}:"}'), ["run/adapter"], None)
     assert "was trained on prompts of the form '{prompt}', and the recipe asks otherwise" in caplog.text
+
+
+def test_an_adapter_that_was_trained_on_test_rows_is_refused_whatever_their_file(
+    finished_run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copy("target.jsonl", "renamed.jsonl")
+    other_splits = ("seed=7", "data.target.files=[renamed.jsonl]")
+    for name in ("adapter", "merged", "final"):
+        with pytest.raises(AdapterError, match=rf"adapter '{name}' was trained on \d+ of the \d+ test rows"):
+            evaluate_folders(session_of(*other_splits), [f"run/{name}"], None)
+        with pytest.raises(AdapterError, match="so its scores would be too high"):
+            check(session_of(*other_splits, f"source.adapters=[run/{name}]"))
+    check(session_of(*other_splits, "source.adapters=[run/source]"))
+    assert not caplog.messages
+    session = session_of("source.adapters=[run/adapter]")
+    session.splits = replace(session.splits, dev=session.splits.train[:2])
+    check(session)
+    assert "adapter 'adapter' was trained on 2 of the dev and micro-dev rows" in caplog.text
 
 
 class TestBackbone:

@@ -69,6 +69,12 @@ class Record:
     keys: frozenset[str]
     messages: tuple[Message, ...] = ()
 
+    @property
+    def content(self) -> str:
+        """A hash of what it asks, whatever its file, id and template: an adapter carries those of its training rows along."""
+        texts = [*self.fields.values(), *(message["content"] for message in self.messages)]
+        return hashlib.sha256("\0".join(map(same_text, texts)).encode()).hexdigest()[:16]
+
 
 @dataclass(frozen=True)
 class Pool:

@@ -1,5 +1,6 @@
 """What is checked at the door, before a run or a comparison begins: what could be known beforehand stops none half way."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,12 +10,16 @@ from grasp_lora.data.tasks import task_fields
 from grasp_lora.engine.session import Session
 from grasp_lora.errors import AdapterError, DataError, RecipeError
 from grasp_lora.method.merging import merge_rule
+from grasp_lora.models.adapter_files import LoadedAdapter
 from grasp_lora.models.adapters import check_target_modules
 from grasp_lora.models.generation import context_of
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.recipes.stages import ControllerStage
 from grasp_lora.storage.processes import world_size
 from grasp_lora.storage.reading import reading
+from grasp_lora.text.display import quoted
+
+logger = logging.getLogger(__name__)
 
 
 def check(session: Session, *, parents: bool = True) -> None:
@@ -48,8 +53,35 @@ def check_splits(session: Session, *, rounds: bool = True) -> None:
     if not session.splits.train:
         raise DataError("the target has no training examples; give data.target.train at least 1")
     _check_context(session)
+    for adapter in session.given.values():
+        check_seen(session, adapter)
     if rounds and (problem := lack_of_rounds(session, session.recipe.controller)):
         raise RecipeError(problem)
+
+
+def check_seen(session: Session, adapter: LoadedAdapter) -> None:
+    """Refuse an adapter that was trained on rows of the test; warn where it knows dev rows, or was asked in another way.
+
+    Rows are told by what they ask, whatever their file and id. Only adapters that were written here say what they know.
+
+    Raises:
+        AdapterError: it knows test rows; the message says how many.
+    """
+    rows, splits, name = frozenset(adapter.info.rows), session.splits, quoted(adapter.name)
+    test, dev = (sum(row.content in rows for row in part) for part in (splits.test, (*splits.dev, *splits.micro_dev)))
+    if test:
+        raise AdapterError(
+            f"adapter {name} was trained on {test} of the {len(splits.test)} test rows, so its scores would be too high; test on "
+            "rows of their own (data.target.files.test), or train it without them"
+        )
+    if dev:
+        text = "adapter %s was trained on %d of the dev and micro-dev rows, so what they choose may be wrong"
+        logger.warning(text, name, dev)
+    theirs, ours = adapter.info.answers, session.how_to_answer
+    asked = (ours.prompt, ours.chat_template)
+    if theirs is not None and theirs.task is not None and (theirs.prompt, theirs.chat_template) != asked:
+        text = "adapter %s was trained on prompts of the form %s%s, and the recipe asks otherwise; its scores may be too low"
+        logger.warning(text, name, quoted(theirs.prompt or ""), " in the chat template" if theirs.chat_template else "")
 
 
 def _check_parents(recipe: Recipe) -> None:

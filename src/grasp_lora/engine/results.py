@@ -25,7 +25,7 @@ from grasp_lora.storage.writing import write_json
 from grasp_lora.training.training_settings import TRAINED_AS_MEASURED
 
 RESULT = "result.json"
-MAIN = ("f1", "rougeL", "rougeL_xlsum", "exact_match")  # the first of them that was computed leads the tables
+MAIN = ("f1", "rougeL", "exact_match")  # the first of them that was computed leads the tables
 TEST_LOSS = "test_loss"
 
 Shape = TypeVar("Shape")
@@ -181,6 +181,7 @@ class Adapter:
         made: the training that made it; None where none did.
         trail: every finished step that led to it, in order.
         title: name of an adapter that the user gave.
+        rows: hashes of what its training rows asked, those of the adapters that it came from among them.
     """
 
     key: str
@@ -188,6 +189,7 @@ class Adapter:
     made: Finished[Trained] | None = None
     trail: tuple[Finished[Any], ...] = ()
     title: str = ""
+    rows: frozenset[str] = frozenset()
 
     @property
     def weights(self) -> AdapterWeights:

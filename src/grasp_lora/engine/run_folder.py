@@ -351,7 +351,7 @@ def _put_adapter(session: Session, folder: Path, adapter: Adapter) -> None:
     draft = folder.with_name(f"{folder.name}.part")
     discard(draft)
     if adapter.made is None:
-        session.save(draft, adapter.weights)
+        session.save(draft, adapter.weights, adapter.rows)
     else:
         shutil.copytree(adapter.made.folder / ADAPTER, draft)
         restate_answers(draft, session.how_to_answer)  # another recipe may have done the step

@@ -1,6 +1,6 @@
 """What an experiment stands on, loaded once: backbone, rows, given adapters, metrics."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -134,8 +134,8 @@ class Session:
             data.max_document_tokens, tuple(self.splits.labels), report.completion, generation.allow_empty,
         )  # fmt: skip
 
-    def save(self, folder: Path, weights: AdapterWeights) -> None:
-        """Write an adapter as an ordinary PEFT folder."""
+    def save(self, folder: Path, weights: AdapterWeights, rows: Iterable[str]) -> None:
+        """Write an adapter as an ordinary PEFT folder, with the hashes of what its training rows asked."""
         backbone = self.backbone
         save_adapter(
             folder,
@@ -149,4 +149,5 @@ class Session:
             dtype=str(backbone.model.dtype).removeprefix("torch."),
             embedded=backbone.is_embedded,
             revision=backbone.revision,
+            rows=rows,
         )

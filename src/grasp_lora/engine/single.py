@@ -5,12 +5,10 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
-from itertools import islice
 from pathlib import Path
 
-from grasp_lora.engine.check import check
-from grasp_lora.engine.results import read_if_there
-from grasp_lora.engine.run_folder import DATA_FILE, DataFacts, SystemScores
+from grasp_lora.engine.check import check, check_seen
+from grasp_lora.engine.run_folder import SystemScores
 from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import Steps, given_adapter
 from grasp_lora.engine.store import Store
@@ -19,11 +17,10 @@ from grasp_lora.method.merging import merge as merge_weights
 from grasp_lora.models.adapter_files import Answers, LoadedAdapter, read_adapter
 from grasp_lora.models.adapters import check_fits, save_adapter
 from grasp_lora.models.backbone import backbone_of
-from grasp_lora.recipes.load import MOST_ABOVE, backbone_of_run
+from grasp_lora.recipes.load import backbone_of_run
 from grasp_lora.storage.claims import new_folder, refuse_existing
 from grasp_lora.storage.reading import is_folder
 from grasp_lora.storage.writing import clear_write_errors, write_json, write_jsonl
-from grasp_lora.text.display import quoted
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +75,7 @@ def merge_folders(
             dtype=dtypes.pop() if len(dtypes) == 1 else None,
             embedded=loaded.is_embedded,
             revision=loaded.revision,
+            rows={row for adapter in adapters for row in adapter.info.rows},
         )
     ranks = sorted({pair.rank for pair in merged.values()})
     line = f"merged {len(adapters)} adapters by {settings.rule!r}: {len(merged)} modules, ranks {ranks} -> {output}"
@@ -104,9 +102,8 @@ def evaluate_folders(
         refuse_existing(output)
     check(session, parents=False)
     adapters = [session.read(_from_here(place)) for place in places]
-    for adapter, place in zip(adapters, places, strict=True):
-        _warn_of_other_prompt(session, adapter)
-        _warn_of_known_rows(session, adapter.name, place)
+    for adapter in adapters:
+        check_seen(session, adapter)
     with _scratch() as scratch, nullcontext() if output is None else new_folder(output) as draft:
         steps = Steps(session, Store(scratch))
         measured = {
@@ -122,39 +119,6 @@ def evaluate_folders(
             content = {"systems": {name: asdict(scores) for name, scores in systems.items()}, "signatures": signatures}
             write_json(draft / "metrics.json", content | {"test_examples": len(session.splits.test)})
     return systems, signatures
-
-
-def _warn_of_other_prompt(session: Session, adapter: LoadedAdapter) -> None:
-    theirs, ours = adapter.info.answers, session.how_to_answer
-    if (
-        theirs is not None
-        and theirs.task is not None
-        and (theirs.prompt, theirs.chat_template) != (ours.prompt, ours.chat_template)
-    ):
-        logger.warning(
-            "adapter %s was trained on prompts of the form %s%s, and the recipe asks otherwise; its scores may be too low",
-            quoted(adapter.name),
-            quoted(theirs.prompt or ""),
-            " in the chat template" if theirs.chat_template else "",
-        )
-
-
-def _warn_of_known_rows(session: Session, name: str, place: str) -> None:
-    """Warn where test rows are, by their ids, among those that the run of an adapter trained or chose on."""
-    for folder in islice(Path(place).absolute().parents, MOST_ABOVE):
-        facts = read_if_there(folder / DATA_FILE, DataFacts)
-        if facts is not None:
-            used = {row for split in ("train", "dev", "micro_dev") for row in facts.ids.get(split, ())}
-            test = [example.public_id for example in session.splits.test]
-            if seen := sum(row in used for row in test):
-                logger.warning(
-                    "%d of the %d test rows have ids of rows that adapter %s was trained or chosen on, so its scores may be too "
-                    "high; evaluate with the recipe and the rows of its run, or give test rows apart (data.target.files.test)",
-                    seen,
-                    len(test),
-                    quoted(name),
-                )
-            return
 
 
 @contextmanager

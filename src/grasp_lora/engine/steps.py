@@ -254,7 +254,8 @@ class Steps:
         def load() -> AdapterWeights:
             return merge([parent.weights for parent in parents], replace(settings, seed=seed), names)
 
-        return Adapter(key, load, trail=each_once([step for parent in parents for step in parent.trail]))
+        trail = each_once([step for parent in parents for step in parent.trail])
+        return Adapter(key, load, trail=trail, rows=_seen_by(parents))
 
     def search_merge_weights(self, parents: Parents) -> Adapter:
         """The merge with the weights that LoRAHub finds on the micro-dev rows."""
@@ -312,10 +313,11 @@ class Steps:
             below = nullcontext() if on is None else frozen_adapter(self._backbone, on.weights)
             with below, fresh_adapter(self._backbone, recipe.lora, recipe.seed_of(part)) as model:
                 result = finetune(model, train_rows, dev_rows, **how)
-                return self._save(folder, adapter_weights(model), result, training, train_rows, dev_rows)
+                return self._save(folder, adapter_weights(model), rows, result, training, train_rows, dev_rows)
 
+        rows = _seen_by([] if on is None else [on], train_rows)
         made = self.store.step(name, inputs, Trained, work, trains=True)
-        return _adapter_of(made, [] if on is None else [on])
+        return _adapter_of(made, [] if on is None else [on], rows)
 
     def finetune(self, start: Adapter, prune_ratio: float, stage: FinalStage | None = None) -> Adapter:
         """Prune an adapter at a ratio and fine-tune it on the target rows: the final run, or one run of a grid.
@@ -351,12 +353,12 @@ class Steps:
             how = self._how(training, self.recipe.seed_of("final order"), folder)
             with attached(self._backbone, weights, dropout=self.recipe.dropout) as model:
                 result = finetune(model, self.splits.train, dev, callbacks=[pruning], **how)
-                return self._save(
-                    folder, adapter_weights(model, segments), result, training, self.splits.train, dev, pruned=True
-                )
+                trained = adapter_weights(model, segments)
+                return self._save(folder, trained, rows, result, training, self.splits.train, dev, pruned=True)
 
+        rows = _seen_by([start], self.splits.train)
         made = self.store.step(f"final-{prune_ratio:.2f}", inputs, Trained, work, trains=True)
-        return _adapter_of(made, [start])
+        return _adapter_of(made, [start], rows)
 
     def continued(self) -> Adapter:
         """The source adapter, trained on the target rows as the final run is, nothing pruned."""
@@ -465,6 +467,7 @@ class Steps:
         self,
         folder: Path,
         weights: AdapterWeights,
+        rows: frozenset[str],
         result: "FineTuneResult",
         training: TrainingSettings,
         train: Sequence[Example],
@@ -473,7 +476,7 @@ class Steps:
         pruned: bool = False,
     ) -> Trained:
         """Write the adapter of a training into the folder of its step; return what the training did."""
-        on_first_process(lambda: self.session.save(folder / ADAPTER, weights))
+        on_first_process(lambda: self.session.save(folder / ADAPTER, weights, rows))
         return Trained(
             steps=result.steps,
             best_step=result.best_step,
@@ -610,10 +613,15 @@ class Steps:
         return hash_of(self.splits, splits)
 
 
-def _adapter_of(made: Finished[Trained], starts: Sequence[Adapter]) -> Adapter:
+def _adapter_of(made: Finished[Trained], starts: Sequence[Adapter], rows: frozenset[str]) -> Adapter:
     """The adapter of a finished training, with the steps that led to what it started from."""
-    before = [step for start in starts for step in start.trail]
-    return Adapter(made.key, lambda: read_adapter(made.folder / ADAPTER).weights, made, each_once([*before, made]))
+    trail = each_once([*(step for start in starts for step in start.trail), made])
+    return Adapter(made.key, lambda: read_adapter(made.folder / ADAPTER).weights, made, trail, rows=rows)
+
+
+def _seen_by(starts: Sequence[Adapter], rows: Sequence[Example] = ()) -> frozenset[str]:
+    """Hashes of what rows ask, and of what the adapters were trained on."""
+    return frozenset(row.content for row in rows).union(*(start.rows for start in starts))
 
 
 def names_of(sources: int) -> tuple[str, ...]:
@@ -624,7 +632,7 @@ def names_of(sources: int) -> tuple[str, ...]:
 def given_adapter(adapter: LoadedAdapter) -> Adapter:
     """Return an adapter that no step made: one that the user gave."""
     key = key_of("given", {"sha256": adapter.sha256, "facts": adapter.facts})
-    return Adapter(key, lambda: adapter.weights, title=adapter.name)
+    return Adapter(key, lambda: adapter.weights, title=adapter.name, rows=frozenset(adapter.info.rows))
 
 
 def choosing_splits(sizes: Mapping[str, int]) -> tuple[str, ...]:

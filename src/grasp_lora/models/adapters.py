@@ -4,7 +4,7 @@ import json
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -159,6 +159,7 @@ def save_adapter(
     dtype: str | None = None,
     embedded: bool = False,
     revision: str | None = None,
+    rows: Iterable[str] = (),
 ) -> None:
     """Write weights as an ordinary PEFT adapter folder, with our own facts in a file beside it.
 
@@ -175,6 +176,7 @@ def save_adapter(
         dtype: what it computed in then; None where that is not known.
         embedded: whether it is the embedded model, which others know by the name of the hub's.
         revision: branch, tag or commit of the backbone on the hub; None for its main branch and for a folder.
+        rows: hashes of what its training rows asked, see `AdapterInfo`; a recipe that tests on such a row refuses it.
 
     Raises:
         AdapterError: the backbone lacks one of the modules, or it is no linear layer of that shape.
@@ -207,6 +209,7 @@ def save_adapter(
         model.dtype == torch.float16,
         dtype,  # type: ignore[arg-type]
         embedded,
+        tuple(sorted(rows)),
     )
     _write_info(folder, {key: value for key, value in asdict(info).items() if value not in (None, False)})
 

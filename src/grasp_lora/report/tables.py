@@ -22,7 +22,7 @@ from grasp_lora.evaluation.statistics import PairedComparison, compare_with_base
 METRIC_NAMES = {
     "accuracy": "Accuracy", "macro_f1": "Macro-F1", "chrf++": "chrF++",
     "f1": "F1", "exact_match": "Exact match", "bertscore": "BERTScore", "rougeL": "ROUGE-L", "rouge1": "ROUGE-1",
-    "rouge2": "ROUGE-2", "bleu": "BLEU", "rougeL_xlsum": "ROUGE-L (XL-Sum)", "similarity": "Similarity",
+    "rouge2": "ROUGE-2", "bleu": "BLEU", "similarity": "Similarity",
 }  # fmt: skip
 BELOW_ZERO = ("similarity", "bertscore")  # the metrics whose scores may be
 SAME_EVERYWHERE = "the same in every draw"  # and so no interval says what other examples would show
