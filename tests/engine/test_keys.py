@@ -20,6 +20,7 @@ from grasp_lora.engine.steps import Steps
 from grasp_lora.engine.store import Store, key_of
 from grasp_lora.method.masks import MaskSettings
 from grasp_lora.method.search import POLICIES, RatioPolicy
+from grasp_lora.models.adapter_files import AdapterInfo
 
 NOTHING = ""
 TRAINED = "source target controller final"
@@ -148,7 +149,9 @@ def another(value: Any) -> Any:
 @pytest.fixture
 def session(tiny_workspace: Path) -> Session:
     session = session_of("merge.dropout=null")  # as with every preset but that of the paper
-    session.given = {"given": SimpleNamespace(sha256="sum", facts="facts", name="given", weights=None)}  # type: ignore[dict-item]
+    session.given = {
+        "given": SimpleNamespace(sha256="sum", facts="facts", name="given", weights=None, info=AdapterInfo())
+    }  # type: ignore[dict-item]
     return session
 
 

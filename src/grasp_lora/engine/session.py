@@ -134,7 +134,7 @@ class Session:
             data.max_document_tokens, tuple(self.splits.labels), report.completion, generation.allow_empty,
         )  # fmt: skip
 
-    def save(self, folder: Path, weights: AdapterWeights, rows: Iterable[str]) -> None:
+    def save(self, folder: Path, weights: AdapterWeights, rows: Iterable[str] = ()) -> None:
         """Write an adapter as an ordinary PEFT folder, with the hashes of what its training rows asked."""
         backbone = self.backbone
         save_adapter(
