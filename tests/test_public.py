@@ -100,7 +100,7 @@ def test_settings_of_a_wrong_type_are_named_before_anything_is_loaded(
 
 
 def test_what_is_no_preset_or_no_weights_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"policy is 'paper'; it must be an object, such as Gaussian\(\); preset"):
+    with pytest.raises(ValueError, match=r"policy is 'paper'; it must be an object, such as Gaussian\(\)"):
         gl.Controller("paper")  # type: ignore[arg-type]
     with pytest.raises(gl.GraspError, match="give at least one adapter to merge, and of each its weights"):
         gl.merge(["adapter"], gl.MergeSettings())  # type: ignore[list-item]

@@ -48,7 +48,7 @@ def builtin_text(name: str) -> str:
     Raises:
         RecipeError: there is none of that name.
     """
-    with reading(f"built-in recipe {quoted(name)}", RecipeError):
+    with reading(f"built-in recipe {quoted(name)} (there are: {', '.join(builtin_recipes())})", RecipeError):
         return (resources.files("grasp_lora") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
 
 
