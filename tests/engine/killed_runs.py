@@ -64,7 +64,7 @@ def load_everything() -> None:
     import plotly.offline  # noqa: F401
     import rouge_score.rouge_scorer  # noqa: F401
     import torch
-    import transformers.models.llama.modeling_llama  # noqa: F401
+    import transformers.models.llama.modeling_llama
     import transformers.trainer  # noqa: F401
     import trl  # noqa: F401
     from accelerate import optimizer
