@@ -161,7 +161,7 @@ def test_a_prompt_that_stands_in_the_chat_template_is_asked_as_it_is(cli: Cli, h
     result = cli("predict", "chat", rendered, "<end> 2?")  # another control token is what the user says
     assert asked[-1][0] == [rendered, "<start>user\n<end> 2?<end>\n<start>assistant\n"]
     assert asked[-1][2] == [END]
-    assert "1 of 2 prompts begin as the chat template does" in result.err
+    assert result.err == ""
 
 
 def test_rows_are_answered_and_written_with_their_predictions(cli: Cli, here: Path, asked: list[Any]) -> None:

@@ -75,7 +75,9 @@ def load_everything() -> None:
 
     checkpoints.LEAST_STEPS = SAVE_EVERY  # else trainings that short leave none
 
-    memory.gc = SimpleNamespace(collect=lambda: 0)  # as in conftest.py: full collections, and looks for a package at each step
+    memory.gc = SimpleNamespace(
+        collect=lambda: 0
+    )  # as in conftest.py: full collections, and looks for a package at each step
     optimizer.is_lomo_available = cache(optimizer.is_lomo_available)
     torch.set_num_threads(1)
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # torch has no pool for the threads of a forked process

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 UsageError: Any = typer.BadParameter.__base__
 
 
-def _recipes_beginning(incomplete: str) -> list[str]:
+def recipes_beginning(incomplete: str) -> list[str]:
     """What a shell offers for a recipe: the built-in names, and files."""
     files = [path.as_posix() for ending in ("yaml", "yml") for path in Path().glob(f"*.{ending}")]
     return [name for name in (*builtin_recipes(), *sorted(files)) if name.startswith(incomplete)]
@@ -26,7 +26,7 @@ def _recipes_beginning(incomplete: str) -> list[str]:
 RecipeArgument = Annotated[
     str,
     typer.Argument(
-        help="A recipe file, or the name of a built-in one (see `recipes`).", autocompletion=_recipes_beginning
+        help="A recipe file, or the name of a built-in one (see `recipes`).", autocompletion=recipes_beginning
     ),
 ]
 AdapterArgument = Annotated[str, typer.Argument(help="PEFT adapter: a folder or a hub id.")]

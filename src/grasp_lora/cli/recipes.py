@@ -7,17 +7,14 @@ from typing import Annotated
 
 import typer
 
+from grasp_lora.cli.options import recipes_beginning
 from grasp_lora.cli.terminal import console, log_to_terminal, say
 from grasp_lora.recipes.text import SCHEMA_FILE, builtin_recipes, builtin_text
 
 
-def _names_beginning(incomplete: str) -> list[str]:
-    return [name for name in builtin_recipes() if name.startswith(incomplete)]
-
-
 def recipes(
     name: Annotated[
-        str | None, typer.Argument(help="Print this one, as a file to begin with.", autocompletion=_names_beginning)
+        str | None, typer.Argument(help="Print this one, as a file to begin with.", autocompletion=recipes_beginning)
     ] = None,
     schema: Annotated[
         bool, typer.Option("--schema", help="Print the JSON schema of a recipe, by which editors complete its keys.")

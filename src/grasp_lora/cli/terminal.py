@@ -5,7 +5,7 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -15,6 +15,7 @@ from grasp_lora.storage.processes import is_first
 from grasp_lora.text.display import one_line
 
 if TYPE_CHECKING:
+    from grasp_lora.cli.bars import TerminalProgress
     from grasp_lora.engine.run_folder import SystemScores
 
 console = Console(quiet=not is_first(), emoji=False)  # of processes that torchrun started one speaks
@@ -28,13 +29,6 @@ def set_up_outputs() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-class _Stoppable(Protocol):
-    def stop(self) -> None: ...
-
-
-Display = TypeVar("Display", bound=_Stoppable)
-
-
 @contextmanager
 def loading() -> Iterator[None]:
     """Show, inside the context, that the libraries are being loaded."""
@@ -46,7 +40,7 @@ def loading() -> Iterator[None]:
 
 
 @contextmanager
-def shown(display: Display) -> Iterator[Display]:
+def shown(display: "TerminalProgress") -> "Iterator[TerminalProgress]":
     """Remove a live display at the end of the context, before an error is shown."""
     try:
         yield display

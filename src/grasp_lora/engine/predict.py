@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
-from grasp_lora.data.encode import Encoder, Tally, begin_of_chat, check_tokenizer, encode_labels, prompt_ids
+from grasp_lora.data.encode import Encoder, Tally, check_tokenizer, encode_labels, prompt_ids
 from grasp_lora.data.files import READERS, Row, Table, read_file
 from grasp_lora.data.records import SPEAKERS, XLSUM_COLUMNS, Record, clean_text, make_pool
 from grasp_lora.data.tasks import ANY_LANGUAGE, TEMPLATES, Template, check_template, fields_of, options_of, task_fields
@@ -63,21 +63,10 @@ class Asked:
     chat: bool
 
     def texts(self, prompts: Sequence[str]) -> list[str]:
-        """Answer whole prompts; with `chat` what the user says. A note tells of one that is worded otherwise than in training.
-
-        Nor are those put into the chat template that stand in it already.
-        """
+        """Answer whole prompts; with `chat` what the user says. A note tells of one that is worded otherwise than in training."""
         template = _templates_of(self.form)[1].prompt
-        begin = begin_of_chat(self.tokenizer) if self.chat else ""
-        outside = [prompt for prompt in prompts if not (begin and prompt.startswith(begin))]
-        if len(outside) < len(prompts):
-            logger.warning(
-                "%d of %d prompts begin as the chat template does, with %s, so they are taken to stand in it already",
-                len(prompts) - len(outside),
-                len(prompts),
-                quoted(begin),
-            )
-        if self.form.task and not all(_fits(prompt, template) for prompt in outside):
+        # In a chat template stands what the user says, and a prompt may stand in it already.
+        if self.form.task and not self.chat and not all(_fits(prompt, template) for prompt in prompts):
             logger.warning(
                 "the adapter was trained on prompts of the form %s, and a prompt here is of another; "
                 "to put a text into that form, give %s",
