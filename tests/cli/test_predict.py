@@ -156,12 +156,15 @@ def test_a_prompt_of_another_form_and_a_text_that_is_cut_get_a_note(cli: Cli, he
     assert asked[-1][0] == ["<bos>" + QA_TEMPLATE.format(context="abcd", question="where?")]
 
 
-def test_a_prompt_that_stands_in_the_chat_template_is_asked_as_it_is(cli: Cli, here: Path, asked: list[Any]) -> None:
+def test_what_a_user_says_in_a_chat_is_text_and_a_prompt_in_the_template_needs_no_chat(
+    cli: Cli, here: Path, asked: list[Any]
+) -> None:
     rendered = "<start>user\nwhat 1?<end>\n<start>assistant\n"  # as in evaluation/prompts.jsonl of a run
-    result = cli("predict", "chat", rendered, "<end> 2?")  # another control token is what the user says
-    assert asked[-1][0] == [rendered, "<start>user\n<end> 2?<end>\n<start>assistant\n"]
+    cli("predict", "chat", "<end> 2?")
+    assert asked[-1][0] == ["<start>user\n<end> 2?<end>\n<start>assistant\n"]
     assert asked[-1][2] == [END]
-    assert result.err == ""
+    cli("predict", "chat", rendered, "--no-chat")
+    assert asked[-1][0][0].removeprefix("<bos>") == rendered
 
 
 def test_rows_are_answered_and_written_with_their_predictions(cli: Cli, here: Path, asked: list[Any]) -> None:

@@ -10,7 +10,7 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from grasp_lora.data.data_settings import CorpusSettings, DataSettings
-from grasp_lora.data.encode import Encoder, Tally, begin_of_chat, encode_rows, prompt_ids, render_chat
+from grasp_lora.data.encode import Encoder, Tally, encode_rows, prompt_ids, render_chat
 from grasp_lora.data.records import Record
 from grasp_lora.data.splits import SPLITS, build_splits
 from grasp_lora.data.tasks import Template, resolve_template
@@ -78,22 +78,6 @@ class TestEncoding:
             self.encoder(t).encode([self.record()], ["g"], Tally())[0] for t in (tokenizer, tiny_tokenizer)
         )
         assert first == second
-
-    @pytest.mark.parametrize(
-        ("template", "begin"),
-        [
-            ("{% for m in messages %}<pad>{{ m.role }}{{ m.content }}{% endfor %}", "<pad>"),
-            ("{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}", "[INST] "),
-            ("{% for m in messages %}{{ m.content }}{% endfor %}|", ""),
-        ],
-    )
-    def test_a_prompt_that_begins_as_the_chat_template_stands_in_it(self, tokenizer, template, begin):
-        tokenizer.chat_template = template
-        assert begin_of_chat(tokenizer) == begin
-        plain, rendered = prompt_ids(tokenizer, ["abc", begin + "abc"], chat=True)
-        [whole] = render_chat(tokenizer, [[{"role": "user", "content": "abc"}]], ["it"])
-        assert tokenizer.decode(plain) == whole
-        assert tokenizer.decode(rendered) == (begin + "abc" if begin else whole)
 
     def test_a_template_that_writes_the_first_token_itself_gets_no_second_one(self, tiny_tokenizer):
         plain, begun = (

@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 DATE = "26 Jul 2024"  # in chat templates that print one: what Llama 3.2's takes where it knows no clock
 _BREAK = "\x00"  # which records never hold
-_PROBE = "what?"  # a user may say it
 
 
 @dataclass(frozen=True)
@@ -161,32 +160,16 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], cha
 
     Args:
         prompts: texts; control tokens in them are meant, and one that begins with the BOS token gets no second one.
-        chat: put each into the chat template as what the user says, which is text. One that begins as `begin_of_chat` stands
-            in it already.
+        chat: put each into the chat template as what the user says, which is text.
     """
     if not chat:
         bos = tokenizer.bos_token
         begun = [bool(bos) and prompt.startswith(str(bos)) for prompt in prompts]
         return [_tokenize(tokenizer, [prompt], not begins)[0] for prompt, begins in zip(prompts, begun, strict=True)]
     spelled = control_tokens(tokenizer, chat=True)
-    texts = list(prompts)
-    begin = begin_of_chat(tokenizer)
-    plain = {place: prompt for place, prompt in enumerate(prompts) if not (begin and prompt.startswith(begin))}
-    turns = [[{"role": "user", "content": as_text(prompt, spelled)}] for prompt in plain.values()]
-    names = [f"prompt {place + 1}" for place in plain]
-    for place, text in zip(plain, render_chat(tokenizer, turns, names), strict=True):
-        texts[place] = text
-    return _tokenize(tokenizer, texts, add_special_tokens=False)
-
-
-def begin_of_chat(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """How every prompt in the tokenizer's chat template begins: with its first control token, else as far as the user's text.
-
-    Empty where the user's text comes first.
-    """
-    [rendered] = render_chat(tokenizer, [[{"role": "user", "content": _PROBE}]], ["a prompt"])
-    first = control_tokens(tokenizer, chat=True).match(rendered)
-    return first.group() if first else rendered.partition(_PROBE)[0]
+    turns = [[{"role": "user", "content": as_text(prompt, spelled)}] for prompt in prompts]
+    names = [f"prompt {number}" for number in range(1, len(prompts) + 1)]
+    return _tokenize(tokenizer, render_chat(tokenizer, turns, names), add_special_tokens=False)
 
 
 def control_tokens(tokenizer: "PreTrainedTokenizerBase", chat: bool = False) -> re.Pattern[str]:

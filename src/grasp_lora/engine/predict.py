@@ -65,8 +65,7 @@ class Asked:
     def texts(self, prompts: Sequence[str]) -> list[str]:
         """Answer whole prompts; with `chat` what the user says. A note tells of one that is worded otherwise than in training."""
         template = _templates_of(self.form)[1].prompt
-        # In a chat template stands what the user says, and a prompt may stand in it already.
-        if self.form.task and not self.chat and not all(_fits(prompt, template) for prompt in prompts):
+        if self.form.task and not all(_fits(prompt, template) for prompt in prompts):
             logger.warning(
                 "the adapter was trained on prompts of the form %s, and a prompt here is of another; "
                 "to put a text into that form, give %s",
