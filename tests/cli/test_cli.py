@@ -377,7 +377,7 @@ def test_a_full_disk_is_one_line_in_a_single_step(cli: Cli, workspace: Path, mon
 
     monkeypatch.setattr(single, "write_json", full)
     line = refusal(cli("evaluate", "tiny.yaml", "-a", "adapter", "-o", "out"))
-    assert "out cannot be written (No space left on device); nothing was" in line
+    assert "cannot be written (No space left on device); make room" in line
     assert not Path("out").exists()
 
 

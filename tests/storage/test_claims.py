@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from grasp_lora.errors import GraspError, Interrupted, RecipeError
+from grasp_lora.errors import Interrupted, RecipeError
 from grasp_lora.storage.claims import LOCK_FILE, Busy, claim, new_folder
 from grasp_lora.storage.writing import write_whole
 
@@ -152,8 +152,8 @@ class TestNewFolder:
         [
             (
                 lambda draft: (draft / "none").read_text(),
-                GraspError,
-                r"out cannot be written \(No such file.*; nothing was",
+                RecipeError,
+                r"cannot be written \(No such file.*; make room",
             ),
             (lambda draft: 1 / 0, ZeroDivisionError, "division"),
             (

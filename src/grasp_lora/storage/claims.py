@@ -16,12 +16,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 
-from grasp_lora.errors import GraspError, RecipeError
+from grasp_lora.errors import RecipeError
 from grasp_lora.storage.processes import Interruption, is_first
 from grasp_lora.storage.reading import is_folder, is_there, reading
-from grasp_lora.storage.writing import clear_write_errors, discard, sync, sync_all, why_not_written
+from grasp_lora.storage.writing import clear_write_errors, discard, sync, sync_all
 
 LOCK_FILE = "grasp-lora.lock"
 
@@ -115,8 +114,7 @@ def new_folder(output: Path) -> Iterator[Path]:
         output: not there yet, or an empty folder.
 
     Raises:
-        RecipeError: it holds something or cannot be made, or another process writes it.
-        GraspError: it cannot be written; nothing was.
+        RecipeError: it holds something or cannot be made or written, or another process writes it.
         Interrupted: SIGTERM or SIGINT came; nothing was written.
     """
     refuse_existing(output)
@@ -124,27 +122,20 @@ def new_folder(output: Path) -> Iterator[Path]:
     make_folder(place.parent)
     draft = _beside(output, "part")
     stop = Interruption(lambda: f"before {output} was complete", "nothing was written")
-    try:
-        with stop.handled(), claim(output, wait=False):
-            refuse_existing(output)  # again: another process may have written it
-            discard(draft)
-            draft.mkdir()
-            try:
-                yield draft
-                sync_all(draft)
-                if place.exists():
-                    place.rmdir()  # it is empty; not every system renames onto a folder
-                draft.rename(place)
-                sync(place.parent)
-            finally:
-                shutil.rmtree(draft, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        if reason := why_not_written(error, draft, place, _beside(output, "lock")):
-            raise GraspError(
-                f"{output} cannot be written ({reason}); nothing was. Make room or make it writable, or choose another folder "
-                "with --output"
-            ) from error
-        raise
+    lock = _beside(output, "lock")
+    with clear_write_errors(place.parent, draft, place, lock), stop.handled(), claim(output, wait=False):
+        refuse_existing(output)  # again: another process may have written it
+        discard(draft)
+        draft.mkdir()
+        try:
+            yield draft
+            sync_all(draft)
+            if place.exists():
+                place.rmdir()  # it is empty; not every system renames onto a folder
+            draft.rename(place)
+            sync(place.parent)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
 
 
 def refuse_existing(output: Path) -> None:

@@ -89,11 +89,12 @@ def discard(path: Path) -> None:
 
 
 @contextmanager
-def clear_write_errors(folder: Path) -> Iterator[None]:
+def clear_write_errors(folder: Path, *places: Path) -> Iterator[None]:
     """Turn an error of the file system that holds a folder into one line; other errors pass.
 
     Args:
         folder: where it is written; the same command, run again, goes on from what is there.
+        places: what is written there, where it is not the whole folder.
 
     Raises:
         RecipeError: the disk is full or read-only, a file may not be written, or the folder has vanished.
@@ -101,7 +102,7 @@ def clear_write_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if reason := why_not_written(error, folder):
+        if reason := why_not_written(error, *(places or (folder,))):
             raise cannot_write(folder, reason) from error
         raise
 
