@@ -44,7 +44,7 @@ def test_the_policy_moves_to_the_better_candidate(shown: dict[str, Any]) -> None
     decision = search.tell(Round(search.current_ratio, (low, high), (1.0,), ((1.5,), (0.5,))))
     assert decision.committed
     assert search.current_ratio == high
-    assert search.tell_rewards((low, high), (-1.0, -2.0)).ratio == high
+    assert search.tell(Round(high, (low, high), (1.0,), ((2.0,), (3.0,)))).ratio == high
 
 
 def test_the_merge_rule_gives_one_adapter_back_and_takes_the_largest_of_two(shown: dict[str, Any]) -> None:

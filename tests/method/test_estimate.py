@@ -35,8 +35,7 @@ def history(
 ) -> list[Round]:
     """Rounds under a level that drifts a lot between rounds and examples, with noise in every loss."""
     draw = random.Random(seed)
-    told = []
-    current = 0.4
+    rows, current = [], 0.4
     for index in range(rounds):
         levels = [2 * math.exp(-index / 10) + draw.gauss(0, 0.5) for _ in range(examples)]
 
@@ -44,9 +43,9 @@ def history(
             return tuple(level + curve(ratio) + draw.gauss(0, noise) for level in levels)
 
         ratios = tuple(draw.uniform(LOW, HIGH) for _ in range(candidates))
-        told.append(Round(current, ratios, losses(current), tuple(losses(ratio) for ratio in ratios)))
+        rows.append(Round(current, ratios, losses(current), tuple(losses(ratio) for ratio in ratios)))
         current = ratios[0]
-    return told
+    return rows
 
 
 @pytest.mark.parametrize(
@@ -83,14 +82,6 @@ def test_smooth_fit_interval_covers_the_truth() -> None:
     assert sum(covered) >= 34  # 38 expected
 
 
-def test_smooth_fit_interval_shrinks_with_more_rounds() -> None:
-    widths = []
-    for rounds in (5, 20, 80):
-        estimates = [smooth_fit(history(quadratic, rounds, seed=seed, noise=0.1), LOW, HIGH) for seed in range(5)]
-        widths.append(sum(estimate.high - estimate.low for estimate in estimates))
-    assert widths[0] > 1.5 * widths[1] > 2.25 * widths[2]
-
-
 @pytest.mark.parametrize(("of_examples", "widths"), [(True, (0.1, 0.4)), (False, (0.05, 0.5))])
 def test_smooth_fit_interval_shows_that_examples_or_rounds_disagree(
     of_examples: bool, widths: tuple[float, float]
@@ -106,15 +97,6 @@ def test_smooth_fit_interval_shows_that_examples_or_rounds_disagree(
     estimate = smooth_fit(rounds, LOW, HIGH)
     assert widths[0] < estimate.high - estimate.low < widths[1]
     assert not of_examples or estimate.ratio == pytest.approx(0.5, abs=0.01)
-
-
-@pytest.mark.parametrize("sign", [1, -1])
-def test_smooth_fit_of_a_monotone_loss_ends_at_the_outermost_probe(sign: int) -> None:
-    rounds = history(lambda ratio: sign * 0.5 * ratio, 20, noise=0.001)
-    probed = [ratio for one in rounds for ratio in (one.current_ratio, *one.candidates)]
-    estimate = smooth_fit(rounds, LOW, HIGH)
-    assert estimate.ratio == pytest.approx(min(probed) if sign > 0 else max(probed), abs=1e-12)
-    assert estimate.low <= estimate.ratio <= estimate.high
 
 
 def test_the_ratio_never_leaves_the_probed_range_and_its_interval_is_open_where_that_ends() -> None:
@@ -145,8 +127,7 @@ def test_noise_in_a_narrow_span_of_probes_leaves_the_whole_range_open() -> None:
     assert estimate.nothing_learned
     assert 0.4 <= estimate.ratio == quick.ratio <= 0.5
 
-
-def test_where_all_of_the_range_was_probed_an_interval_stays_as_wide_as_it_is() -> None:
+    # Where all of the range was probed an interval stays as wide as it is.
     estimate = smooth_fit(probed(lambda p: 0.3 * quadratic(p), (LOW, 0.3, 0.6, HIGH), noise=0.1, seed=9), LOW, HIGH)
     assert estimate.nothing_learned
     assert LOW < estimate.low < estimate.ratio < estimate.high
@@ -223,18 +204,6 @@ def test_smooth_fit_ignores_the_level_of_each_round_and_example(offsets: list[li
         assert after == pytest.approx(before, abs=1e-6)
 
 
-def test_curve_is_relative_to_its_minimum() -> None:
-    estimate = smooth_fit(history(quadratic, 20), LOW, HIGH)
-    ratios = [point[0] for point in estimate.curve]
-    assert ratios == sorted(ratios)
-    assert len(ratios) == 41
-    assert all(fitted >= 0 and low <= high for _, fitted, low, high in estimate.curve)
-    lowest = min(estimate.curve, key=lambda point: point[1])
-    assert lowest[0] == pytest.approx(estimate.ratio, abs=4 * GRID_STEP)
-    assert lowest[2] <= 0 <= lowest[3] + 1e-3
-    assert (estimate.rule, estimate.rounds, estimate.confidence) == ("smooth_fit", 20, 0.95)
-
-
 def test_best_reward_takes_the_luckiest_probe() -> None:
     rounds = [
         Round(0.4, (0.2, 0.5), (1.0, 1.0), ((0.9, 0.9), (0.8, 0.8))),  # best reward 0.2 at 0.5
@@ -247,13 +216,12 @@ def test_best_reward_takes_the_luckiest_probe() -> None:
     # Without its round (a chance of 8/27) 0.5 wins, without both 0.6 does (1/27).
     assert (estimate.low, estimate.high) == (0.5, 0.7)
 
-
-def test_best_reward_interval_is_a_point_when_every_round_agrees() -> None:
+    # Where every round agrees the interval is a point; one round agrees with nothing.
     rounds = [Round(0.4, (0.3, 0.6), (1.0,) * 2, ((2.0,) * 2, (0.5 - i / 10,) * 2)) for i in range(4)]
     estimate = best_reward(rounds, LOW, HIGH)
     assert (estimate.low, estimate.ratio, estimate.high) == (0.6, 0.6, 0.6)
     assert not estimate.nothing_learned
-    alone = best_reward(rounds[:1], LOW, HIGH)  # agrees with nothing
+    alone = best_reward(rounds[:1], LOW, HIGH)
     assert (alone.low, alone.ratio, alone.high) == (LOW, 0.6, HIGH)
 
 
@@ -348,9 +316,10 @@ def rounds_of(
 EVEN = [(0.45, 0.12 + shift, 0.35 + shift, 0.58 + shift) for shift in (0.0, 0.14, 0.07, 0.2, 0.1, 0.17)]
 
 
-def test_it_finds_the_minimum_from_a_few_rounds() -> None:
+@pytest.mark.parametrize(("noise", "shift"), [(0.002, 0.0), (0.0, 3.0)], ids=["noise", "levels that jump"])
+def test_the_surrogate_finds_the_minimum_from_a_few_rounds(noise: float, shift: float) -> None:
     for seed in range(5):
-        told = rounds_of(lambda ratio, time: curve(ratio), EVEN, noise=0.002, seed=seed)
+        told = rounds_of(lambda ratio, time: curve(ratio), EVEN, noise=noise, shift=shift, seed=seed)
         assert curve(surrogate(told, LOW, HIGH).ratio) < 0.002
 
 
@@ -360,11 +329,6 @@ def test_the_best_moment_of_the_run_decides_not_its_mean_or_its_end() -> None:
     assert surrogate(told, LOW, HIGH).ratio == pytest.approx(0.5, abs=0.05)
 
 
-def test_a_level_that_jumps_between_rounds_is_not_taken_for_the_ratio() -> None:
-    told = rounds_of(lambda ratio, time: curve(ratio), EVEN, shift=3.0)
-    assert curve(surrogate(told, LOW, HIGH).ratio) < 0.002
-
-
 def test_a_lone_lucky_probe_at_the_edge_does_not_decide() -> None:
     crowded = [(0.4, 0.35 + 0.01 * number, 0.42, 0.45) for number in range(9)]
     told = rounds_of(lambda ratio, time: 0.2 * (ratio - 0.4) ** 2, crowded, noise=0.02)
@@ -372,24 +336,11 @@ def test_a_lone_lucky_probe_at_the_edge_does_not_decide() -> None:
     assert surrogate(told + lucky, LOW, HIGH).ratio < 0.7
 
 
-def test_the_interval_narrows_with_rounds_and_widens_where_examples_disagree() -> None:
+@pytest.mark.parametrize("rule", [surrogate, smooth_fit], ids=["surrogate", "smooth_fit"])
+def test_the_interval_narrows_with_rounds(rule: Rule) -> None:
     short, long = (rounds_of(lambda ratio, time: curve(ratio), EVEN[:2] * n, noise=0.01, seed=1) for n in (1, 6))
-    widths = [one.high - one.low for one in (surrogate(told, LOW, HIGH) for told in (short, long))]
+    widths = [one.high - one.low for one in (rule(told, LOW, HIGH) for told in (short, long))]
     assert widths[1] < widths[0]
-
-    def opposed(ratio: float, losses: tuple[float, ...]) -> tuple[float, ...]:
-        return tuple(loss + (0.4 * ratio if place % 2 else -0.4 * ratio) for place, loss in enumerate(losses))
-
-    told = [
-        replace(
-            one,
-            baseline_losses=opposed(one.current_ratio, one.baseline_losses),
-            candidate_losses=tuple(map(opposed, one.candidates, one.candidate_losses)),
-        )
-        for one in long
-    ]
-    wide = surrogate(told, LOW, HIGH)
-    assert wide.high - wide.low > widths[1]
 
 
 def test_without_an_interval_the_ratio_is_the_same() -> None:
@@ -399,12 +350,6 @@ def test_without_an_interval_the_ratio_is_the_same() -> None:
     assert whole.low <= whole.ratio <= whole.high
     assert bare.curve == ()
     assert min(fitted for _, fitted, _, _ in whole.curve) >= 0
-
-
-@pytest.mark.parametrize("losses", [0.0, 1e-30, 1e12])
-def test_equal_losses_are_no_reason_to_fail(losses: float) -> None:
-    told = rounds_of(lambda ratio, time: losses, [(0.4, 0.4, 0.4)] * 3, examples=1)
-    assert LOW <= surrogate(told, LOW, HIGH).ratio <= HIGH
 
 
 def measured_on(told: list[Round], count: int) -> list[Round]:
@@ -433,17 +378,7 @@ def test_few_examples_do_when_examples_agree_whichever_they_are() -> None:
         assert surrogate(measured_on(told, count), LOW, HIGH, interval=False).ratio == pytest.approx(whole, abs=1e-9)
 
 
-def test_fewer_examples_that_disagree_leave_more_open() -> None:
-    widths = []
-    for count in (24, 3):
-        told = rounds_of(lambda ratio, time: curve(ratio), EVEN, noise=0.15, examples=24)
-        estimate = surrogate(measured_on(told, count), LOW, HIGH)
-        widths.append(estimate.high - estimate.low)
-    assert widths[0] < widths[1]
-
-
-@pytest.mark.parametrize("spread", [0.0, 1e-9])
-@pytest.mark.parametrize("step", [1e3, 1e6])
+@pytest.mark.parametrize(("spread", "step"), [(0.0, 1e3), (1e-9, 1e6)])
 def test_a_run_that_blows_up_gives_a_ratio_and_no_error_of_linear_algebra(spread: float, step: float) -> None:
     told = rounds_of(lambda ratio, time: spread * ratio + step * time**4, EVEN)
     estimate = surrogate(told, LOW, HIGH)

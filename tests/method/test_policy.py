@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,11 @@ def run(policy: RatioSearch, rounds: int, loss: Callable[[float], float] = quadr
     return told
 
 
+def tell_rewards(search: RatioSearch, candidates: Sequence[float], rewards: Sequence[float]) -> Decision:
+    losses = tuple((-reward,) for reward in rewards)
+    return search.tell(Round(search.current_ratio, tuple(candidates), (0.0,), losses))
+
+
 def a_round(policy: RatioSearch, **changes: Any) -> Round:
     fields: dict[str, Any] = {
         "current_ratio": policy.current_ratio,
@@ -89,15 +94,13 @@ def a_round(policy: RatioSearch, **changes: Any) -> Round:
 def test_paper_preset_reproduces_the_golden_trajectory(name: str) -> None:
     policy = of_preset("paper", **GOLDEN[name]["settings"])
     for expected in GOLDEN[name]["rounds"]:
-        decision = policy.tell_rewards(expected["candidates"], expected["rewards"])
+        decision = tell_rewards(policy, expected["candidates"], expected["rewards"])
         assert decision.rewards == tuple(expected["rewards"])
         assert policy.mean == pytest.approx(expected["policy_mean"], rel=0, abs=1e-12)
         assert policy.std == pytest.approx(expected["policy_std"], rel=0, abs=1e-12)
         assert policy.current_ratio == pytest.approx(expected["current_ratio"], rel=0, abs=1e-12)
-        if expected["committed_ratio"] is None:
-            assert not decision.committed
-        else:
-            assert decision.committed
+        assert decision.committed == (expected["committed_ratio"] is not None)
+        if decision.committed:
             assert decision.ratio == pytest.approx(expected["committed_ratio"], rel=0, abs=1e-12)
 
 
@@ -130,35 +133,28 @@ committing_policy = pytest.mark.parametrize("kind", [kind for kind in POLICIES i
 
 
 @every_policy
-@pytest.mark.parametrize("candidates", [1, 3, 8])
-def test_candidates_lie_within_the_bounds_and_are_as_many_as_asked(kind: str, candidates: int) -> None:
+@pytest.mark.parametrize("candidates", [1, 8])
+def test_candidates_lie_within_the_bounds_and_are_others_each_round(kind: str, candidates: int) -> None:
     wide: dict[str, Any] = {"std_init": 5.0} if kind == "gaussian" else {}
-    policy = of_kind(kind, ratio_min=0.2, ratio_max=0.3, ratio_init=0.3, candidates=candidates, **wide)
-    for _ in range(30):
-        run(policy, 1)
-        drawn = policy.ask()
-        assert len(drawn) == candidates
-        assert all(0.2 <= ratio <= 0.3 for ratio in drawn)
-
-
-@every_policy
-def test_asking_twice_gives_the_same_and_each_round_other_candidates(kind: str) -> None:
-    policy = of_kind(kind)
+    policy = of_kind(kind, candidates=candidates)
+    narrow = of_kind(kind, ratio_min=0.2, ratio_max=0.3, ratio_init=0.3, candidates=candidates, **wide)
     seen = set()
     for _ in range(20):
-        first = policy.ask()
-        assert policy.ask() == first
-        assert tuple(first) not in seen
-        seen.add(tuple(first))
+        drawn = policy.ask()
+        assert policy.ask() == drawn  # asked twice
+        assert len(drawn) == candidates
+        assert all(0.1 <= ratio <= 0.8 for ratio in drawn)
+        assert all(0.2 <= ratio <= 0.3 for ratio in narrow.ask())
+        assert tuple(drawn) not in seen
+        seen.add(tuple(drawn))
         run(policy, 1)
+        run(narrow, 1)
 
 
 def test_draws_are_the_same_on_every_machine() -> None:
-    # Pinned, so that a change of the generator does not go unnoticed: it would silently change every run.
-    assert of_preset("paper").ask() == pytest.approx(PINNED_GAUSSIAN, abs=1e-12)
-
-
-PINNED_GAUSSIAN = [0.37736492376755, 0.6142712155187089, 0.4992321985825299]
+    # Pinned: a change of the generator would silently change every run.
+    pinned = [0.37736492376755, 0.6142712155187089, 0.4992321985825299]
+    assert of_preset("paper").ask() == pytest.approx(pinned, abs=1e-12)
 
 
 @every_policy
@@ -240,56 +236,38 @@ def test_any_finite_losses_keep_the_policy_finite_and_its_steps_short(
 @committing_policy
 def test_a_reward_of_zero_commits(kind: str) -> None:
     policy = of_kind(kind)
-    assert policy.tell_rewards((0.45, 0.7), (0.0, -1.0)).committed
+    assert tell_rewards(policy, (0.45, 0.7), (0.0, -1.0)).committed
     assert policy.current_ratio == 0.45
 
 
-@every_policy
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("where", ["baseline", "candidate"])
-def test_a_loss_that_is_not_finite_is_an_error_and_changes_nothing(kind: str, bad: float, where: str) -> None:
-    policy = of_kind(kind)
-    run(policy, 2)
-    before = state(policy)
-    good = ((1.0,) * 4, (1.0,) * 4, (1.0,) * 4)
-    spoiled = (1.0, 1.0, bad, 1.0)
-    told = (
-        a_round(policy, baseline_losses=spoiled, candidate_losses=good)
-        if where == "baseline"
-        else a_round(policy, baseline_losses=(1.0,) * 4, candidate_losses=(good[0], good[1], spoiled))
-    )
-    with pytest.raises(ProbeError, match=f"the loss of probed example 2 is {bad}; it must be finite"):
-        policy.tell(told)
-    assert state(policy) == before
+UNFIT = r"a round measured candidates .* tell the ratios that ask\(\) gave.* as many as in earlier rounds"
 
 
 @every_policy
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "error", "message"),
     [
-        {"candidates": (0.3, 0.4)},
-        {"candidate_losses": ((1.0, 2.0), (1.0,), (1.0, 2.0))},
-        {"baseline_losses": (), "candidate_losses": ((), (), ())},
-        {"candidates": (0.3, 0.4, 0.81)},
-        {"current_ratio": 0.41},
-        {"places": (1, 2)},
-        {"places": (1,)},
+        ({"baseline_losses": (1.0, math.nan)}, ProbeError, "the loss of probed example 1 is nan; it must be finite"),
+        ({"candidate_losses": ((1.0, 2.0), (math.inf, 2.0), (3.0, 2.0))}, ProbeError, "example 0 is inf"),
+        ({"candidates": (0.3, 0.4)}, ValueError, UNFIT),
+        ({"candidate_losses": ((1.0, 2.0), (1.0,), (1.0, 2.0))}, ValueError, UNFIT),
+        ({"baseline_losses": (), "candidate_losses": ((), (), ())}, ValueError, UNFIT),
+        ({"baseline_losses": (1.0,) * 4, "candidate_losses": ((1.0,) * 4,) * 3}, ValueError, UNFIT),  # there were two
+        ({"candidates": (0.3, 0.4, 0.81)}, ValueError, UNFIT),
+        ({"current_ratio": 0.41}, ValueError, UNFIT),
+        ({"places": (1, 2)}, ValueError, UNFIT),
+        ({"places": (1,)}, ValueError, UNFIT),
     ],
 )
-def test_a_round_that_does_not_fit_is_an_error_and_changes_nothing(kind: str, changes: dict[str, Any]) -> None:
+def test_a_round_that_does_not_fit_is_an_error_and_changes_nothing(
+    kind: str, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
     policy = of_kind(kind)
+    policy.tell(a_round(policy))
     before = state(policy)
-    with pytest.raises(ValueError, match=r"a round measured candidates .* tell the ratios that ask\(\) gave"):
+    with pytest.raises(error, match=message):
         policy.tell(a_round(policy, **changes))
     assert state(policy) == before
-
-
-@every_policy
-def test_the_probed_examples_cannot_change_in_number_within_a_run(kind: str) -> None:
-    policy = of_kind(kind)
-    run(policy, 1)  # four examples
-    with pytest.raises(ValueError, match="as many as in earlier rounds"):
-        policy.tell(a_round(policy))
 
 
 def test_candidates_on_some_examples_are_compared_on_those() -> None:
@@ -315,14 +293,6 @@ def test_global_seeds_do_not_matter(kind: str) -> None:
     assert drawn[0] == drawn[1]
 
 
-@every_policy
-def test_learned_ratio_of_a_clear_optimum(kind: str) -> None:
-    policy = of_kind(kind)
-    run(policy, 20)
-    assert policy.best_ratio().ratio == pytest.approx(0.55, abs=0.01)
-    assert policy.best_ratio().rounds == 20
-
-
 # --- all ratios together ---------------------------------------------------------------------------------------------
 
 
@@ -342,7 +312,7 @@ def test_spread_spreads_its_candidates_and_holds_none() -> None:
         candidates = policy.ask()
         assert all(b - a == pytest.approx(0.7 / 4) for a, b in itertools.pairwise(candidates))
         drawn += candidates
-        policy.tell_rewards(candidates, [-quadratic(ratio) for ratio in candidates])
+        tell_rewards(policy, candidates, [-quadratic(ratio) for ratio in candidates])
     assert len({round(ratio, 3) for ratio in drawn}) == 40
     assert policy.training_ratio(3) != policy.current_ratio
 
@@ -354,17 +324,11 @@ def test_spread_spreads_its_candidates_and_holds_none() -> None:
     ("kind", "changes", "message"),
     [
         ("spread", {"ratio_min": -0.1}, r"ratio_min is -0.1; it must lie in \[0, 1\] and below ratio_max 0.8"),
-        ("spread", {"ratio_max": 1.1}, r"ratio_max is 1.1; it must lie in \[0, 1\]"),
-        ("gaussian", {"ratio_min": 0.8}, "ratio_min is 0.8"),
         ("spread", {"ratio_init": 0.05}, "ratio_init is 0.05; it must lie between ratio_min 0.1 and ratio_max 0.8"),
         ("gaussian", {"std_init": 0.0}, "std_init is 0.0; it must be a positive number, or left out"),
-        ("gaussian", {"std_init": math.inf}, "std_init is inf"),
         ("gaussian", {"candidates": 0}, "candidates is 0; it must be a whole number, at least 1"),
         ("gaussian", {"learning_rate": -0.1}, "learning_rate is -0.1; it must be a number >= 0"),
-        ("gaussian", {"kl_coef": math.inf}, "kl_coef is inf"),
-        ("gaussian", {"entropy_bonus": math.nan}, "entropy_bonus is nan"),
-        ("gaussian", {"max_step": 0.0}, r"max_step is 0.0; it must lie in \(0, 1\]"),
-        ("gaussian", {"max_step": math.nan}, "max_step is nan"),
+        ("gaussian", {"max_step": math.nan}, r"max_step is nan; it must lie in \(0, 1\]"),
     ],
 )
 def test_a_setting_out_of_range_is_an_error(kind: str, changes: dict[str, Any], message: str) -> None:
@@ -383,6 +347,7 @@ def test_a_setting_out_of_range_is_an_error(kind: str, changes: dict[str, Any], 
 def test_a_kind_that_is_none_is_an_error(kind: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         policy_class(kind)
+    assert policy_class("grasp_lora.method.search:Spread") is Spread
 
 
 @dataclass(frozen=True)
@@ -408,7 +373,7 @@ def test_a_policy_that_decides_no_ratio_within_its_bounds_is_named(decided: Any,
 
 @pytest.mark.parametrize(
     ("ratio", "low", "high"),
-    [(0.9, 0.9, 0.9), (math.nan, 0.2, 0.6), (0.5, 0.5, math.inf), (0.5, 0.55, 0.6), (0.5, 0.0, 0.6)],
+    [(0.9, 0.9, 0.9), (math.nan, 0.2, 0.6), (0.5, 0.55, 0.6), (0.5, 0.0, 0.6)],
 )
 def test_a_rule_that_gives_a_ratio_outside_the_bounds_or_its_interval_is_named(
     ratio: float, low: float, high: float
@@ -417,11 +382,6 @@ def test_a_rule_that_gives_a_ratio_outside_the_bounds_or_its_interval_is_named(
     search.tell(a_round(search))
     with pytest.raises(RecipeError, match=rf"rule 'mine' gave ratio {ratio} .* must lie in \[0\.1, 0\.8\]"):
         search.best_ratio()
-
-
-def test_a_policy_of_ones_own_is_named_by_its_import_path() -> None:
-    assert policy_class("grasp_lora.method.search:Spread") is Spread
-    assert plain_policy(Spread())["kind"] == "spread"
 
 
 # --- presets, and when their rounds come ------------------------------------------------------------------------------
@@ -452,10 +412,8 @@ def test_spacing_turns_and_splits() -> None:
     ("changes", "message"),
     [
         ({"every": 0}, "every is 0; it must be at least 1 optimizer step, a whole number, or 'epoch'"),
-        ({"every": True}, "every is True"),
         ({"every": "week"}, "every is 'week'"),
-        ({"start": -0.1}, r"start is -0.1; it must be a share of the run, in \[0, 1\]"),
-        ({"start": math.nan}, "start is nan"),
+        ({"start": math.nan}, r"start is nan; it must be a share of the run, in \[0, 1\]"),
         (
             {"start": 0.5, "before_training": True},
             "before_training is True; it must be false where start is 0.5, or start 0",
@@ -478,9 +436,6 @@ def test_presets_are_policy_rounds_and_rule() -> None:
     )
     assert preset("late") == Controller(Spread(candidates=3, bounds_first=True), Rounds(start=0.5), "smooth_fit")
     assert preset("paper") == Controller(Gaussian(), Rounds(), "best_reward")
-
-
-def test_a_preset_that_is_none() -> None:
     with pytest.raises(ValueError, match="preset is 'fast'; allowed: spread, late, paper"):
         preset("fast")
 
@@ -518,8 +473,7 @@ def test_the_late_preset_probes_the_second_half_all_over_the_range() -> None:
 
 
 @pytest.mark.parametrize(("slope", "bound"), [(-1.0, 0.8), (1.0, 0.1)])
-@pytest.mark.parametrize("seed", range(5))
-def test_the_late_preset_can_choose_its_bounds(slope: float, bound: float, seed: int) -> None:
-    search = of_preset("late", seed=seed)
+def test_the_late_preset_can_choose_its_bounds(slope: float, bound: float) -> None:
+    search = of_preset("late")
     run(search, 3, lambda ratio: slope * ratio)
     assert search.best_ratio().ratio == bound

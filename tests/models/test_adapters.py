@@ -2,17 +2,16 @@
 
 import hashlib
 import json
-import logging
 import random
 import sys
 import warnings
 from pathlib import Path
 
-import forked
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from random_examples import random_like
 from safetensors.torch import load_file, save_file
 
 from grasp_lora.errors import AdapterError
@@ -32,18 +31,15 @@ TARGETS = {
     "gpt2": ("c_attn", "c_proj"),  # c_proj stands for two modules of different shapes in each layer
 }
 ARCHITECTURES = list(TARGETS)
-FIRST = {"gpt2": "transformer.h.0.attn.c_attn"}  # a module for the exceptions of patterns
 WEIGHTS = "adapter_model.safetensors"
 TOKENS = torch.tensor([[1, 40, 50, 60, 70, 80, 90]])
-
-
-def first_module(architecture: str) -> str:
-    return FIRST.get(architecture, "model.layers.0.self_attn.q_proj")
+FIRST_Q = "model.layers.0.self_attn.q_proj"
+KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
 
 
 def variants(architecture: str) -> dict[str, dict]:
     """LoRA configurations, among them those that PEFT's own merging gets wrong."""
-    one = first_module(architecture)
+    one = "transformer.h.0.attn.c_attn" if architecture == "gpt2" else FIRST_Q
     ending = TARGETS[architecture][1]
     return {
         "plain": {"r": 4, "lora_alpha": 6},
@@ -62,15 +58,8 @@ def variants(architecture: str) -> dict[str, dict]:
 
 def with_peft(model, architecture: str, seed: int, targets=None, **config) -> PeftModel:
     """Put a PEFT adapter with a random A and B on the model, as training would leave it."""
-    peft_model = get_peft_model(
-        model,
-        LoraConfig(
-            task_type="CAUSAL_LM",
-            target_modules=list(targets or TARGETS[architecture]),
-            fan_in_fan_out=architecture == "gpt2",
-            **{"lora_dropout": 0.0, **config},
-        ),
-    )
+    config |= {"target_modules": list(targets or TARGETS[architecture]), "fan_in_fan_out": architecture == "gpt2"}
+    peft_model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **config))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in peft_model.named_parameters():
@@ -79,19 +68,12 @@ def with_peft(model, architecture: str, seed: int, targets=None, **config) -> Pe
     return peft_model
 
 
-def peft_deltas(peft_model, architecture: str, adapter: str = "default") -> dict[str, torch.Tensor]:
-    """PEFT's own deltas as [d_out, d_in]; it gives [d_in, d_out] for Conv1D."""
-    return {
-        name: layer.get_delta_weight(adapter).T if architecture == "gpt2" else layer.get_delta_weight(adapter)
-        for name, layer in lora_layers(peft_model, adapter).items()
-    }
-
-
 def saved_by_peft(make_tiny_model, folder: Path, architecture: str, seed: int = 1, **config) -> dict[str, torch.Tensor]:
     """Save a PEFT adapter into the folder and return its deltas."""
     peft_model = with_peft(make_tiny_model(architecture), architecture, seed, **config)
     peft_model.save_pretrained(str(folder))
-    return {name: delta.detach() for name, delta in peft_deltas(peft_model, architecture).items()}
+    deltas = {name: layer.get_delta_weight("default").detach() for name, layer in lora_layers(peft_model).items()}
+    return {name: delta.T if architecture == "gpt2" else delta for name, delta in deltas.items()}  # Conv1D's are turned
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -109,17 +91,7 @@ def state(model) -> dict[str, torch.Tensor]:
 
 def random_weights(model, targets, rank: int, seed: int, scaling: float = 0.7) -> AdapterWeights:
     with fresh_adapter(model, LoraSettings(rank=rank, target_modules=targets), seed) as peft_model:
-        generator = torch.Generator().manual_seed(seed)
-        return AdapterWeights(
-            {
-                name: LoraPair(
-                    0.3 * torch.randn(pair.A.shape, generator=generator),
-                    0.3 * torch.randn(pair.B.shape, generator=generator),
-                    scaling,
-                )
-                for name, pair in live_pairs(peft_model).items()
-            }
-        )
+        return random_like(peft_model, torch.Generator().manual_seed(seed), 0.3, scaling=scaling)
 
 
 def edit_config(folder: Path, **changes) -> None:
@@ -159,17 +131,6 @@ def test_a_read_adapter_has_pefts_deltas(make_tiny_model, tmp_path, architecture
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize(("one", "other"), [("rslora", "plain"), ("rank_pattern", "alpha_pattern"), ("all", "rslora")])
-def test_the_exact_merge_is_the_sum_where_peft_is_wrong(make_tiny_model, tmp_path, architecture, one, other):
-    first = saved_by_peft(make_tiny_model, tmp_path / "1", architecture, 1, **variants(architecture)[one])
-    second = saved_by_peft(make_tiny_model, tmp_path / "2", architecture, 2, **variants(architecture)[other])
-    adapters = [read_adapter(tmp_path / "1").weights, read_adapter(tmp_path / "2").weights]
-    merged = merge(adapters, MergeSettings(weights=(0.3, 0.7)))
-    for name in first:
-        assert relative_error(merged[name].delta(), 0.3 * first[name] + 0.7 * second[name]) < 1e-5
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_an_attached_merge_computes_what_the_changed_weights_compute(make_tiny_model, tmp_path, architecture):
     first = saved_by_peft(make_tiny_model, tmp_path / "1", architecture, 1, **variants(architecture)["all"])
     second = saved_by_peft(make_tiny_model, tmp_path / "2", architecture, 2, **variants(architecture)["rslora"])
@@ -206,66 +167,29 @@ def test_a_loaded_adapter_is_named_after_its_folder_and_hashed(folder, monkeypat
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_saved_adapter_loads_in_peft_with_identical_logits(make_tiny_model, tmp_path, architecture):
-    model = make_tiny_model(architecture)
-    one, two = (random_weights(model, TARGETS[architecture], rank, seed=rank) for rank in (3, 4))
-    merged = merge([one, two], MergeSettings())
-    with attached(model, merged) as peft_model:
-        expected = logits(peft_model)
-        trained = adapter_weights(peft_model, segments_of(merged))
-    save_adapter(tmp_path, trained, model, backbone_name="lab/tiny", fingerprint="f", dropout=0.05)
-    weights, config = (tmp_path / name for name in ("adapter_model.safetensors", "adapter_config.json"))
-    assert weights.stat().st_mode == config.stat().st_mode  # who may read one may read the other
-    reloaded = PeftModel.from_pretrained(make_tiny_model(architecture), str(tmp_path))
-    assert torch.equal(logits(reloaded), expected)
-    assert reloaded.peft_config["default"].lora_dropout == 0.05
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "lab/tiny"
-    save_adapter(tmp_path / "own", trained, model, backbone_name="lab/tiny", dropout=0.05)  # by a user's script
-    assert read_adapter(tmp_path / "own").info.backbone_fingerprint == fingerprint(model)
-
-
-def test_a_saved_adapter_loads_in_a_new_process(make_tiny_model, tiny_backbone_folder, tmp_path):
-    model = make_tiny_model("llama")
-    weights = random_weights(model, ("q_proj", "v_proj"), 4, 1)
-    with attached(model, weights) as peft_model:
-        expected = logits(peft_model)
-    save_adapter(tmp_path, weights, model, backbone_name="lab/tiny", fingerprint="f", dropout=0.0)
-    script = f"""
-import hashlib, sys, torch
-torch.set_num_threads(1)
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
-model = PeftModel.from_pretrained(model, sys.argv[2]).eval()
-with torch.no_grad():
-    logits = model(input_ids=torch.tensor({TOKENS.tolist()})).logits
-print(hashlib.sha256(logits.numpy().tobytes()).hexdigest())
-"""
-    done = forked.python(["-c", script, str(tiny_backbone_folder), str(tmp_path)])
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[-1] == hashlib.sha256(expected.numpy().tobytes()).hexdigest()
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_different_modules_and_ranks_survive_saving(make_tiny_model, tmp_path, architecture):
+def test_a_saved_adapter_of_unequal_ranks_is_the_same_in_peft(make_tiny_model, tmp_path, architecture):
     model = make_tiny_model(architecture)
     shared, extra = TARGETS[architecture]
     source = random_weights(model, (shared,), 2, 1)
     target = random_weights(model, (shared, extra), 3, 2)
     merged = merge([source, target], MergeSettings())
     assert {pair.rank for pair in merged.values()} == {5, 3}
-    save_adapter(tmp_path, merged, model, backbone_name="lab/tiny", fingerprint="f", dropout=0.0)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["rank_pattern"]
     with attached(model, merged) as peft_model:
         expected = logits(peft_model)
+        trained = adapter_weights(peft_model, segments_of(merged))
+    save_adapter(tmp_path, trained, model, backbone_name="lab/tiny", dropout=0.05)
+    weights, config = tmp_path / WEIGHTS, tmp_path / "adapter_config.json"
+    assert weights.stat().st_mode == config.stat().st_mode  # who may read one may read the other
+    assert json.loads(config.read_text())["base_model_name_or_path"] == "lab/tiny"
+    assert read_adapter(tmp_path).info.backbone_fingerprint == fingerprint(model)
     reloaded = PeftModel.from_pretrained(make_tiny_model(architecture), str(tmp_path))
+    assert reloaded.peft_config["default"].lora_dropout == 0.05
     assert {name: layer.r["default"] for name, layer in lora_layers(reloaded).items()} == {
         name: pair.rank for name, pair in merged.items()
     }
     assert torch.equal(logits(reloaded), expected)
     again = read_adapter(tmp_path)
-    check_fits(again, on(model))
+    check_fits(again, on(model, fingerprint=fingerprint(model)))
     for name, pair in merged.items():
         assert torch.equal(again.weights[name].A, pair.A)
         assert torch.equal(again.weights[name].B, pair.B)
@@ -323,7 +247,7 @@ def test_taking_an_adapter_off_leaves_no_trace(make_tiny_model, architecture):
     assert torch.equal(logits(model), untouched)
 
 
-def test_an_attached_adapter_is_all_that_trains(make_tiny_model):
+def test_an_attached_adapter_is_copied_and_all_that_trains(make_tiny_model):
     model = make_tiny_model("llama").to(torch.bfloat16)
     weights = random_weights(make_tiny_model("llama"), ("q_proj",), 4, 1)
     with attached(model, weights, dropout=0.5) as peft_model:
@@ -332,6 +256,12 @@ def test_an_attached_adapter_is_all_that_trains(make_tiny_model):
         assert all("lora_" in name for name in trainable)
         assert all(pair.A.dtype == pair.B.dtype == torch.float32 for pair in live_pairs(peft_model).values())
         assert peft_model.peft_config["default"].lora_dropout == 0.5
+        before, taken = {name: pair.A.clone() for name, pair in weights.items()}, adapter_weights(peft_model)
+        for pair in live_pairs(peft_model).values():
+            pair.A.data.zero_()
+    for name, A in before.items():
+        assert torch.equal(weights[name].A, A)
+        assert torch.equal(taken[name].A, A)
 
 
 def test_dropout_follows_the_mode_of_the_backbone(make_tiny_model):
@@ -345,41 +275,17 @@ def test_dropout_follows_the_mode_of_the_backbone(make_tiny_model):
         assert not torch.equal(logits(peft_model), expected)
 
 
-def test_attached_weights_are_copied(make_tiny_model):
+def test_two_adapters_at_once_and_a_wrong_shape_are_refused_and_leave_no_trace(make_tiny_model):
     model = make_tiny_model("llama")
-    weights = random_weights(model, ("q_proj",), 4, 1)
-    before = {name: pair.A.clone() for name, pair in weights.items()}
-    with attached(model, weights) as peft_model:
-        taken = adapter_weights(peft_model)
-        with torch.no_grad():
-            for pair in live_pairs(peft_model).values():
-                pair.A.zero_()
-    for name in before:
-        assert torch.equal(weights[name].A, before[name])
-        assert torch.equal(taken[name].A, before[name])
-
-
-def test_two_adapters_at_once_are_refused(make_tiny_model):
-    model = make_tiny_model("llama")
-    weights = random_weights(model, ("q_proj",), 4, 1)
+    modules = [name for name, _ in model.named_modules()]
     with (
-        attached(model, weights),
+        attached(model, random_weights(make_tiny_model("llama"), ("q_proj",), 4, 1)),
         pytest.raises(AdapterError, match="carries an adapter already"),
         fresh_adapter(model, LoraSettings(), 1),
     ):
         pass
-    with attached(model, weights):  # and the refusal did no damage
-        pass
-
-
-def test_attaching_the_wrong_shape_is_refused_and_leaves_no_trace(make_tiny_model):
-    model = make_tiny_model("llama")
-    modules = [name for name, _ in model.named_modules()]
-    wrong = AdapterWeights({"model.layers.0.self_attn.q_proj": LoraPair(torch.ones(2, 31), torch.ones(32, 2))})
-    with (
-        pytest.raises(AdapterError, match=r"shape \(32, 31\).*has \(32, 32\)"),
-        attached(model, wrong),
-    ):
+    wrong = AdapterWeights({FIRST_Q: LoraPair(torch.ones(2, 31), torch.ones(32, 2))})
+    with pytest.raises(AdapterError, match=r"shape \(32, 31\).*has \(32, 32\)"), attached(model, wrong):
         pass
     assert [name for name, _ in model.named_modules()] == modules
 
@@ -387,7 +293,7 @@ def test_attaching_the_wrong_shape_is_refused_and_leaves_no_trace(make_tiny_mode
 def test_live_pairs_are_the_parameters_themselves(make_tiny_model):
     model = make_tiny_model("llama")
     with attached(model, random_weights(model, ("q_proj",), 4, 1)) as peft_model:
-        origin = {"model.layers.0.self_attn.q_proj": (Segment("source", 1), Segment("target", 3))}
+        origin = {FIRST_Q: (Segment("source", 1), Segment("target", 3))}
         pairs = live_pairs(peft_model, origin)
         parameters = {id(parameter) for parameter in peft_model.parameters()}
         assert all(id(pair.A) in parameters and id(pair.B) in parameters for pair in pairs.values())
@@ -397,27 +303,22 @@ def test_live_pairs_are_the_parameters_themselves(make_tiny_model):
 # Fresh adapters
 
 
-def test_a_fresh_adapter_depends_on_its_seed_alone(make_tiny_model):
-    settings = LoraSettings(rank=4)
-
+def test_a_fresh_adapter_depends_on_its_seed_alone_and_leaves_the_global_generators_alone(make_tiny_model):
     def values(seed: int, noise: int) -> torch.Tensor:
+        model = make_tiny_model("llama")
         torch.manual_seed(noise)
-        with fresh_adapter(make_tiny_model("llama"), settings, seed) as peft_model:
+        states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+        with fresh_adapter(model, LoraSettings(rank=4), seed) as peft_model:
             pairs = live_pairs(peft_model).values()
             assert all((pair.B == 0).all() for pair in pairs)
-            return torch.cat([pair.A.detach().flatten() for pair in pairs])
+            drawn = torch.cat([pair.A.detach().flatten() for pair in pairs])
+        assert torch.equal(torch.get_rng_state(), states[0])
+        assert random.getstate() == states[1]
+        assert np.array_equal(np.random.get_state()[1], states[2])
+        return drawn
 
     assert torch.equal(values(1, noise=1), values(1, noise=2))
     assert not torch.equal(values(1, noise=1), values(2, noise=1))
-
-
-def test_a_fresh_adapter_leaves_the_global_generators_alone(make_tiny_model):
-    model = make_tiny_model("llama")
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
-    with fresh_adapter(model, LoraSettings(), 7):
-        assert torch.equal(torch.get_rng_state(), states[0])
-    assert random.getstate() == states[1]
-    assert np.array_equal(np.random.get_state()[1], states[2])
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -434,11 +335,10 @@ def test_a_wrong_target_module_lists_what_exists(make_tiny_model):
     model = make_tiny_model("llama")
     for wrong in ("query", "proj", "embed_tokens"):  # proj ends q_proj, but is no name; embed_tokens is not linear
         with (
-            pytest.raises(AdapterError, match=f"no linear module '{wrong}'.*q_proj.*v_proj") as error,
+            pytest.raises(AdapterError, match=f"no linear module '{wrong}'.*q_proj.*v_proj"),
             fresh_adapter(model, LoraSettings(target_modules=("q_proj", wrong)), 1),
         ):
             pass
-        assert "\n" not in str(error.value)
     assert not any("lora" in name for name, _ in model.named_modules())
 
 
@@ -452,7 +352,6 @@ def test_a_wrong_target_module_lists_what_exists(make_tiny_model):
         ({"bias": "all"}, "trained biases"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"init_lora_weights": "pissa_niter_2"}, r"changes the backbone \(init_lora_weights"),
-        ({"init_lora_weights": "olora"}, r"changes the backbone \(init_lora_weights"),
         ({"trainable_token_indices": [5, 6]}, "trainable_token_indices"),
         ({"targets": ("embed_tokens",)}, r"holds .*embed_tokens\.lora_embedding_A .*no LoRA factor of a linear"),
     ],
@@ -461,14 +360,10 @@ def test_a_wrong_target_module_lists_what_exists(make_tiny_model):
 def test_what_peft_saves_but_no_merge_can_represent_is_refused(make_tiny_model, tmp_path, config, message):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT has much to say about these
-        saved_by_peft_without_deltas(make_tiny_model, tmp_path, **config)
+        with_peft(make_tiny_model("llama"), "llama", 1, r=4, **config).save_pretrained(str(tmp_path))
     with pytest.raises(AdapterError, match=message) as error:
         read_adapter(tmp_path)
     assert "\n" not in str(error.value)
-
-
-def saved_by_peft_without_deltas(make_tiny_model, folder: Path, **config) -> None:
-    with_peft(make_tiny_model("llama"), "llama", 1, r=4, **config).save_pretrained(str(folder))
 
 
 @pytest.mark.filterwarnings("ignore:Unexpected keyword arguments:UserWarning")
@@ -476,7 +371,6 @@ def saved_by_peft_without_deltas(make_tiny_model, folder: Path, **config) -> Non
     ("changes", "message"),
     [
         ({"lora_bias": True}, "lora_bias"),
-        ({"bias": "lora_only"}, "trained biases"),
         ({"target_parameters": ["experts.down_proj"]}, "target_parameters"),
         ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
         ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "init_lora_weights"),
@@ -489,7 +383,6 @@ def saved_by_peft_without_deltas(make_tiny_model, folder: Path, **config) -> Non
         ({"peft_type": "IA3"}, "another method than LoRA"),
         ({"r": 3}, "says rank 3"),
         ({"rank_pattern": {"q_proj": 2}}, "q_proj have the shapes .*says rank 2"),
-        ({"r": "4"}, "says rank 4"),
         ({"lora_alpha": None}, r"adapter_model\.safetensors: unsupported operand"),
         ({"lora_alpha": float("nan")}, "lora_alpha, holds NaN"),
         ({"target_modules": ["v_proj"]}, "leave out .*q_proj: .* does not name it in target_modules"),
@@ -500,26 +393,17 @@ def saved_by_peft_without_deltas(make_tiny_model, folder: Path, **config) -> Non
 )
 def test_a_config_that_cannot_be_right_is_refused(folder, changes, message):
     edit_config(folder, **changes)
-    with pytest.raises(AdapterError, match=message) as error:
+    with pytest.raises(AdapterError, match=message):
         read_adapter(folder)
-    assert "adapter" in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-FIRST_Q = "model.layers.0.self_attn.q_proj"
-KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda t: t[KEY.format("A")].__setitem__((0, 0), float("nan")), "q_proj, .* holds NaN or infinity"),
-        (lambda t: t[KEY.format("B")].__setitem__((0, 0), float("inf")), "q_proj, .* holds NaN or infinity"),
         (lambda t: t.update({KEY.format("A"): t[KEY.format("A")].double() * 1e300}), "holds NaN or infinity"),
         (lambda t: t.pop(KEY.format("B")), "q_proj have the shapes {'A': "),
-        (lambda t: t.pop(KEY.format("A")), "q_proj have the shapes {'B': "),
         (lambda t: t.update({KEY.format("A"): t[KEY.format("A")][:3]}), "q_proj have the shapes .*says rank 4"),
-        (lambda t: t.update({KEY.format("B"): t[KEY.format("B")][:, :3]}), "q_proj have the shapes .*says rank 4"),
         (lambda t: t.update({KEY.format("A"): t[KEY.format("A")][:, :, None]}), r"shape \(4, 32, 1\)"),
         (
             lambda t: t.update({"base_model.model.lm_head.bias": torch.ones(2)}),
@@ -530,29 +414,23 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
 )
 def test_damaged_tensors_are_refused(folder, change, message):
     edit_tensors(folder, change)
-    with pytest.raises(AdapterError, match=message) as error:
-        read_adapter(folder)
-    assert "\n" not in str(error.value)
-
-
-def test_a_pickle_is_never_loaded(folder):
-    (folder / WEIGHTS).rename(folder / "adapter_model.bin")
-    with pytest.raises(
-        AdapterError, match=r"adapter_model\.safetensors: there is none; a pickle \(\.bin\) is never loaded"
-    ):
+    with pytest.raises(AdapterError, match=message):
         read_adapter(folder)
 
 
-@pytest.mark.parametrize("length", [0, 5, 100, -10])
-def test_a_truncated_file_is_refused(folder, length):
+@pytest.mark.parametrize("length", [0, 100, -10])
+def test_a_truncated_file_is_refused_and_a_pickle_never_loaded(folder, length):
     content = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(content[:length])
     with pytest.raises(AdapterError, match=r"adapter_model\.safetensors: ") as error:
         read_adapter(folder)
     assert "\n" not in str(error.value)
+    (folder / WEIGHTS).rename(folder / "adapter_model.bin")
+    with pytest.raises(AdapterError, match=r"\.safetensors: there is none; a pickle \(\.bin\) is never loaded"):
+        read_adapter(folder)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1, 2]", "\ufeff{}"])
+@pytest.mark.parametrize("content", ["{", "[1, 2]"])
 def test_a_broken_config_is_refused(folder, content):
     (folder / "adapter_config.json").write_text(content, encoding="utf-8")
     with pytest.raises(AdapterError, match=r"adapter_config\.json"):
@@ -590,24 +468,20 @@ def test_a_place_that_is_neither_folder_nor_hub_id_is_refused(tmp_path):
             "q_proj have the shapes .*says rank 4, grasp_lora.json 2",
         ),
         ({"segments": {FIRST_Q: [["source"]]}}, r"delete that file.*segments.*q_proj.*Field required"),
-        ({"segments": {FIRST_Q: [["source", "many"]]}}, r"segments.*q_proj.*integer"),
-        ({"segments": ["source"]}, "delete that file.*segments: "),
         ({"backbone_dtype": "fp8"}, r"delete that file.*backbone_dtype: .*'bfloat16', 'float16' or 'float32'"),
-        ({"quantise": "int3"}, r"delete that file.*quantise: .*'nf4' or 'int8'"),
     ],
 )
 def test_wrong_facts_beside_the_weights_are_refused(folder, facts, message):
     (folder / "grasp_lora.json").write_text(json.dumps(facts), encoding="utf-8")
-    with pytest.raises(AdapterError, match=message) as error:
+    with pytest.raises(AdapterError, match=message):
         read_adapter(folder)
-    assert "grasp_lora.json" in str(error.value)
 
 
 # The right backbone
 
 
-def check(folder: Path, model, name: str = "lab/tiny", fingerprint: str = "f") -> None:
-    check_fits(read_adapter(folder), on(model, name, fingerprint))
+def check(folder: Path, model, fingerprint: str = "f") -> None:
+    check_fits(read_adapter(folder), on(model, fingerprint=fingerprint))
 
 
 def test_an_adapter_of_another_backbone_is_refused(make_tiny_model, folder):
@@ -667,27 +541,15 @@ def test_a_backbone_that_the_user_names_is_the_one_that_is_loaded(monkeypatch, n
     assert backbone_module.backbone_of(adapter, named, "cpu").name == loaded
 
 
-def test_an_adapter_trained_on_other_weights_is_refused(make_tiny_model, tmp_path):
-    model = make_tiny_model("llama")
-    weights = random_weights(model, ("q_proj",), 4, 1)
-    save_adapter(tmp_path, weights, model, backbone_name="lab/tiny", fingerprint="abc", dropout=0.0)
-    check(tmp_path, model, fingerprint="abc")
-    with pytest.raises(AdapterError, match="fingerprint abc, but lab/tiny has xyz"):
-        check(tmp_path, model, fingerprint="xyz")
-
-
 def test_another_base_name_only_warns(make_tiny_model, folder, caplog):
     edit_config(folder, base_model_name_or_path="someone/other-model")
-    with caplog.at_level(logging.WARNING):
-        check(folder, make_tiny_model("llama"))
-    (record,) = caplog.records
-    assert "someone/other-model" in record.getMessage()
-    assert "lab/tiny" in record.getMessage()
-    caplog.clear()
+    check(folder, make_tiny_model("llama"))
+    [message] = caplog.messages
+    assert "someone/other-model" in message
+    assert "lab/tiny" in message
     edit_config(folder, base_model_name_or_path="/a/path/of/tiny")
-    with caplog.at_level(logging.WARNING):
-        check(folder, make_tiny_model("llama"))
-    assert not caplog.records
+    check(folder, make_tiny_model("llama"))
+    assert caplog.messages == [message]
 
 
 @pytest.mark.filterwarnings("ignore:target_parameters:RuntimeWarning")

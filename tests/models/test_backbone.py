@@ -58,6 +58,8 @@ def load(name, **settings):
 
 def test_a_local_folder_loads_frozen_in_eval_mode(tiny_backbone_folder):
     backbone = load(tiny_backbone_folder)
+    narrow = load(tiny_backbone_folder, dtype="bfloat16")
+    assert (narrow.model.dtype, narrow.fingerprint) == (torch.bfloat16, backbone.fingerprint)
     assert backbone.name == tiny_backbone_folder.name
     assert str(backbone.model.dtype) == f"torch.{find_dtype('cpu')}"
     assert not backbone.model.training
@@ -71,7 +73,6 @@ def test_a_local_folder_loads_frozen_in_eval_mode(tiny_backbone_folder):
 @pytest.mark.parametrize(
     ("maker", "capabilities", "dtype"),
     [
-        ("AuthenticAMD", {}, "float32"),
         ("AuthenticAMD", {"avx2": True, "avx512_f": True}, "float32"),
         ("AuthenticAMD", {"avx512_bf16": True, "amx_bf16": False}, "bfloat16"),
         ("GenuineIntel", {"avx512_bf16": True, "amx_bf16": False, "amx_tile": True}, "float32"),  # slower in bfloat16
@@ -96,35 +97,22 @@ def test_of_cards_auto_takes_bfloat16_on_those_that_do_not_emulate_it(monkeypatc
     assert find_dtype(device, "gemma3_text") == ("bfloat16" if native else "float32")
 
 
-def test_float32_and_bfloat16_share_a_fingerprint(tiny_backbone_folder):
-    wide, narrow = load(tiny_backbone_folder, dtype="float32"), load(tiny_backbone_folder, dtype="bfloat16")
-    assert wide.model.dtype == torch.float32
-    assert wide.fingerprint == narrow.fingerprint
-    assert len(wide.fingerprint) == 16
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_fingerprint_sees_the_backbone_and_not_the_adapter(architecture, make_tiny_model):
     plain = fingerprint(make_tiny_model(architecture))
     assert fingerprint(make_tiny_model(architecture)) == plain
     assert fingerprint(make_tiny_model(architecture, seed=1)) != plain
     assert fingerprint(make_tiny_model(architecture, vocab_size=300)) != plain
-    others = [fingerprint(make_tiny_model(other)) for other in ARCHITECTURES if other != architecture]
-    assert plain not in others
-    targets = ["c_attn", "c_proj"] if architecture == "gpt2" else ["q_proj", "down_proj"]
-    config = LoraConfig(
-        r=2,
-        target_modules=targets,
-        modules_to_save=["lm_head"],
-        task_type="CAUSAL_LM",
-        fan_in_fan_out=architecture == "gpt2",
-    )
+    retrained = make_tiny_model(architecture)
+    next(weight for name, weight in retrained.named_parameters() if ".1.mlp." in name).data.mul_(1.05)
+    assert fingerprint(retrained) != plain
+    turned = architecture == "gpt2"
+    targets = ["c_attn", "c_proj"] if turned else ["q_proj", "down_proj"]
     model = make_tiny_model(architecture)
-    if model.config.tie_word_embeddings:  # PEFT warns of trained copies of tied weights
-        config.modules_to_save = None
-    wrapped = get_peft_model(model, config)
-    assert fingerprint(wrapped) == plain
-    wrapped.add_adapter("second", LoraConfig(r=3, target_modules=targets, fan_in_fan_out=architecture == "gpt2"))
+    saved = None if model.config.tie_word_embeddings else ["lm_head"]  # PEFT warns of trained copies of tied weights
+    config = {"target_modules": targets, "task_type": "CAUSAL_LM", "fan_in_fan_out": turned}
+    wrapped = get_peft_model(model, LoraConfig(r=2, modules_to_save=saved, **config))
+    wrapped.add_adapter("second", LoraConfig(r=3, **config))
     assert fingerprint(wrapped) == plain
 
 
@@ -140,13 +128,6 @@ def test_the_sum_of_weights_sees_each_of_them_and_no_adapter(make_tiny_model, mo
         model.model.embed_tokens.weight[3, 1] += 1e-3
     assert weight_sum(model) != before
     assert weight_sum(model.to(torch.bfloat16)) is not None
-
-
-def test_fingerprint_notices_one_retrained_matrix(make_tiny_model):
-    model = make_tiny_model("llama")
-    before = fingerprint(model)
-    model.model.layers[1].mlp.up_proj.weight.data.mul_(1.05)
-    assert fingerprint(model) != before
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -181,47 +162,29 @@ def test_stop_ids_join_model_and_tokenizer(make_tiny_model, tiny_tokenizer):
     assert find_stop_ids(model, tiny_tokenizer) == (2,)
 
 
-def test_missing_pad_token_becomes_eos(folder):
-    edit_json(folder / "tokenizer_config.json", pad_token=None)
-    backbone = load(folder)
-    assert backbone.tokenizer.pad_token_id == backbone.tokenizer.eos_token_id == 2
-
-
-def test_a_pad_token_without_a_row_in_the_embedding_becomes_eos(folder):
+@pytest.mark.parametrize("pad", [None, "[PAD]"])
+def test_a_pad_token_that_is_missing_or_has_no_row_in_the_embedding_becomes_eos(folder, pad):
     tokenizer = load(folder).tokenizer
-    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    tokenizer.save_pretrained(folder)
+    if pad:
+        tokenizer.add_special_tokens({"pad_token": pad})
+        tokenizer.save_pretrained(folder)
+    else:
+        edit_json(folder / "tokenizer_config.json", pad_token=None)
     backbone = load(folder)
-    assert len(tokenizer) > backbone.model.get_input_embeddings().num_embeddings
+    assert not pad or len(tokenizer) > backbone.model.get_input_embeddings().num_embeddings
     assert backbone.tokenizer.pad_token_id == backbone.tokenizer.eos_token_id == 2
 
 
-def test_missing_eos_token_is_refused(folder):
-    edit_json(folder / "tokenizer_config.json", eos_token=None)
-    with pytest.raises(GraspError, match="no EOS token"):
-        load(folder)
-
-
-def test_a_place_where_nothing_is(tmp_path):
+def test_a_place_where_nothing_is_or_no_tokenizer(folder, tmp_path):
     with pytest.raises(GraspError, match=r"there is no such folder, and it is no hub id either; check the path"):
         load(tmp_path / "nothing")
     with pytest.raises(GraspError, match=r"there is no such folder, and the hub gave: "):
         load("nobody/no-such-model", offline=True)
-
-
-def test_a_folder_without_a_model(tmp_path):
-    with pytest.raises(GraspError, match="Cannot load backbone") as caught:
-        load(tmp_path)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_folder_without_a_tokenizer(folder):
     for file in folder.glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(GraspError, match="Cannot load backbone") as caught:
+    with pytest.raises(GraspError, match=r"Cannot load backbone.*tokenizer") as caught:
         load(folder)
     assert "\n" not in str(caught.value)
-    assert "tokenizer" in str(caught.value)
 
 
 def test_a_folder_with_an_adapter_is_no_backbone(folder, tmp_path):
@@ -258,35 +221,41 @@ def test_layers_of_unequal_heads_are_told_by_all_of_them(tmp_path, tiny_tokenize
 
 
 def test_weights_that_the_config_has_no_place_for_are_warned_about(folder, caplog):
-    config = folder / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 1}))
+    edit_json(folder / "config.json", num_hidden_layers=1)
     load(folder)
     assert "holds 9 weights that its config has no place for, first model.layers.1." in caplog.text
 
 
-def test_a_name_that_is_neither_a_folder_nor_reached_on_the_hub(monkeypatch):
-    def unreachable(*args, **kwargs):
-        raise OSError("We couldn't connect to 'https://hub' to load the files.\nCheck your connection.")
-
-    monkeypatch.setattr("transformers.PretrainedConfig.get_config_dict", unreachable)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    message = (
-        r"^Cannot load backbone 'nosuch': there is no such folder, and the hub gave: We couldn't connect to 'https://hub' "
-        r"to load the files; check the name, or download it first$"
-    )
-    with pytest.raises(GraspError, match=message):
-        load("nosuch")
-
-
-def test_a_backbone_that_does_not_fit_into_memory_is_one_line(folder, monkeypatch):
+@pytest.mark.parametrize(
+    ("place", "error", "message"),
+    [
+        (
+            "PretrainedConfig.get_config_dict",
+            OSError("We couldn't connect to 'https://hub'.\nCheck your connection."),
+            r"there is no such folder, and the hub gave: We couldn't connect to 'https://hub'\.?; check the name, or",
+        ),
+        (
+            "PretrainedConfig.get_config_dict",
+            OSError("You are trying to access a gated repo.\nMake sure to have access to it"),
+            "it is gated; accept its terms",
+        ),
+        (
+            "AutoModelForCausalLM.from_pretrained",
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB."),
+            r"memory does not suffice for backbone .*9\.00 GiB.*set backbone\.quantise to nf4",
+        ),
+    ],
+    ids=["unreachable", "gated", "memory"],
+)
+def test_what_the_hub_or_the_memory_refuses_is_one_line(folder, monkeypatch, place, error, message):
     def fail(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+        raise error
 
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", fail)
-    with pytest.raises(
-        GraspError, match=r"memory does not suffice for backbone .*9\.00 GiB.*set backbone\.quantise to nf4"
-    ):
-        load(folder)
+    monkeypatch.setattr(f"transformers.{place}", fail)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(GraspError, match=message) as caught:
+        load("some/model" if isinstance(error, OSError) else folder)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["encoder-decoder", "encoder"])
@@ -302,28 +271,14 @@ def test_other_kinds_of_language_models_are_refused(kind, tmp_path, tiny_tokeniz
         load(tmp_path)
 
 
-def test_a_checkpoint_without_a_head_is_refused(folder, make_tiny_model):
-    model = make_tiny_model("llama")
-    headless = LlamaModel(model.config)
-    headless.save_pretrained(folder)
+def test_a_checkpoint_without_a_head_and_pickled_weights_are_refused(folder, make_tiny_model):
+    LlamaModel(make_tiny_model("llama").config).save_pretrained(folder)
     with pytest.raises(GraspError, match=r"lacks 1 weights of the language model, first lm_head\.weight"):
         load(folder)
-
-
-def test_pickled_weights_are_refused(folder, make_tiny_model):
     (folder / "model.safetensors").unlink()
     torch.save(make_tiny_model("llama").state_dict(), folder / "pytorch_model.bin")
     with pytest.raises(GraspError, match="safetensors"):
         load(folder)
-
-
-def test_a_gated_model(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise OSError("You are trying to access a gated repo.\nMake sure to have access to it")
-
-    monkeypatch.setattr("transformers.PretrainedConfig.get_config_dict", refuse)
-    with pytest.raises(GraspError, match="it is gated; accept its terms"):
-        load("some/gated-model")
 
 
 def test_own_code_runs_only_when_asked_for(folder, caplog, monkeypatch, tmp_path):
@@ -366,13 +321,10 @@ def test_kernels_of_the_hub_are_code_too(folder):
 @pytest.mark.parametrize(
     ("file", "changes"),
     [
-        ("config.json", {"num_attention_heads": 0}),
         ("config.json", {"hidden_size": "many"}),
         ("config.json", {"hidden_size": 64}),
-        ("config.json", {"hidden_act": "nothing"}),
-        ("config.json", {"auto_map": 5}),
         ("tokenizer.json", {"model": {"type": "BPE"}}),
-        ("tokenizer_config.json", {"eos_token": 7}),
+        ("tokenizer_config.json", {"eos_token": None}),
         ("generation_config.json", {"eos_token_id": "end"}),
     ],
 )

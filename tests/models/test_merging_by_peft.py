@@ -9,17 +9,10 @@ import torch
 from torch import Tensor
 
 from grasp_lora.method.lora import AdapterWeights, LoraPair
-from grasp_lora.method.merging import (
-    MergeRule,
-    MergeSettings,
-    drop_and_rescale,
-    merge,
-)
+from grasp_lora.method.merging import MergeRule, MergeSettings, drop_and_rescale, merge
 
 D_IN, D_OUT = 12, 10
-ROWS = {
-    "dare": MergeRule("DARE on the factors, summed", sparsify=drop_and_rescale, draws=True),
-}
+DARE = MergeRule("DARE on the factors, summed", sparsify=drop_and_rescale, draws=True)
 
 
 class TwoLayers(torch.nn.Module):
@@ -40,28 +33,21 @@ def peft_deltas() -> Callable[..., tuple[list[AdapterWeights], dict[str, Tensor]
     ) -> tuple[list[AdapterWeights], dict[str, Tensor]]:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            names = [f"adapter_{index}" for index in range(len(ranks))]
-            configs = [
-                peft.LoraConfig(
-                    r=rank, lora_alpha=(2, 9, 4)[index], target_modules=["first", "second"], init_lora_weights=False
-                )
+            more: dict[str, Any] = {"target_modules": ["first", "second"], "init_lora_weights": False}
+            configs = {
+                f"adapter_{index}": peft.LoraConfig(r=rank, lora_alpha=(2, 9, 4)[index], **more)
                 for index, rank in enumerate(ranks)
-            ]
-            model = peft.PeftModel(TwoLayers(), configs[0], names[0])
-            for name, config in zip(names[1:], configs[1:], strict=True):
-                model.add_adapter(name, config)
+            }
+            names = list(configs)
+            model = peft.PeftModel(TwoLayers(), configs[names[0]], names[0])
+            for name in names[1:]:
+                model.add_adapter(name, configs[name])
         layers = {name: getattr(model.base_model.model, name) for name in ("first", "second")}
-        adapters = [
-            AdapterWeights(
-                {
-                    module: LoraPair(
-                        layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach(), layer.scaling[name]
-                    )
-                    for module, layer in layers.items()
-                }
-            )
-            for name in names
-        ]
+        adapters = []
+        for name in names:
+            parts = {key: (one.lora_A[name], one.lora_B[name], one.scaling[name]) for key, one in layers.items()}
+            pairs = {key: LoraPair(A.weight.detach(), B.weight.detach(), size) for key, (A, B, size) in parts.items()}
+            adapters.append(AdapterWeights(pairs))
         model.add_weighted_adapter(names, list(weights), "merged", combination_type=combination, **options)
         return adapters, {module: layer.get_delta_weight("merged").detach() for module, layer in layers.items()}
 
@@ -77,33 +63,31 @@ def assert_agree(merged: AdapterWeights, deltas: dict[str, Tensor]) -> None:
         )
 
 
+EACH = [("exact", "cat"), ("svd", "svd"), ("paper_sum", "linear"), ("ties", "ties")]
+WEIGHTS = [(1.0, 1.0), (0.3, 0.7), (1.2, -0.5)]
+
+
 @pytest.mark.parametrize(
-    ("rule", "combination"),
-    [("exact", "cat"), ("svd", "svd"), ("paper_sum", "linear"), ("ties", "ties")],
-    ids=["exact", "svd", "paper_sum", "ties"],
+    ("rule", "combination", "weights", "ranks"),
+    [
+        *((*row, weights, (3, 3)) for row in EACH for weights in WEIGHTS),
+        *((*row, (0.5, 0.2, -1.0), (2, 5, 3)) for row in EACH[:2]),
+    ],
 )
-@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.3, 0.7), (1.2, -0.5)])
 def test_rules_agree_with_peft(
-    rule: Any, combination: str, weights: tuple[float, ...], peft_deltas: Callable[..., Any]
+    rule: Any, combination: str, weights: tuple[float, ...], ranks: tuple[int, ...], peft_deltas: Callable[..., Any]
 ) -> None:
     options = {"density": 0.4} if "ties" in combination else {}
-    adapters, deltas = peft_deltas(weights, combination, **options)
+    adapters, deltas = peft_deltas(weights, combination, ranks, **options)
     assert_agree(merge(adapters, MergeSettings(rule, weights=weights, **options)), deltas)
 
 
-@pytest.mark.parametrize(("rule", "combination"), [("exact", "cat"), ("svd", "svd")])
-def test_rules_agree_with_peft_on_mixed_ranks(rule: Any, combination: str, peft_deltas: Callable[..., Any]) -> None:
-    weights = (0.5, 0.2, -1.0)
-    adapters, deltas = peft_deltas(weights, combination, ranks=(2, 5, 3))
-    assert_agree(merge(adapters, MergeSettings(rule, weights=weights)), deltas)
-
-
 @pytest.mark.parametrize(
     ("rule", "combination"),
-    [(ROWS["dare"], "dare_linear"), ("dare_ties", "dare_ties")],
+    [(DARE, "dare_linear"), ("dare_ties", "dare_ties")],
     ids=["dare", "dare_ties"],
 )
-@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.3, 0.7), (1.2, -0.5)])
+@pytest.mark.parametrize("weights", WEIGHTS)
 def test_dare_agrees_with_peft_under_the_same_drops(
     rule: Any,
     combination: str,

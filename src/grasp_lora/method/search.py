@@ -236,10 +236,6 @@ class RatioSearch:
         self.current_ratio = decision.ratio
         return decision
 
-    def tell_rewards(self, candidates: Sequence[float], rewards: Sequence[float]) -> Decision:
-        """Learn from given candidates and rewards: for tests and for replaying a record."""
-        return self.tell(Round(self.current_ratio, tuple(candidates), (0.0,), tuple((-reward,) for reward in rewards)))
-
     def training_ratio(self, step: int) -> float:
         """Return the ratio at which optimizer step `step` (from 0) trains."""
         return self.policy.training_ratio(self, step)

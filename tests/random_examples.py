@@ -1,12 +1,14 @@
-"""Examples of random tokens and adapters of random weights, which the tests of training share."""
+"""Examples of random tokens and adapters of random weights, which tests share."""
 
 import random
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
-from grasp_lora.models.adapters import fresh_adapter
+from grasp_lora.models.adapters import fresh_adapter, save_adapter
+from grasp_lora.models.backbone import fingerprint
 from grasp_lora.models.live import live_pairs
 from grasp_lora.models.model_settings import LoraSettings
 
@@ -62,6 +64,24 @@ def random_like(model, generator: torch.Generator, size: float, **rest) -> Adapt
             for name, pair in live_pairs(model).items()
         }
     )
+
+
+def write_uneven_adapter(
+    model, folder="adapter", targets=None, size: float = 0.1, name: str = "backbone"
+) -> AdapterWeights:
+    """Write a random adapter of unequal ranks and scalings on these modules, or on all linear layers but the head."""
+    generator, pairs = torch.Generator().manual_seed(5), {}
+    for module, layer in model.named_modules():
+        linear = isinstance(layer, torch.nn.Linear) and module != "lm_head"
+        if module.endswith(targets) if targets else linear:
+            shape = layer.weight.shape
+            d_out, d_in = shape if isinstance(layer, torch.nn.Linear) else shape[::-1]
+            rank = 2 if len(pairs) % 2 else 4
+            A, B = torch.randn(rank, d_in, generator=generator), torch.randn(d_out, rank, generator=generator)
+            pairs[module] = LoraPair(A, size * B, 0.5 + 0.25 * (len(pairs) % 3))
+    weights = AdapterWeights(pairs)
+    save_adapter(Path(folder), weights, model, backbone_name=name, fingerprint=fingerprint(model), dropout=0.0)
+    return weights
 
 
 def random_adapter(model, architecture: str = "llama") -> AdapterWeights:
