@@ -106,18 +106,7 @@ def build_tiny_model(
         layers: how many; of "gemma3" two.
     """
     import torch
-    from transformers import (
-        Gemma3ForCausalLM,
-        Gemma3TextConfig,
-        GPT2Config,
-        GPT2LMHeadModel,
-        LlamaConfig,
-        LlamaForCausalLM,
-        Qwen3Config,
-        Qwen3ForCausalLM,
-        Qwen3MoeConfig,
-        Qwen3MoeForCausalLM,
-    )
+    import transformers
 
     torch.set_num_threads(1)  # the benchmarks call this without pytest
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": vocab_size}
@@ -132,35 +121,19 @@ def build_tiny_model(
         # Large weights: with the usual 0.02 a random model answers nearly the same whatever it reads.
         "initializer_range": 0.2,
     }
+    sliding = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 8}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    gpt2 = {"n_embd": 32, "n_inner": 64, "n_layer": layers, "n_head": 4, "n_positions": TINY_CONTEXT}
+    kind, config, settings = {
+        "llama": ("LlamaForCausalLM", "LlamaConfig", shape),
+        "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", shape | sliding),
+        "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", shape),
+        "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", shape | experts),
+        "gpt2": ("GPT2LMHeadModel", "GPT2Config", gpt2 | {"initializer_range": 0.2}),
+    }[architecture]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel
-        if architecture == "llama":
-            model = LlamaForCausalLM(LlamaConfig(**shape, **tokens))
-        elif architecture == "gemma3":
-            layer_types = ["sliding_attention", "full_attention"]
-            model = Gemma3ForCausalLM(
-                Gemma3TextConfig(**shape, **tokens, sliding_window=16, layer_types=layer_types, query_pre_attn_scalar=8)
-            )
-        elif architecture == "qwen3":
-            model = Qwen3ForCausalLM(Qwen3Config(**shape, **tokens))
-        elif architecture == "qwen3_moe":
-            experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-            model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **tokens, **experts))
-        elif architecture == "gpt2":
-            model = GPT2LMHeadModel(
-                GPT2Config(
-                    n_embd=32,
-                    n_inner=64,
-                    n_layer=layers,
-                    n_head=4,
-                    n_positions=TINY_CONTEXT,
-                    initializer_range=0.2,
-                    **tokens,
-                )
-            )
-        else:
-            raise ValueError(f"Unknown architecture {architecture!r}: use llama, gemma3, qwen3, qwen3_moe or gpt2")
+        model: PreTrainedModel = getattr(transformers, kind)(getattr(transformers, config)(**settings, **tokens))
     return model.float().eval()
 
 

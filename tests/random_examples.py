@@ -1,5 +1,6 @@
 """Examples of random tokens and adapters of random weights, which tests share."""
 
+import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,3 +95,13 @@ def random_merged(backbone, ranks: tuple[int, int], size: float, apart: bool = F
     segments = (Segment("source", ranks[0]), Segment("target", ranks[1]))
     with fresh_adapter(backbone, LoraSettings(rank=sum(ranks)), 0) as model:
         return random_like(model, torch.Generator().manual_seed(3), size, segments=segments, apart=apart)
+
+
+def factors(model) -> list[torch.Tensor]:
+    """The live A and B of each module."""
+    return [factor for pair in live_pairs(model).values() for factor in (pair.A, pair.B)]
+
+
+def read_rows(file: Path) -> list[dict]:
+    """The rows of a file of JSON lines."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]

@@ -4,7 +4,6 @@ In the gate: the command line takes every command, every program that is not run
 In `make slow`: the commands of a page run one after the other, in the folder of a newcomer.
 """
 
-import csv
 import json
 import re
 import shlex
@@ -16,18 +15,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import openpyxl
+import pandas
 import pytest
 import torch
 import typer.main
 from datasets import Dataset
+from random_examples import random_like, read_rows
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from grasp_lora.cli import UsageError, app
-from grasp_lora.method.lora import AdapterWeights, LoraPair
 from grasp_lora.method.masks import prune_count
-from grasp_lora.models.adapters import save_adapter
+from grasp_lora.models.adapters import fresh_adapter, save_adapter
+from grasp_lora.models.model_settings import LoraSettings
 from grasp_lora.recipes.load import load_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -109,32 +109,21 @@ def test_a_command_is_one_that_the_program_takes(page: Path, command: str) -> No
         return
     assert why_not_run(command), f"{page.name}: no test runs {command}, and no reason is given"
     if command.startswith("pip install"):
-        extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
-            "optional-dependencies"
-        ]
-        assert set(re.findall(r"\[(\w+)\]", command)) <= extras.keys(), command
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        assert set(re.findall(r"\[(\w+)\]", command)) <= project["optional-dependencies"].keys(), command
 
 
 @pytest.fixture
 def newcomer(tiny_workspace: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
     """The working folder of somebody who has the files that the pages name."""
-    rows = [
-        ("context", "question", "answer"),
-        *((f"Maandishi {row}: mto {row % 7}.", f"Swali {row}?", f"mto {row % 7}") for row in range(60)),
-    ]
-    with Path("my-examples.csv").open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows(rows)
-    for name in ("my-examples.xlsx", "new-rows.xlsx"):
-        workbook = openpyxl.Workbook(write_only=True)
-        sheet = workbook.create_sheet()
-        for row in rows:
-            sheet.append(row)
-        workbook.save(name)
-    english = [
-        {"context": f"Text {row}e: river {row % 7}.", "question": f"Question {row}?", "answer": f"river {row % 7}"}
-        for row in range(80)
-    ]
-    Path("english.jsonl").write_text("".join(json.dumps(row) + "\n" for row in english), encoding="utf-8")
+    columns = ("context", "question", "answer")
+    rows = [(f"Maandishi {row}: mto {row % 7}.", f"Swali {row}?", f"mto {row % 7}") for row in range(60)]
+    english = [(f"Text {row}e: river {row % 7}.", f"Question {row}?", f"river {row % 7}") for row in range(80)]
+    table = pandas.DataFrame(rows, columns=columns)
+    table.to_csv("my-examples.csv", index=False)
+    table.to_excel("my-examples.xlsx", index=False)
+    table.to_excel("new-rows.xlsx", index=False)
+    pandas.DataFrame(english, columns=columns).to_json("english.jsonl", orient="records", lines=True)
     recipe = Path("tiny.yaml").read_text(encoding="utf-8")
     Path("recipe.yaml").write_text(recipe.replace("name: tiny\n", "name: mine\n"), encoding="utf-8")
     shutil.copytree("tiny-llama", "tiny-chat")
@@ -143,22 +132,18 @@ def newcomer(tiny_workspace: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> P
     )
     tiny_tokenizer.save_pretrained("tiny-chat")
     tiny_tokenizer.chat_template = None
-    for number, name in enumerate(("english-adapter", "swahili-adapter")):
-        write_adapter(Path(name), number)
+    write_adapter("english-adapter")
+    write_adapter("swahili-adapter", seed=1)
     Path("mine.py").write_text(python_of("method/extend.md"), encoding="utf-8")
     return tiny_workspace
 
 
-def write_adapter(folder: Path, seed: int) -> None:
+def write_adapter(name: str, seed: int = 0) -> None:
     """Write an adapter of random weights for the backbone in `tiny-llama`."""
     backbone = AutoModelForCausalLM.from_pretrained("tiny-llama")
-    draws = torch.Generator().manual_seed(seed)
-    modules = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj")
-    pairs = {
-        name: LoraPair(torch.randn(2, 32, generator=draws), torch.randn(32, 2, generator=draws), 0.1)
-        for name in modules
-    }
-    save_adapter(folder, AdapterWeights(pairs), backbone, backbone_name="tiny-llama", dropout=0.0)
+    with fresh_adapter(backbone, LoraSettings(rank=2, target_modules=("q_proj",)), seed) as model:
+        weights = random_like(model, torch.Generator().manual_seed(seed), 1.0, scaling=0.1)
+    save_adapter(Path(name), weights, backbone, backbone_name="tiny-llama", dropout=0.0)
 
 
 def test_a_spreadsheet_becomes_a_checked_recipe(newcomer: Path, cli: Callable[..., Any]) -> None:
@@ -168,9 +153,8 @@ def test_a_spreadsheet_becomes_a_checked_recipe(newcomer: Path, cli: Callable[..
     result = cli(*shlex.split(check)[1:])
     assert result.status == 0, result.err
     shown = (ROOT / "docs" / "how-to" / "spreadsheet.md").read_text(encoding="utf-8")
-    told = re.search(
-        r"Of 60 rows (\d+) are for training, (\d+) for dev, (\d+) for micro-dev and (\d+) for the test", shown
-    )
+    counts = r"Of 60 rows (\d+) are for training, (\d+) for dev, (\d+) for micro-dev and (\d+) for the test"
+    told = re.search(counts, shown)
     assert told is not None
     target = load_recipe("my-examples.yaml")[0].data.target
     held_out = [target.dev, target.micro_dev, target.test]
@@ -197,13 +181,9 @@ def test_every_page_with_python_is_run() -> None:
 def test_the_readme_learns_a_ratio_and_the_guide_trains_at_it(
     tiny_workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_adapter(Path("merged"), 0)
+    write_adapter("merged")
     rows = [{"prompt": f"question {number}:", "completion": f" answer {number % 3}"} for number in range(8)]
-    names: dict[str, Any] = {
-        "BACKBONE": "tiny-llama",
-        "train": Dataset.from_list(rows),
-        "dev_rows": rows[:4],
-    }
+    names: dict[str, Any] = {"BACKBONE": "tiny-llama", "train": Dataset.from_list(rows), "dev_rows": rows[:4]}
     exec(compile(without_gpu(python_of("../README.md")), "README.md", "exec"), names)
     assert "RatioEstimate(ratio=" in capsys.readouterr().out
     final = python_of("guide/script.md", "The final run")
@@ -227,26 +207,23 @@ def without_gpu(code: str) -> str:
 
 
 def test_adapters_are_merged_and_pruned_as_the_page_does(tiny_workspace: Path) -> None:
-    for number, name in enumerate(("english-adapter", "arabic-adapter")):
-        write_adapter(Path(name), number)
+    write_adapter("english-adapter")
+    write_adapter("arabic-adapter", seed=1)
     names: dict[str, Any] = {"BACKBONE": "tiny-llama"}
     exec(compile(python_of("guide/script.md", "Merge, prune, save"), "script.md", "exec"), names)
     loaded = {name: tensor for name, tensor in names["model"].named_parameters() if "lora_" in name}
     assert len(loaded) == 4
-    for (
-        tensor
-    ) in loaded.values():  # two adapters of rank 2 and width 32: each loses 25.6 weights of a factor, rounded down
-        assert (tensor.numel(), int((tensor == 0).sum())) == (128, 50)
+    # Two adapters of rank 2 and width 32: each loses 25.6 weights of a factor, rounded down.
+    assert {(tensor.numel(), int((tensor == 0).sum())) for tensor in loaded.values()} == {(128, 50)}
 
 
 def test_a_metric_of_ones_own_is_scored_as_the_page_does(finished_run: Path, cli: Callable[..., Any]) -> None:
     Path("mine.py").write_text(python_of("method/extend.md"), encoding="utf-8")
     [command] = [one for one in commands(ROOT / "docs/method/extend.md") if one.startswith("grasp-lora evaluate")]
-    words = [{"my-examples.yaml": "tiny.yaml", "runs/my-examples/adapter": "run/adapter"}.get(word, word)
-             for word in shlex.split(command)[1:]]  # fmt: skip
-    result = cli(*words, "-o", "measured")
+    stand_ins = {"my-examples.yaml": "tiny.yaml", "runs/my-examples/adapter": "run/adapter"}
+    result = cli(*(stand_ins.get(word, word) for word in shlex.split(command)[1:]), "-o", "measured")
     assert result.status == 0, result.err
-    rows = [json.loads(line) for line in Path("measured/adapter.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = read_rows(Path("measured/adapter.jsonl"))
     begun = [100.0 * any(row["prediction"][:1] == good[:1] for good in row["references"]) for row in rows]
     scores = json.loads(Path("measured/metrics.json").read_text(encoding="utf-8"))["systems"]["adapter"]["metrics"]
     assert scores["mine:first_letter"] == pytest.approx(sum(begun) / len(begun))
@@ -256,15 +233,12 @@ def test_a_metric_of_ones_own_is_scored_as_the_page_does(finished_run: Path, cli
 def test_settings_are_searched_as_the_page_does(tiny_workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("optuna")
     shutil.copy("tiny.yaml", "my-examples.yaml")
-    write_adapter(Path("runs/my-examples/source"), 0)
+    write_adapter("runs/my-examples/source")
     code = python_of("how-to/search-settings.md").replace("n_trials=20", "n_trials=2")
     exec(compile(code, "search-settings.md", "exec"), {})
-    losses = [
-        json.loads(Path(f"runs/search/{number}/metrics.json").read_text(encoding="utf-8"))["systems"]["grasp"][
-            "dev_loss"
-        ]
-        for number in range(2)
-    ]
+    metrics = [json.loads(file.read_text(encoding="utf-8")) for file in Path("runs/search").glob("*/metrics.json")]
+    losses = [each["systems"]["grasp"]["dev_loss"] for each in metrics]
+    assert len(losses) == 2
     assert f"{min(losses)}\n" in capsys.readouterr().out
 
 
@@ -301,10 +275,8 @@ def test_the_commands_of_a_page_run_one_after_the_other(page: Path, newcomer: Pa
     programs = newcomer / "programs"
     programs.mkdir()
     shim = programs / "grasp-lora"
-    source = str(ROOT / "src")
-    shim.write_text(
-        SHIM.format(python=sys.executable, source=source, stand_ins=STAND_INS, added=ADDED), encoding="utf-8"
-    )
+    names = {"python": sys.executable, "source": str(ROOT / "src"), "stand_ins": STAND_INS, "added": ADDED}
+    shim.write_text(SHIM.format(**names), encoding="utf-8")
     shim.chmod(0o755)
     mine = commands(page)
     if not any(command.startswith("grasp-lora init") for command in mine) and any(
@@ -313,12 +285,7 @@ def test_the_commands_of_a_page_run_one_after_the_other(page: Path, newcomer: Pa
         begin = commands(BEFORE)
         mine = [*begin[: 1 + next(n for n, one in enumerate(begin) if one.startswith("grasp-lora run "))], *mine]
     script = "\n".join(command for command in mine if why_not_run(command) is None)
-    environment = {
-        "PATH": f"{programs}:/usr/bin:/bin",
-        "HOME": str(newcomer),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
+    environment = {"PATH": f"{programs}:/usr/bin:/bin", "HOME": str(newcomer), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         ["bash", "-e", "-c", script], input="Swali?\n", env=environment, capture_output=True, text=True, check=False
     )

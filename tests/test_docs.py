@@ -1,11 +1,13 @@
-"""The docs site: every page is on it, every public name has its reference, and what the pages show can be done."""
+"""The docs site: every page is on it, and every public name and recipe key has its place."""
 
 import re
+import runpy
 from pathlib import Path
 
 import yaml
 
 import grasp_lora as gl
+from grasp_lora.recipes.recipe import recipe_keys
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -25,12 +27,21 @@ def test_the_reference_has_every_public_name_once() -> None:
     assert sorted(named) == sorted(gl.__all__)
 
 
+def test_the_page_of_recipe_keys_is_what_the_docstrings_say() -> None:
+    script = runpy.run_path(str(DOCS / "make_recipe_page.py"))
+    assert script["PAGE"].read_text(encoding="utf-8") == script["page"](), "run python docs/make_recipe_page.py"
+
+
+def test_a_recipe_has_at_most_eighty_keys() -> None:
+    keys = recipe_keys()
+    leaves = [key for key in keys if not any(other.startswith(f"{key}.") for other in keys)]
+    assert len(leaves) <= 80, leaves
+
+
 def test_nothing_of_the_site_is_loaded_from_elsewhere() -> None:
     site = yaml.safe_load(SITE.read_text(encoding="utf-8"))
     assert site["theme"]["font"] is False
     assert not {"extra_javascript", "extra_css"} & site.keys()
     # `offline` and `social` of the theme fetch a script and fonts.
-    assert [name if isinstance(name, str) else next(iter(name)) for name in site["plugins"]] == [
-        "search",
-        "mkdocstrings",
-    ]
+    plugins = [name if isinstance(name, str) else next(iter(name)) for name in site["plugins"]]
+    assert plugins == ["search", "mkdocstrings"]

@@ -15,10 +15,7 @@ from grasp_lora.models.model_settings import LoraSettings
 from grasp_lora.recipes.load import builtin_recipes, load_recipe
 from grasp_lora.training.training_settings import TrainingSettings
 
-COUNTS = {
-    "source": {"train": 6, "dev": 3},
-    "target": {"train": 6, "dev": 3, "micro_dev": 2, "test": 4},
-}
+COUNTS = {"source": {"train": 6, "dev": 3}, "target": {"train": 6, "dev": 3, "micro_dev": 2, "test": 4}}
 STAGES = ("source", "target", "controller", "final")
 GROUPS = 24
 RUN = (  # one of each pair of languages, whose recipes differ in names and files
@@ -28,27 +25,18 @@ RUN = (  # one of each pair of languages, whose recipes differ in names and file
 
 def question_answering(language: str) -> list[dict[str, str]]:
     """Parallel questions as MLQA has them: ids are shared between languages."""
+    title = f"{language} {{}}"
     return [
-        {
-            "id": f"q{i}",
-            "title": f"{language} {i}",
-            "context": f"{language} {i}: it is {i % 7}.",
-            "question": f"{language}?",
-            "answer": str(i % 7),
-        }
+        {"id": f"q{i}", "title": title.format(i), "context": f"{title.format(i)}: it is {i % 7}.", "answer": str(i % 7)}
+        | {"question": f"{language}?"}
         for i in range(GROUPS)
     ]
 
 
 def news(language: str) -> list[dict[str, str]]:
     return [
-        {
-            "id": f"{language}-{i}",
-            "url": f"https://example.org/{language}/{i}",
-            "title": f"{language} {i}",
-            "text": f"{language} {i} long text {i % 5}",
-            "summary": f"s{i % 5}",
-        }
+        {"id": f"{language}-{i}", "url": f"https://example.org/{language}/{i}", "title": f"{language} {i}"}
+        | {"text": f"{language} {i} long text {i % 5}", "summary": f"s{i % 5}"}
         for i in range(GROUPS)
     ]
 
@@ -70,9 +58,8 @@ def as_squad(rows: list[dict[str, str]]) -> dict[str, Any]:
 
 def hub_rows(name: str, config: str | None, **options: Any) -> datasets.Dataset:
     """Stand in for `datasets.load_dataset`: rows in the schema of the data set."""
-    language = {"english": "en", "arabic": "ar", "chinese_simplified": "zh"}.get(
-        str(config), str(config).split(".")[-1]
-    )
+    languages = {"english": "en", "arabic": "ar", "chinese_simplified": "zh"}
+    language = languages.get(str(config), str(config).split(".")[-1])
     if name == "csebuetnlp/xlsum":
         return datasets.Dataset.from_list(news(language))
     assert name == "facebook/mlqa", f"there is no stand-in for {name}"
@@ -178,10 +165,8 @@ def test_a_shipped_recipe_can_be_checked_and_run(
     folder = tmp_path / "runs" / name
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     paper = name.startswith("llama3")  # whose result is handed over in any case
-    systems = {"zero_shot", "source", "merged", "grasp"}
-    assert set(metrics["systems"]) == systems | (
-        {"target"} if paper else {"continued"}
-    )  # the others train it on the source
+    rival = "target" if paper else "continued"  # the others train it on the source
+    assert set(metrics["systems"]) == {"zero_shot", "source", "merged", "grasp", rival}
     assert (metrics["delivered"]["name"] == "grasp") or not paper
     assert 0.1 <= metrics["prune_ratio"] <= 0.8
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()

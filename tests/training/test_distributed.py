@@ -1,16 +1,14 @@
 """Two gloo processes on the CPU: they draw the same candidates, see the same losses and end with the same adapter."""
 
-import json
 import os
 from pathlib import Path
 
 import forked
 import pytest
 import torch
-from random_examples import make_examples, naive_losses, random_adapter
+from random_examples import factors, make_examples, naive_losses, random_adapter, read_rows
 
 from grasp_lora.models.adapters import attached
-from grasp_lora.models.live import live_pairs
 from grasp_lora.training.probes import NormCollector, ProbeSet
 
 RANKS = 2
@@ -26,14 +24,13 @@ from pathlib import Path
 sys.path[:0] = [os.environ["TESTS_FOLDER"], os.environ["TESTS_FOLDER"] + "/training"]
 import torch
 from conftest import build_tiny_model
-from random_examples import make_examples, random_adapter
+from random_examples import factors, make_examples, random_adapter
 from test_distributed import MICRO_DEV, MICRO_DEV_BUDGET
 from transformers import TrainerCallback, TrainingArguments
 
 from grasp_lora.method.masks import MaskSet, MaskSettings
 from grasp_lora.training import trainer as finetune_module
 from grasp_lora.models.adapters import attached
-from grasp_lora.models.live import live_pairs
 from grasp_lora.method.search import Controller, Gaussian, Rounds
 from grasp_lora.training.controller import GraspController
 from grasp_lora.training.trainer import FineTuneTrainer, finetune
@@ -49,7 +46,7 @@ results = {}
 
 
 def values(model):
-    return [factor.detach().clone() for pair in live_pairs(model).values() for factor in (pair.A, pair.B)]
+    return [factor.detach().clone() for factor in factors(model)]
 
 
 class Watch(TrainerCallback):
@@ -58,7 +55,7 @@ class Watch(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.before.append(values(kwargs["model"]))
-        self.gradients.append([f.grad.clone() for p in live_pairs(kwargs["model"]).values() for f in (p.A, p.B)])
+        self.gradients.append([factor.grad.clone() for factor in factors(kwargs["model"])])
         self.rates.append(kwargs["optimizer"].param_groups[0]["lr"])
 
 
@@ -191,51 +188,47 @@ def same(one, other) -> bool:
     return one == other
 
 
-def naive_gradients(model, weights, examples) -> tuple[float, tuple[torch.Tensor, ...]]:
-    """Loss and gradients of the mean over the examples, each alone, with these weights in the model."""
-    factors = [factor for pair in live_pairs(model).values() for factor in (pair.A, pair.B)]
-    with torch.no_grad():
-        for factor, value in zip(factors, weights, strict=True):
-            factor.copy_(value)
+@pytest.fixture
+def model(make_tiny_model):
+    backbone = make_tiny_model("llama")
+    with attached(backbone, random_adapter(backbone)) as model:
+        yield model
+
+
+def put(model, weights) -> None:
+    for factor, value in zip(factors(model), weights, strict=True):
+        factor.data.copy_(value)
+
+
+def assert_step(model, watch, step, examples, logged) -> None:
+    """Loss and gradients of a step are those of the mean over the examples, each alone."""
+    put(model, watch["before"][step])
     loss = naive_losses(model, examples).mean()
-    return loss.item(), torch.autograd.grad(loss, factors)
+    for found, gradient in zip(watch["gradients"][step], torch.autograd.grad(loss, factors(model)), strict=True):
+        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6)
+    assert logged == pytest.approx(loss.item(), rel=1e-4)
 
 
-def test_a_step_follows_the_mean_over_the_examples_of_all_ranks(ranks, make_tiny_model):
+def test_a_step_follows_the_mean_over_the_examples_of_all_ranks(ranks, model):
     plain = [rank["plain"] for rank in ranks]
     examples = {example.id: example for example in make_examples(7)}
     fed = [[name for batch in rank["fed"] for name in batch] for rank in plain]
     assert len([*fed[0], *fed[1]]) == 8  # accelerate takes one twice, so that both processes have as many
     assert {*fed[0], *fed[1]} == {*examples}
     assert same(plain[0]["watch"], plain[1]["watch"])
-    backbone = make_tiny_model("llama")
-    with attached(backbone, random_adapter(backbone)) as model:
-        for step in range(2):  # of the first epoch: two batches of one example on each process
-            names = [name for names in fed for name in names[2 * step : 2 * step + 2]]
-            both = [examples[name] for name in names]
-            loss, expected = naive_gradients(model, plain[0]["watch"]["before"][step], both)
-            for found, gradient in zip(plain[0]["watch"]["gradients"][step], expected, strict=True):
-                torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6)
-            assert plain[0]["history"][step]["loss"] == pytest.approx(loss, rel=1e-4)
-
-
-def test_epochs_are_counted_over_all_ranks(ranks):
+    for step in range(2):  # of the first epoch: two batches of one example on each process
+        both = [examples[name] for names in fed for name in names[2 * step : 2 * step + 2]]
+        assert_step(model, plain[0]["watch"], step, both, plain[0]["history"][step]["loss"])
     # Seven examples, two processes, two batches of one in a step: two steps an epoch.
-    for rank in ranks:
-        assert rank["plain"]["steps"] == 4
-        assert rank["plain"]["watch"]["rates"] == pytest.approx([1e-2, 1e-2, 5e-3, 5e-3])
+    assert plain[0]["steps"] == plain[1]["steps"] == 4
+    assert plain[0]["watch"]["rates"] == pytest.approx([1e-2, 1e-2, 5e-3, 5e-3])
 
 
-def test_ranks_with_unequal_numbers_of_examples_weigh_each_alike(ranks, make_tiny_model):
+def test_ranks_with_unequal_numbers_of_examples_weigh_each_alike(ranks, model):
     uneven = [rank["uneven"] for rank in ranks]
     assert same(uneven[0]["watch"], uneven[1]["watch"])
     assert uneven[0]["sizes"] == 3
-    backbone = make_tiny_model("llama")
-    with attached(backbone, random_adapter(backbone)) as model:
-        loss, expected = naive_gradients(model, uneven[0]["watch"]["before"][0], make_examples(3))
-        for found, gradient in zip(uneven[0]["watch"]["gradients"][0], expected, strict=True):
-            torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6)
-    assert uneven[0]["loss"] == pytest.approx(loss, rel=1e-4)
+    assert_step(model, uneven[0]["watch"], 0, make_examples(3), uneven[0]["loss"])
 
 
 @pytest.mark.parametrize("score", ["input_aware", "magnitude"])
@@ -258,23 +251,18 @@ def test_ranks_agree_on_the_final_run(ranks, mode):
     assert one["sparsity"] == 0.5
 
 
-def test_losses_are_those_that_one_process_measures(ranks, make_tiny_model):
-    backbone = make_tiny_model("llama")
-    with attached(backbone, random_adapter(backbone)) as model:
-        naive_gradients(model, ranks[0]["at_first_round"], MICRO_DEV[:1])  # puts the weights in
-        alone = ProbeSet(MICRO_DEV, PAD, MICRO_DEV_BUDGET).losses(model)
+def test_losses_are_those_that_one_process_measures(ranks, model):
+    put(model, ranks[0]["at_first_round"])
+    alone = ProbeSet(MICRO_DEV, PAD, MICRO_DEV_BUDGET).losses(model)
     for rank in ranks:
         assert rank["input_aware"]["records"][0]["baseline_losses"] == pytest.approx(alone, abs=1e-6)
 
 
-def test_norms_count_each_example_once(ranks, make_tiny_model):
-    backbone = make_tiny_model("llama")
-    with attached(backbone, random_adapter(backbone)) as model:
-        collector = NormCollector(model)
-        examples = ProbeSet(MICRO_DEV, PAD, MICRO_DEV_BUDGET)
-        with collector.collecting():
-            examples.losses(model, collector)
-        norms = collector.norms()
+def test_norms_count_each_example_once(ranks, model):
+    collector = NormCollector(model)
+    with collector.collecting():
+        ProbeSet(MICRO_DEV, PAD, MICRO_DEV_BUDGET).losses(model, collector)
+    norms = collector.norms()
     for found in (*ranks[0]["norms"], *ranks[1]["norms"], ranks[0]["hold"]["norms"]):  # asked twice, the same
         for name, (norm_A, norm_B) in found.items():
             torch.testing.assert_close(norm_A, norms[name].A, rtol=1e-5, atol=1e-6)
@@ -283,12 +271,10 @@ def test_norms_count_each_example_once(ranks, make_tiny_model):
 
 def test_records_are_written_once(ranks, folder):
     for score in ("input_aware", "magnitude"):
-        rows = [json.loads(line) for line in (folder / score / "rounds.jsonl").read_text().splitlines()]
-        assert [row["round"] for row in rows] == list(range(1, 7))
-        assert [row["baseline_losses"] for row in rows] == [
-            record["baseline_losses"] for record in ranks[0][score]["records"]
-        ]
-        history = [json.loads(line) for line in (folder / score / "history.jsonl").read_text().splitlines()]
+        rows = read_rows(folder / score / "rounds.jsonl")
+        measured = [record["baseline_losses"] for record in ranks[0][score]["records"]]
+        assert [(row["round"], row["baseline_losses"]) for row in rows] == list(enumerate(measured, start=1))
+        history = read_rows(folder / score / "history.jsonl")
         assert history == ranks[0][score]["result"]["history"]
         # The dev loss is measured once an epoch, whose steps are shared by the processes.
         assert [row["step"] for row in history if "dev_loss" in row] == [0, 6, 12]

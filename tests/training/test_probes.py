@@ -19,7 +19,6 @@ from grasp_lora.models.model_settings import LoraSettings
 from grasp_lora.training.loss import IGNORED, collate, example_losses
 from grasp_lora.training.probes import NormCollector, ProbeSet, ProbesInTurn, calibrate
 
-ARCHITECTURES = list(TARGETS)
 PAD = 0
 make_examples = partial(random_examples.make_examples, prompt=(1, 23))
 
@@ -35,7 +34,7 @@ def adapted(make_tiny_model):
 # The loss
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", TARGETS)
 def test_losses_equal_a_naive_loop(make_tiny_model, architecture):
     model = make_tiny_model(architecture)
     examples = make_examples(9)
@@ -49,14 +48,14 @@ def test_losses_equal_a_naive_loop(make_tiny_model, architecture):
             torch.testing.assert_close(found, expected, rtol=1e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", TARGETS)
 @pytest.mark.parametrize("token_budget", [1, 40, 10_000])
 def test_neither_batches_nor_padding_change_a_loss(make_tiny_model, architecture, token_budget):
     model = make_tiny_model(architecture)
-    examples = make_examples(9)
+    examples = [*make_examples(9), Example("a", (5, 6), (7, 2, 2))]
     with torch.no_grad():
         expected = naive_losses(model, examples)
-    for pad_id in (PAD, 99):
+    for pad_id in (PAD, 2):  # many tokenizers pad with EOS, which stands in answers, too
         found = ProbeSet(examples, pad_id, token_budget).losses(model)
         torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-6, atol=2e-6)
 
@@ -74,16 +73,6 @@ def test_collate_pads_on_the_right_and_labels_completions_only():
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
     no = IGNORED
     assert batch["labels"].tolist() == [[no, no, no, 8, 2], [no, 2, no, no, no]]
-
-
-def test_a_pad_token_within_an_answer_counts(make_tiny_model):
-    # Many tokenizers pad with EOS: only the label marks what counts, never the token's id.
-    model = make_tiny_model("llama")
-    examples = [Example("a", (5, 6), (7, 2, 2)), Example("b", (5, 6, 7, 8, 9, 10), (2,))]
-    with torch.no_grad():
-        expected = naive_losses(model, examples)
-    found = ProbeSet(examples, pad_id=2).losses(model)
-    torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-6, atol=2e-6)
 
 
 # Sets of examples
@@ -115,16 +104,15 @@ def test_a_loss_that_is_not_finite_names_its_example(make_tiny_model, token_budg
     with torch.no_grad():
         model.get_input_embeddings().weight[3] = float("nan")
     model.train()
-    with pytest.raises(ProbeError, match=r"loss of example poisoned is nan, not a finite number; ") as error:
+    with pytest.raises(ProbeError, match=r"loss of example poisoned is nan, not a finite number; "):
         ProbeSet(examples, PAD, token_budget).losses(model)
-    assert "\n" not in str(error.value)
     assert all(module.training for module in model.modules())
 
 
 # Nothing changes
 
 
-def test_a_probe_leaves_everything_as_it_was(adapted):
+def test_a_probe_leaves_everything_as_it_was(adapted, monkeypatch):
     adapted.train()
     layers = [module for module in adapted.modules() if isinstance(module, torch.nn.Dropout)]
     layers[0].eval()  # mixed modes are put back one by one
@@ -138,6 +126,9 @@ def test_a_probe_leaves_everything_as_it_was(adapted):
     probe = ProbeSet(make_examples(5), PAD)
     first = probe.losses(adapted)
     assert first == probe.losses(adapted)  # eval mode: the dropout of 0.5 is off
+    monkeypatch.setattr("grasp_lora.training.probes.example_losses", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        probe.losses(adapted)
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     assert np.array_equal(np.random.get_state()[1], states[2])
@@ -145,20 +136,6 @@ def test_a_probe_leaves_everything_as_it_was(adapted):
     for parameter, (value, gradient) in zip(adapted.parameters(), parameters, strict=True):
         assert torch.equal(parameter, value)
         assert parameter.grad is None if gradient is None else torch.equal(parameter.grad, gradient)
-
-
-def test_a_probe_that_raises_puts_the_modes_back(adapted, monkeypatch):
-    adapted.train()
-    adapted.get_base_model().model.eval()
-    modes = [module.training for module in adapted.modules()]
-
-    def fail(*_args, **_kwargs):
-        raise RuntimeError("broken")
-
-    monkeypatch.setattr("grasp_lora.training.probes.example_losses", fail)
-    with pytest.raises(RuntimeError, match="broken"):
-        ProbeSet(make_examples(2), PAD).losses(adapted)
-    assert [module.training for module in adapted.modules()] == modes
 
 
 # Norms
@@ -179,8 +156,8 @@ def norms_by_hand(peft_model, examples) -> dict[tuple[str, str], torch.Tensor]:
     return {key: torch.cat(rows).norm(dim=0) for key, rows in seen.items()}
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("token_budget", [1, 60, 10_000])
+@pytest.mark.parametrize("architecture", TARGETS)
+@pytest.mark.parametrize("token_budget", [60, 10_000])
 def test_norms_equal_those_by_hand_without_the_padding(make_tiny_model, architecture, token_budget):
     model = make_tiny_model(architecture)
     examples = make_examples(6)
@@ -191,12 +168,10 @@ def test_norms_equal_those_by_hand_without_the_padding(make_tiny_model, architec
         with collector.collecting():
             ProbeSet(examples, PAD, token_budget).losses(peft_model, collector)
         norms = collector.norms()
-        again = collector.norms()
         ProbeSet(examples, PAD).losses(peft_model)  # the context is closed: nothing is added
         assert set(norms) == set(lora_layers(peft_model))
         for (name, factor), value in expected.items():
             torch.testing.assert_close(getattr(norms[name], factor), value, rtol=1e-5, atol=1e-5)
-            assert torch.equal(getattr(norms[name], factor), getattr(again[name], factor))
             assert torch.equal(getattr(norms[name], factor), getattr(collector.norms()[name], factor))
 
 

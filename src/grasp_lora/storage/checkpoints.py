@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 KEPT = 2  # the newest, and one to fall back on should it be damaged
-LEAST_STEPS = 10  # between checkpoints, where the recipe does not say: shorter trainings are sooner done again
+LEAST_STEPS = 10  # between checkpoints: shorter trainings are sooner done again
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 State = tuple[dict[str, Any], dict[str, Tensor]]  # JSON values, and tensors by name
@@ -36,18 +36,13 @@ class Checkpointing:
     """When a fine-tune saves what it needs to go on later.
 
     Args:
-        save_every: optimizer steps between checkpoints, >= 1. None: ten times over the training and at least once an epoch,
-            but no more often than every 10 steps.
         stop_requested: asked after each step; names what wants the training to stop there, such as SIGTERM, or gives None.
     """
 
-    save_every: int | None = None
     stop_requested: Callable[[], str | None] = lambda: None
 
     def steps_between(self, steps_per_epoch: int, steps: int) -> int:
-        """Optimizer steps from one checkpoint to the next in a training of so many steps."""
-        if self.save_every is not None:
-            return self.save_every
+        """Optimizer steps from one checkpoint to the next: ten in a training, at least one an epoch, but not every few steps."""
         return max(LEAST_STEPS, min(steps_per_epoch, math.ceil(steps / 10)))
 
 
