@@ -18,16 +18,8 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    [
-        "datasets",
-        "peft",
-        "rouge_score.rouge_scorer",
-        "transformers.models.llama.modeling_llama",
-        "transformers.trainer",
-        "trl",
-    ]
-)
+_LIBRARIES = "datasets peft rouge_score.rouge_scorer transformers.models.llama.modeling_llama transformers.trainer trl"
+_context.set_forkserver_preload(_LIBRARIES.split())
 LONGEST = 600  # seconds; who takes longer hangs
 
 
@@ -36,11 +28,7 @@ def python(
 ) -> CompletedProcess[str]:
     """Run what `python ARGUMENTS` runs, and wait for its end; an exit status of 0 is that of all.
 
-    Args:
-        arguments: `-c CODE`, `-m MODULE` or a script, and its own.
-        cwd: working folder.
-        env: the whole environment; none, that of this process.
-        count: of processes; several are told their ranks as torchrun tells them, and their outputs stand one after the other.
+    Several processes are told their ranks as torchrun tells them, and their outputs stand one after the other.
     """
     environment = {**(os.environ if env is None else env), "OMP_NUM_THREADS": "1", "HF_DEACTIVATE_ASYNC_LOAD": "1"}
     ranks = [environment | told for told in (_told(count) if count > 1 else [{}])]

@@ -5,9 +5,12 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
+from transformers import TrainerCallback
 
 from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
+from grasp_lora.method.masks import RANK_DIMENSION, prune_count
 from grasp_lora.models.adapters import fresh_adapter, save_adapter
 from grasp_lora.models.backbone import fingerprint
 from grasp_lora.models.live import live_pairs
@@ -102,6 +105,50 @@ def factors(model) -> list[torch.Tensor]:
     return [factor for pair in live_pairs(model).values() for factor in (pair.A, pair.B)]
 
 
-def read_rows(file: Path) -> list[dict]:
+def values(model) -> torch.Tensor:
+    return torch.cat([factor.detach().flatten() for factor in factors(model)])
+
+
+def put(model, weights) -> None:
+    for factor, value in zip(factors(model), weights, strict=True):
+        factor.data.copy_(value)
+
+
+class Watch(TrainerCallback):
+    """Keeps the weights, gradients and learning rate of every step."""
+
+    def __init__(self) -> None:
+        self.before: list[list[torch.Tensor]] = []
+        self.gradients: list[list[torch.Tensor]] = []
+        self.rates: list[float] = []
+        self.after: dict[int, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.before.append([factor.detach().clone() for factor in factors(kwargs["model"])])
+        self.gradients.append([factor.grad.clone() for factor in factors(kwargs["model"])])
+        self.rates.append(kwargs["optimizer"].param_groups[0]["lr"])
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.after[state.global_step] = values(kwargs["model"])
+
+
+def assert_step(model, watch: dict, step: int, examples, logged: float) -> None:
+    """Loss and gradients of a step are those of the mean over the examples, each alone."""
+    put(model, watch["before"][step])
+    loss = naive_losses(model, examples).mean()
+    for found, gradient in zip(watch["gradients"][step], torch.autograd.grad(loss, factors(model)), strict=True):
+        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6)
+    assert logged == pytest.approx(loss.item(), rel=1e-4)
+
+
+def assert_counts(pairs, keep, ratio: float) -> None:
+    """Of each group that competes exactly so many weights are masked: of an adapter's A or B in a module."""
+    for (module, factor), mask in keep.items():
+        sizes = [segment.rank for segment in pairs[module].segments] or [pairs[module].rank]
+        for part in mask.split(sizes, dim=RANK_DIMENSION[factor]):
+            assert int((~part).sum()) == prune_count(ratio, part.numel())
+
+
+def read_rows(file: Path | str) -> list[dict]:
     """The rows of a file of JSON lines."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from random_examples import read_rows
 
 from grasp_lora.engine.progress import Progress
 from grasp_lora.engine.results import Finished
@@ -19,6 +20,7 @@ from grasp_lora.recipes.gone import GONE_KEYS
 from grasp_lora.recipes.load import load_recipe
 
 WEIGHTS = "adapter_model.safetensors"
+rows_of = read_rows
 
 
 class Recorder(Progress):
@@ -82,11 +84,6 @@ def run_tiny(*overrides: str, folder: Path | str = "run", progress: Progress | N
 def read(file: Path | str) -> Any:
     """The content of a JSON file."""
     return json.loads(Path(file).read_text(encoding="utf-8"))
-
-
-def rows_of(file: Path | str) -> list[dict[str, Any]]:
-    """The rows of a file of JSON lines."""
-    return [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()]
 
 
 def step_folders(folder: Path | str, name: str) -> list[Path]:

@@ -4,6 +4,7 @@ In the gate: the command line takes every command, every program that is not run
 In `make slow`: the commands of a page run one after the other, in the folder of a newcomer.
 """
 
+import importlib
 import json
 import re
 import shlex
@@ -11,7 +12,6 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,20 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from grasp_lora.cli import UsageError, app
+from grasp_lora.errors import RecipeError
+from grasp_lora.evaluation.metrics import score
+from grasp_lora.method.lora import AdapterWeights, LoraPair
 from grasp_lora.method.masks import prune_count
+from grasp_lora.method.merging import MergeSettings, merge
+from grasp_lora.method.rules import Round, best_reward
+from grasp_lora.method.search import RatioSearch
 from grasp_lora.models.adapters import fresh_adapter, save_adapter
 from grasp_lora.models.model_settings import LoraSettings
 from grasp_lora.recipes.load import load_recipe
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+EXTEND = "method/extend.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("guide/*.md")), *sorted((ROOT / "docs").glob("how-to/*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
 
@@ -90,14 +97,14 @@ ALL = [(page, command) for page in PAGES for command in commands(page)]
 IDS = [f"{page.name}-{number}" for number, (page, _) in enumerate(ALL)]
 
 
-def test_there_are_blocks_and_every_reason_has_its_command() -> None:
+def test_there_are_blocks_and_every_reason_has_its_command():
     assert len(ALL) > 30
     idle = [start for start in NOT_RUN if not any(command.startswith(start) for _, command in ALL)]
     assert not idle, f"no page shows {', '.join(idle)} any more"
 
 
 @pytest.mark.parametrize(("page", "command"), ALL, ids=IDS)
-def test_a_command_is_one_that_the_program_takes(page: Path, command: str) -> None:
+def test_a_command_is_one_that_the_program_takes(page, command):
     if found := re.search(r"(?:grasp-lora|-m grasp_lora) (\w+)\s*([^;<]*)", command):
         name, arguments = found.groups()
         group: Any = typer.main.get_command(app)
@@ -134,7 +141,7 @@ def newcomer(tiny_workspace: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> P
     tiny_tokenizer.chat_template = None
     write_adapter("english-adapter")
     write_adapter("swahili-adapter", seed=1)
-    Path("mine.py").write_text(python_of("method/extend.md"), encoding="utf-8")
+    Path("mine.py").write_text(python_of(EXTEND), encoding="utf-8")
     return tiny_workspace
 
 
@@ -146,7 +153,7 @@ def write_adapter(name: str, seed: int = 0) -> None:
     save_adapter(Path(name), weights, backbone, backbone_name="tiny-llama", dropout=0.0)
 
 
-def test_a_spreadsheet_becomes_a_checked_recipe(newcomer: Path, cli: Callable[..., Any]) -> None:
+def test_a_spreadsheet_becomes_a_checked_recipe(newcomer, cli):
     install, init, check, *_ = commands(ROOT / "docs" / "how-to" / "spreadsheet.md")
     assert install.startswith("pip install")
     assert cli(*shlex.split(init)[1:], *ADDED["init"]).status == 0
@@ -169,7 +176,7 @@ def python_of(page: str, heading: str = "") -> str:
     return "\n".join(code for language, code in FENCE.findall(text) if language == "python")
 
 
-def test_every_page_with_python_is_run() -> None:
+def test_every_page_with_python_is_run():
     found = {page.name for page in PAGES if "```python" in page.read_text(encoding="utf-8")}
     assert found == {"README.md", "script.md", "search-settings.md", "serve.md"}
     script = "guide/script.md"
@@ -178,9 +185,7 @@ def test_every_page_with_python_is_run() -> None:
     assert [heading for heading in headings if python_of(script, heading)] == run
 
 
-def test_the_readme_learns_a_ratio_and_the_guide_trains_at_it(
-    tiny_workspace: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_readme_learns_a_ratio_and_the_guide_trains_at_it(tiny_workspace, capsys):
     write_adapter("merged")
     rows = [{"prompt": f"question {number}:", "completion": f" answer {number % 3}"} for number in range(8)]
     names: dict[str, Any] = {"BACKBONE": "tiny-llama", "train": Dataset.from_list(rows), "dev_rows": rows[:4]}
@@ -193,7 +198,7 @@ def test_the_readme_learns_a_ratio_and_the_guide_trains_at_it(
         assert int((tensor == 0).sum()) == prune_count(ratio, tensor.numel())
 
 
-def test_the_recipe_that_the_guide_shows_is_the_one_that_comes_along(tmp_path: Path) -> None:
+def test_the_recipe_that_the_guide_shows_is_the_one_that_comes_along(tmp_path):
     page = (ROOT / "docs" / "guide" / "data.md").read_text(encoding="utf-8")
     [text] = [code for language, code in FENCE.findall(page) if language == "yaml"]
     shown = tmp_path / "shown.yaml"
@@ -206,7 +211,7 @@ def without_gpu(code: str) -> str:
     return re.sub(r'SFTConfig\("[\w-]+"', r"\g<0>, use_cpu=True, bf16=False, activation_checkpointing=False", code)
 
 
-def test_adapters_are_merged_and_pruned_as_the_page_does(tiny_workspace: Path) -> None:
+def test_adapters_are_merged_and_pruned_as_the_page_does(tiny_workspace):
     write_adapter("english-adapter")
     write_adapter("arabic-adapter", seed=1)
     names: dict[str, Any] = {"BACKBONE": "tiny-llama"}
@@ -217,8 +222,8 @@ def test_adapters_are_merged_and_pruned_as_the_page_does(tiny_workspace: Path) -
     assert {(tensor.numel(), int((tensor == 0).sum())) for tensor in loaded.values()} == {(128, 50)}
 
 
-def test_a_metric_of_ones_own_is_scored_as_the_page_does(finished_run: Path, cli: Callable[..., Any]) -> None:
-    Path("mine.py").write_text(python_of("method/extend.md"), encoding="utf-8")
+def test_a_metric_of_ones_own_is_scored_as_the_page_does(finished_run, cli):
+    Path("mine.py").write_text(python_of(EXTEND), encoding="utf-8")
     [command] = [one for one in commands(ROOT / "docs/method/extend.md") if one.startswith("grasp-lora evaluate")]
     stand_ins = {"my-examples.yaml": "tiny.yaml", "runs/my-examples/adapter": "run/adapter"}
     result = cli(*(stand_ins.get(word, word) for word in shlex.split(command)[1:]), "-o", "measured")
@@ -230,7 +235,7 @@ def test_a_metric_of_ones_own_is_scored_as_the_page_does(finished_run: Path, cli
 
 
 @pytest.mark.filterwarnings("ignore")  # of optuna's own
-def test_settings_are_searched_as_the_page_does(tiny_workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_are_searched_as_the_page_does(tiny_workspace, capsys):
     pytest.importorskip("optuna")
     shutil.copy("tiny.yaml", "my-examples.yaml")
     write_adapter("runs/my-examples/source")
@@ -242,7 +247,7 @@ def test_settings_are_searched_as_the_page_does(tiny_workspace: Path, capsys: py
     assert f"{min(losses)}\n" in capsys.readouterr().out
 
 
-def test_an_adapter_is_asked_in_peft_as_the_page_does(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_adapter_is_asked_in_peft_as_the_page_does(finished_run, capsys):
     shutil.copytree(finished_run, "runs/my-examples")
     exec(compile(python_of("how-to/serve.md"), "serve.md", "exec"), {"BACKBONE": "tiny-llama"})
     said = capsys.readouterr().out
@@ -251,7 +256,7 @@ def test_an_adapter_is_asked_in_peft_as_the_page_does(finished_run: Path, capsys
 
 
 @pytest.mark.slow
-def test_the_jobs_are_called_as_the_page_does(tiny_workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_jobs_are_called_as_the_page_does(tiny_workspace, capsys):
     Path("data").mkdir()
     for name in ("source.jsonl", "target.jsonl"):
         Path(name).rename(f"data/{name}")
@@ -265,13 +270,61 @@ def test_the_jobs_are_called_as_the_page_does(tiny_workspace: Path, capsys: pyte
     assert Path("runs/tiny/compare/compare.json").is_file()
 
 
+NAMED = (
+    "merge.rule=mine:largest_wins",
+    "controller.policy={kind: 'mine:Ladder', step: 0.1}",
+    "metrics=[mine:first_letter]",
+)
+
+
+@pytest.fixture(scope="module")
+def shown() -> dict[str, Any]:
+    """All names that the page of extensions defines."""
+    names: dict[str, Any] = {"__name__": "extend"}
+    exec(compile(python_of(EXTEND), EXTEND, "exec"), names)
+    return names
+
+
+def test_the_policy_moves_to_the_better_candidate(shown):
+    search = RatioSearch(shown["Ladder"](), best_reward)
+    low, high = search.ask()
+    assert low < search.current_ratio < high
+    decision = search.tell(Round(search.current_ratio, (low, high), (1.0,), ((1.5,), (0.5,))))
+    assert decision.committed
+    assert search.current_ratio == high
+    assert search.tell(Round(high, (low, high), (1.0,), ((2.0,), (3.0,)))).ratio == high
+
+
+def test_the_merge_rule_gives_one_adapter_back_and_takes_the_largest_of_two(shown):
+    pairs = [LoraPair(torch.full((1, 2), value), torch.full((2, 1), value), 1.0) for value in (1.0, -3.0)]
+    adapters = [AdapterWeights({"layer": pair}) for pair in pairs]
+    alone = merge(adapters[:1], MergeSettings(rule=shown["largest_wins"], weights=(1.0,)))["layer"]
+    torch.testing.assert_close(alone.delta(), pairs[0].delta())
+    both = merge(adapters, MergeSettings(rule=shown["largest_wins"], weights=(1.0, 1.0)))["layer"]
+    torch.testing.assert_close(both.delta(), pairs[1].delta())
+
+
+def test_a_recipe_names_them_where_code_is_allowed(tiny_workspace, monkeypatch):
+    (tiny_workspace / "mine.py").write_text(python_of(EXTEND), encoding="utf-8")
+    importlib.invalidate_caches()
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    for setting in NAMED:
+        with pytest.raises(RecipeError, match=r"names code, 'mine:\w+'; read it, then allow it with --allow-code"):
+            load_recipe("tiny.yaml", [setting])
+    recipe, _ = load_recipe("tiny.yaml", NAMED, allow_code=True)
+    assert (type(recipe.controller.policy).__name__, recipe.controller.policy.step) == ("Ladder", 0.1)  # type: ignore[attr-defined]
+    found = score(recipe.metrics, ["Paris", "Rome"], [["paris", "Pau"], ["Bern"]], "en")
+    assert next(iter(found.values())).value == 50.0
+    monkeypatch.delitem(sys.modules, "mine")
+
+
 TO_RUN = [page for page in PAGES if any(why_not_run(command) is None for command in commands(page))]
 BEFORE = ROOT / "docs" / "how-to" / "spreadsheet.md"  # other pages begin where it ends
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", TO_RUN, ids=lambda page: page.name)
-def test_the_commands_of_a_page_run_one_after_the_other(page: Path, newcomer: Path) -> None:
+def test_the_commands_of_a_page_run_one_after_the_other(page, newcomer):
     programs = newcomer / "programs"
     programs.mkdir()
     shim = programs / "grasp-lora"

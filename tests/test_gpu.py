@@ -1,31 +1,17 @@
 """What wants a GPU; `make gpu` runs these."""
 
-from dataclasses import replace
-
 import pytest
 import torch
+from random_examples import make_examples
 
 from grasp_lora import api
-from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
+from grasp_lora.method.lora import LoraPair, Segment
 from grasp_lora.method.masks import MaskSet, MaskSettings
-from grasp_lora.models.adapters import fresh_adapter
 from grasp_lora.models.backbone import supports_logits_to_keep
-from grasp_lora.models.live import adapter_weights
-from grasp_lora.models.model_settings import LoraSettings
 from grasp_lora.training.loss import collate, example_losses
 from grasp_lora.training.probes import ProbeSet
 
-
-class One:
-    """A tokenised example."""
-
-    def __init__(self, number: int) -> None:
-        self.id = f"e{number}"
-        self.prompt_ids = [4 + (number * 7 + place) % 250 for place in range(3 + number % 5)]
-        self.completion_ids = [5 + number % 11, 2]
-
-
-EXAMPLES = [One(number) for number in range(12)]
+EXAMPLES = make_examples(12)
 
 
 @pytest.fixture
@@ -45,17 +31,6 @@ def pairs_on(device: torch.device) -> dict[str, LoraPair]:
         )
         for number in range(20)
     }
-
-
-def start_on(backbone) -> AdapterWeights:
-    generator = torch.Generator().manual_seed(1)
-    with fresh_adapter(backbone, LoraSettings(rank=4, target_modules=("q_proj", "v_proj")), 0) as model:
-        return AdapterWeights(
-            {
-                name: replace(pair, B=0.3 * torch.randn(pair.B.shape, generator=generator))
-                for name, pair in adapter_weights(model).items()
-            }
-        )
 
 
 @pytest.mark.gpu
@@ -96,8 +71,6 @@ def test_a_batch_of_the_accelerators_size_fits(cuda, make_tiny_model):
 @pytest.mark.gpu
 @pytest.mark.parametrize("preset", ["spread", "paper"])
 def test_a_run_on_a_gpu(cuda, tiny_workspace, preset):
-    overrides = [
-        f"controller={{preset: {preset}, training: {{epochs: 1, learning_rate: 1.0e-2}}}}",
-    ]
+    overrides = [f"controller={{preset: {preset}, training: {{epochs: 1, learning_rate: 1.0e-2}}}}"]
     result = api.run("tiny.yaml", overrides=overrides, folder="runs/tiny")
     assert 0.1 <= result.ratio.ratio <= 0.8

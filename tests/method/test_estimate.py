@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -57,12 +57,12 @@ def history(
         (asymmetric, ASYMMETRIC_MINIMUM, 0.05),
     ],
 )
-def test_smooth_fit_finds_the_minimum(curve: Curve, minimum: float, tolerance: float) -> None:
+def test_smooth_fit_finds_the_minimum(curve, minimum, tolerance):
     for seed in range(10):
         assert smooth_fit(history(curve, 30, seed=seed), LOW, HIGH).ratio == pytest.approx(minimum, abs=tolerance)
 
 
-def test_smooth_fit_without_noise_is_exact_for_a_cubic() -> None:
+def test_smooth_fit_without_noise_is_exact_for_a_cubic():
     def cubic(ratio: float) -> float:  # derivative 3 (ratio - 0.6)(ratio + 0.2)
         return ratio**3 - 0.6 * ratio**2 - 0.36 * ratio
 
@@ -74,7 +74,7 @@ def test_smooth_fit_without_noise_is_exact_for_a_cubic() -> None:
         assert low == pytest.approx(high, abs=1e-4)
 
 
-def test_smooth_fit_interval_covers_the_truth() -> None:
+def test_smooth_fit_interval_covers_the_truth():
     covered = [
         estimate.low <= 0.55 <= estimate.high
         for estimate in (smooth_fit(history(quadratic, 15, seed=seed, noise=0.1), LOW, HIGH) for seed in range(40))
@@ -83,9 +83,7 @@ def test_smooth_fit_interval_covers_the_truth() -> None:
 
 
 @pytest.mark.parametrize(("of_examples", "widths"), [(True, (0.1, 0.4)), (False, (0.05, 0.5))])
-def test_smooth_fit_interval_shows_that_examples_or_rounds_disagree(
-    of_examples: bool, widths: tuple[float, float]
-) -> None:
+def test_smooth_fit_interval_shows_that_examples_or_rounds_disagree(of_examples, widths):
     """Noise-free losses, but half of the examples, or of the rounds, want 0.3 and half 0.7: another draw decides otherwise."""
     draw = random.Random(0)
     rounds = []
@@ -99,7 +97,7 @@ def test_smooth_fit_interval_shows_that_examples_or_rounds_disagree(
     assert not of_examples or estimate.ratio == pytest.approx(0.5, abs=0.01)
 
 
-def test_the_ratio_never_leaves_the_probed_range_and_its_interval_is_open_where_that_ends() -> None:
+def test_the_ratio_never_leaves_the_probed_range_and_its_interval_is_open_where_that_ends():
     estimate = smooth_fit(probed(lambda p: (p - 0.9) ** 2, (0.42, 0.45, 0.5), noise=0.001), LOW, HIGH)
     assert estimate.ratio == pytest.approx(0.5)
     assert (estimate.low, estimate.high) == (pytest.approx(0.5), HIGH)
@@ -113,14 +111,10 @@ def test_the_ratio_never_leaves_the_probed_range_and_its_interval_is_open_where_
 
 def probed(curve: Curve, ratios: tuple[float, ...], noise: float, seed: int = 0) -> list[Round]:
     """Rounds that all probe these ratios, and 0.4."""
-    draw = random.Random(seed)
-    losses = [
-        [tuple(curve(ratio) + draw.gauss(0, noise) for _ in range(8)) for ratio in (0.4, *ratios)] for _ in range(6)
-    ]
-    return [Round(0.4, ratios, baseline, tuple(rest)) for baseline, *rest in losses]
+    return rounds_of(lambda ratio, time: curve(ratio), [(0.4, *ratios)] * 6, noise=noise, seed=seed)
 
 
-def test_noise_in_a_narrow_span_of_probes_leaves_the_whole_range_open() -> None:
+def test_noise_in_a_narrow_span_of_probes_leaves_the_whole_range_open():
     rounds = probed(lambda _: 0.0, (0.42, 0.45, 0.5), noise=0.02)
     estimate, quick = smooth_fit(rounds, LOW, HIGH), smooth_fit(rounds, LOW, HIGH, interval=False)
     assert (estimate.low, estimate.high) == (LOW, HIGH)
@@ -128,33 +122,26 @@ def test_noise_in_a_narrow_span_of_probes_leaves_the_whole_range_open() -> None:
     assert 0.4 <= estimate.ratio == quick.ratio <= 0.5
 
     # Where all of the range was probed an interval stays as wide as it is.
-    estimate = smooth_fit(probed(lambda p: 0.3 * quadratic(p), (LOW, 0.3, 0.6, HIGH), noise=0.1, seed=9), LOW, HIGH)
+    estimate = smooth_fit(probed(lambda p: 0.3 * quadratic(p), (LOW, 0.3, 0.6, HIGH), noise=0.1, seed=3), LOW, HIGH)
     assert estimate.nothing_learned
     assert LOW < estimate.low < estimate.ratio < estimate.high
 
 
-@pytest.mark.parametrize("candidates", [1, 2, 3, 9])
-def test_one_round_is_enough(candidates: int) -> None:
+@pytest.mark.parametrize("candidates", [1, 3])
+def test_one_round_is_enough_and_none_is_too_few(candidates):
     rounds = history(quadratic, 1, candidates=candidates)
     for rule in RULES.values():
+        with pytest.raises(ValueError, match="no round was measured yet"):
+            rule([], LOW, HIGH)
         estimate = rule(rounds, LOW, HIGH)
         assert LOW <= estimate.low <= estimate.ratio <= estimate.high <= HIGH
         assert estimate.rounds == 1
 
 
-def test_candidates_that_all_coincide_give_that_ratio_and_nothing_is_learned() -> None:
+def test_candidates_that_all_coincide_give_that_ratio_and_nothing_is_learned():
     rounds = [Round(0.4, (0.4, 0.4), (1.0, 2.0), ((1.1, 2.0), (0.9, 2.1)))] * 3
     estimate = smooth_fit(rounds, LOW, HIGH)
     assert (estimate.low, estimate.ratio, estimate.high) == (LOW, 0.4, HIGH)
-
-
-def noiseless(minima: Sequence[float]) -> list[Round]:
-    """A round for each minimum of a parabola, all at the same ratios."""
-    ratios = (0.1, 0.3, 0.6, 0.8)
-    return [
-        Round(0.4, ratios, ((0.4 - lowest) ** 2,), tuple(((ratio - lowest) ** 2,) for ratio in ratios))
-        for lowest in minima
-    ]
 
 
 @pytest.mark.parametrize(
@@ -165,14 +152,16 @@ def noiseless(minima: Sequence[float]) -> list[Round]:
         ((0.2, 0.8, 0.5, 0.5, 0.5, 0.5), (0.2 / 3 + 0.8 * 2 / 3 + 4 * 0.5) / 5),
     ],
 )
-def test_smooth_fit_weighs_early_rounds_by_their_place_in_the_first_half(
-    minima: tuple[float, ...], best: float
-) -> None:
-    assert smooth_fit(noiseless(minima), LOW, HIGH).ratio == pytest.approx(best, abs=GRID_STEP)
+def test_smooth_fit_weighs_early_rounds_by_their_place_in_the_first_half(minima, best):
+    def parabola(ratio: float, time: float) -> float:
+        return (ratio - minima[round(time * (len(minima) - 1))]) ** 2
+
+    rounds = rounds_of(parabola, [(0.4, 0.1, 0.3, 0.6, 0.8)] * len(minima))
+    assert smooth_fit(rounds, LOW, HIGH).ratio == pytest.approx(best, abs=GRID_STEP)
 
 
 @pytest.mark.parametrize("elsewhere", [0, 3])
-def test_an_interval_holds_its_ratio_wherever_resampling_goes(elsewhere: int) -> None:
+def test_an_interval_holds_its_ratio_wherever_resampling_goes(elsewhere):
     grid = torch.tensor([0.2, 0.4, 0.6, 0.8], dtype=torch.float64)
     fitted = torch.tensor([1.0, 0.0, 1.0, 1.0], dtype=torch.float64)
     resampled = torch.ones(50, 4, dtype=torch.float64)
@@ -184,19 +173,13 @@ def test_an_interval_holds_its_ratio_wherever_resampling_goes(elsewhere: int) ->
 
 @settings(deadline=None, max_examples=25)
 @given(offsets=st.lists(st.lists(st.floats(-1000, 1000), min_size=4, max_size=4), min_size=6, max_size=6))
-def test_smooth_fit_ignores_the_level_of_each_round_and_example(offsets: list[list[float]]) -> None:
+def test_smooth_fit_ignores_the_level_of_each_round_and_example(offsets):
     rounds = history(quadratic, 6, examples=4)
-    shifted = [
-        replace(
-            one,
-            baseline_losses=tuple(loss + offset for loss, offset in zip(one.baseline_losses, row, strict=True)),
-            candidate_losses=tuple(
-                tuple(loss + offset for loss, offset in zip(losses, row, strict=True))
-                for losses in one.candidate_losses
-            ),
-        )
-        for one, row in zip(rounds, offsets, strict=True)
-    ]
+    shifted = []
+    for one, row in zip(rounds, offsets, strict=True):
+        all_losses = (one.baseline_losses, *one.candidate_losses)
+        baseline, *rest = (tuple(map(sum, zip(losses, row, strict=True))) for losses in all_losses)
+        shifted.append(replace(one, baseline_losses=baseline, candidate_losses=tuple(rest)))
     plain, moved = smooth_fit(rounds, LOW, HIGH), smooth_fit(shifted, LOW, HIGH)
     for number in ("ratio", "low", "high"):
         assert getattr(moved, number) == pytest.approx(getattr(plain, number), abs=1.01 * GRID_STEP)
@@ -204,7 +187,7 @@ def test_smooth_fit_ignores_the_level_of_each_round_and_example(offsets: list[li
         assert after == pytest.approx(before, abs=1e-6)
 
 
-def test_best_reward_takes_the_luckiest_probe() -> None:
+def test_best_reward_takes_the_luckiest_probe():
     rounds = [
         Round(0.4, (0.2, 0.5), (1.0, 1.0), ((0.9, 0.9), (0.8, 0.8))),  # best reward 0.2 at 0.5
         Round(0.5, (0.7, 0.3), (5.0, 5.0), ((4.0, 5.0), (4.9, 4.9))),  # best reward 0.5 at 0.7
@@ -225,20 +208,16 @@ def test_best_reward_takes_the_luckiest_probe() -> None:
     assert (alone.low, alone.ratio, alone.high) == (LOW, 0.6, HIGH)
 
 
-# --- nothing was learned ---------------------------------------------------------------------------------------------
-
-
-def rounding(ratio: float) -> float:
-    return 1e-8 * math.sin(1000 * ratio)
+NOTHING = {
+    "equal losses": history(lambda _: 0.0, 5, noise=0.0),
+    "rounding": history(lambda ratio: 1e-8 * math.sin(1000 * ratio), 5, noise=0.0),
+    "one example": history(quadratic, 20, examples=1),
+}
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-@pytest.mark.parametrize(
-    "rounds",
-    [history(lambda _: 0.0, 5, noise=0.0), history(rounding, 5, noise=0.0), history(quadratic, 20, examples=1)],
-    ids=["equal losses", "rounding", "one example"],
-)
-def test_losses_that_say_nothing_leave_the_whole_range_open(rule: Rule, rounds: list[Round]) -> None:
+@pytest.mark.parametrize("rounds", NOTHING.values(), ids=NOTHING)
+def test_losses_that_say_nothing_leave_the_whole_range_open(rule, rounds):
     estimate, quick = rule(rounds, LOW, HIGH), rule(rounds, LOW, HIGH, interval=False)
     assert (estimate.low, estimate.high) == (LOW, HIGH)
     assert estimate.ratio == quick.ratio
@@ -247,7 +226,7 @@ def test_losses_that_say_nothing_leave_the_whole_range_open(rule: Rule, rounds: 
 
 
 @pytest.mark.parametrize("rule", [RULES["surrogate"], smooth_fit], ids=["surrogate", "smooth_fit"])
-def test_noise_leaves_most_of_the_range_open_and_a_valley_does_not(rule: Rule) -> None:
+def test_noise_leaves_most_of_the_range_open_and_a_valley_does_not(rule):
     def times(curve: Curve) -> int:
         return sum(rule(history(curve, 5, noise=0.03, seed=seed), LOW, HIGH).nothing_learned for seed in range(6))
 
@@ -256,24 +235,16 @@ def test_noise_leaves_most_of_the_range_open_and_a_valley_does_not(rule: Rule) -
 
 
 @pytest.mark.parametrize(("high", "nothing", "wide"), [(0.49, False, False), (0.7, False, True), (0.74, True, True)])
-def test_most_of_the_range_is_three_quarters_of_what_was_searched(high: float, nothing: bool, wide: bool) -> None:
+def test_most_of_the_range_is_three_quarters_of_what_was_searched(high, nothing, wide):
     estimate = of(0.4, 0.2, high)(history(quadratic, 2), LOW, HIGH)
     assert (estimate.nothing_learned, estimate.wide) == (nothing, wide)
     assert not of(0.4, 0.2, high)(history(quadratic, 2), 0.0, 1.0).nothing_learned
-
-
-def test_no_round_no_ratio() -> None:
-    for rule in RULES.values():
-        with pytest.raises(ValueError, match="no round was measured yet"):
-            rule([], LOW, HIGH)
 
 
 def of(ratio: float, low: float, high: float, name: str = "mine", rounds: int | None = None) -> Rule:
     """A rule that says this."""
     return Rule(name, lambda told, *_: RatioEstimate(ratio, low, high, "mine", rounds or len(told)))
 
-
-# --- the surrogate: a Gaussian process over ratio and time ------------------------------------------------------------
 
 BEST = 0.5
 
@@ -317,19 +288,19 @@ EVEN = [(0.45, 0.12 + shift, 0.35 + shift, 0.58 + shift) for shift in (0.0, 0.14
 
 
 @pytest.mark.parametrize(("noise", "shift"), [(0.002, 0.0), (0.0, 3.0)], ids=["noise", "levels that jump"])
-def test_the_surrogate_finds_the_minimum_from_a_few_rounds(noise: float, shift: float) -> None:
+def test_the_surrogate_finds_the_minimum_from_a_few_rounds(noise, shift):
     for seed in range(5):
         told = rounds_of(lambda ratio, time: curve(ratio), EVEN, noise=noise, shift=shift, seed=seed)
         assert curve(surrogate(told, LOW, HIGH).ratio) < 0.002
 
 
-def test_the_best_moment_of_the_run_decides_not_its_mean_or_its_end() -> None:
+def test_the_best_moment_of_the_run_decides_not_its_mean_or_its_end():
     told = rounds_of(overfitting, [(0.4, 0.12, 0.3, 0.5, 0.7)] * 7)
     # At time t the lowest ratio is 0.2 + t; the lowest moment of all is near t = 0.3.
     assert surrogate(told, LOW, HIGH).ratio == pytest.approx(0.5, abs=0.05)
 
 
-def test_a_lone_lucky_probe_at_the_edge_does_not_decide() -> None:
+def test_a_lone_lucky_probe_at_the_edge_does_not_decide():
     crowded = [(0.4, 0.35 + 0.01 * number, 0.42, 0.45) for number in range(9)]
     told = rounds_of(lambda ratio, time: 0.2 * (ratio - 0.4) ** 2, crowded, noise=0.02)
     lucky = rounds_of(lambda ratio, time: -0.01 if ratio > 0.7 else 0.0, [(0.4, 0.39, 0.41, 0.75)], noise=0.02)
@@ -337,13 +308,13 @@ def test_a_lone_lucky_probe_at_the_edge_does_not_decide() -> None:
 
 
 @pytest.mark.parametrize("rule", [surrogate, smooth_fit], ids=["surrogate", "smooth_fit"])
-def test_the_interval_narrows_with_rounds(rule: Rule) -> None:
+def test_the_interval_narrows_with_rounds(rule):
     short, long = (rounds_of(lambda ratio, time: curve(ratio), EVEN[:2] * n, noise=0.01, seed=1) for n in (1, 6))
     widths = [one.high - one.low for one in (rule(told, LOW, HIGH) for told in (short, long))]
     assert widths[1] < widths[0]
 
 
-def test_without_an_interval_the_ratio_is_the_same() -> None:
+def test_without_an_interval_the_ratio_is_the_same():
     told = rounds_of(lambda ratio, time: curve(ratio), EVEN, noise=0.01)
     bare, whole = surrogate(told, LOW, HIGH, interval=False), surrogate(told, LOW, HIGH)
     assert bare.ratio == bare.low == bare.high == whole.ratio
@@ -363,14 +334,14 @@ def measured_on(told: list[Round], count: int) -> list[Round]:
     return few
 
 
-def test_candidates_on_all_examples_in_turn_are_candidates_on_all() -> None:
+def test_candidates_on_all_examples_in_turn_are_candidates_on_all():
     told = rounds_of(lambda ratio, time: curve(ratio), EVEN, noise=0.05, shift=0.1)
     whole, turned = surrogate(told, LOW, HIGH), surrogate(measured_on(told, 8), LOW, HIGH)
     assert turned.ratio == whole.ratio
     assert (turned.low, turned.high) == pytest.approx((whole.low, whole.high), abs=0.02)
 
 
-def test_few_examples_do_when_examples_agree_whichever_they_are() -> None:
+def test_few_examples_do_when_examples_agree_whichever_they_are():
     """Examples differ in their level, not in what pruning does to them: their differences from the baseline count."""
     told = rounds_of(lambda ratio, time: curve(ratio), EVEN, noise=0.0, shift=0.1)
     whole = surrogate(told, LOW, HIGH, interval=False).ratio
@@ -379,7 +350,7 @@ def test_few_examples_do_when_examples_agree_whichever_they_are() -> None:
 
 
 @pytest.mark.parametrize(("spread", "step"), [(0.0, 1e3), (1e-9, 1e6)])
-def test_a_run_that_blows_up_gives_a_ratio_and_no_error_of_linear_algebra(spread: float, step: float) -> None:
+def test_a_run_that_blows_up_gives_a_ratio_and_no_error_of_linear_algebra(spread, step):
     told = rounds_of(lambda ratio, time: spread * ratio + step * time**4, EVEN)
     estimate = surrogate(told, LOW, HIGH)
     assert LOW <= estimate.low <= estimate.ratio <= estimate.high <= HIGH

@@ -21,14 +21,14 @@ def assert_same(actual: Tensor, expected: Tensor, relative: float = 1e-6) -> Non
     assert (actual - expected).norm() <= relative * expected.norm()
 
 
-def test_shapes_and_delta() -> None:
+def test_shapes_and_delta():
     pair = LoraPair(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[10.0], [20.0]]), scaling=0.5)
     assert (pair.rank, pair.shape) == (1, (2, 3))
     assert pair.delta().tolist() == [[5.0, 10.0, 15.0], [10.0, 20.0, 30.0]]
 
 
 @pytest.mark.parametrize(("A", "B"), [((2, 4), (3, 3)), ((4,), (3, 2)), ((2, 4), (3, 2, 1)), ((4, 2), (2, 3))])
-def test_factors_and_segments_that_do_not_fit_are_an_error(A: tuple[int, ...], B: tuple[int, ...]) -> None:
+def test_factors_and_segments_that_do_not_fit_are_an_error(A, B):
     with pytest.raises(AdapterError, match=r"do not fit; A must be \[rank, d_in\] and B \[d_out, rank\]"):
         LoraPair(torch.ones(A), torch.ones(B))
     with pytest.raises(AdapterError, match="do not add up to rank 2"):
@@ -45,7 +45,7 @@ def test_factors_and_segments_that_do_not_fit_are_an_error(A: tuple[int, ...], B
     scaling=st.floats(1e-3, 1e3),
     weight=st.floats(-100, 100).filter(lambda weight: abs(weight) > 1e-6),
 )
-def test_balanced_is_the_same_delta_with_equal_norms(seed: int, rank: int, scaling: float, weight: float) -> None:
+def test_balanced_is_the_same_delta_with_equal_norms(seed, rank, scaling, weight):
     pair = random_pair(seed, rank, scaling=scaling)
     balanced = pair.balanced(weight)
     assert balanced.scaling == 1.0
@@ -59,7 +59,7 @@ def test_balanced_is_the_same_delta_with_equal_norms(seed: int, rank: int, scali
 
 @pytest.mark.parametrize("weight", [2.0, -2.0, 0.0])
 @pytest.mark.parametrize("zero", ["A", "B"])
-def test_a_component_with_a_zero_factor_keeps_the_other(zero: str, weight: float) -> None:
+def test_a_component_with_a_zero_factor_keeps_the_other(zero, weight):
     pair = random_pair()
     A, B = pair.A.clone(), pair.B.clone()
     (A[1] if zero == "A" else B[:, 1]).zero_()
@@ -72,7 +72,7 @@ def test_a_component_with_a_zero_factor_keeps_the_other(zero: str, weight: float
     assert dead.norm() == 0
 
 
-def test_weight_zero_is_a_fresh_component_that_can_train_and_two_zero_factors_stay_zero() -> None:
+def test_weight_zero_is_a_fresh_component_that_can_train_and_two_zero_factors_stay_zero():
     balanced = random_pair().balanced(0.0)
     assert balanced.delta().abs().max() == 0
     assert (balanced.A.norm(dim=1) > 0).all()
@@ -81,8 +81,8 @@ def test_weight_zero_is_a_fresh_component_that_can_train_and_two_zero_factors_st
     assert not zero.B.any()
 
 
-@pytest.mark.parametrize("size", [1e-30, 1e-18, 1e18, 1e30])
-def test_extreme_norms_neither_vanish_nor_overflow(size: float) -> None:
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_extreme_norms_neither_vanish_nor_overflow(size):
     pair = LoraPair(torch.full((1, 4), size), torch.full((3, 1), 1 / size))
     balanced = pair.balanced()
     torch.testing.assert_close(balanced.A.norm(dim=1), balanced.B.norm(dim=0))

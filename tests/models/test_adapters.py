@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from random_examples import random_like
+from random_examples import factors, random_like
 from safetensors.torch import load_file, save_file
 
 from grasp_lora.errors import AdapterError
@@ -94,9 +94,10 @@ def random_weights(model, targets, rank: int, seed: int, scaling: float = 0.7) -
         return random_like(peft_model, torch.Generator().manual_seed(seed), 0.3, scaling=scaling)
 
 
-def edit_config(folder: Path, **changes) -> None:
+def edit_config(folder: Path, changes=(), **more) -> None:
     file = folder / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+    config = json.loads(file.read_text(encoding="utf-8")) | dict(changes) | more
+    file.write_text(json.dumps(config), encoding="utf-8")
 
 
 def edit_tensors(folder: Path, change) -> None:
@@ -114,9 +115,6 @@ def folder(make_tiny_model, tmp_path) -> Path:
     """A plain adapter of the tiny Llama that a test may damage."""
     saved_by_peft(make_tiny_model, tmp_path / "adapter", "llama", r=4, lora_alpha=8)
     return tmp_path / "adapter"
-
-
-# Reading and merging, with PEFT as the oracle
 
 
 @pytest.mark.parametrize("variant", ["plain", "rslora", "rank_pattern", "alpha_pattern", "all"])
@@ -149,21 +147,15 @@ def test_an_attached_merge_computes_what_the_changed_weights_compute(make_tiny_m
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_half_precision_files_are_read_as_float32(folder):
+def test_a_loaded_adapter_is_float32_named_after_its_folder_and_hashed(folder, monkeypatch):
     edit_tensors(folder, lambda tensors: tensors.update({name: t.bfloat16() for name, t in tensors.items()}))
-    assert all(pair.A.dtype == pair.B.dtype == torch.float32 for pair in read_adapter(folder).weights.values())
-
-
-def test_a_loaded_adapter_is_named_after_its_folder_and_hashed(folder, monkeypatch):
     adapter = read_adapter(folder)
+    assert all(pair.A.dtype == pair.B.dtype == torch.float32 for pair in adapter.weights.values())
     assert adapter.name == "adapter"
     assert adapter.sha256 == hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
     assert adapter.info == AdapterInfo()
     monkeypatch.chdir(folder)
     assert read_adapter(".").name == "adapter"
-
-
-# Saving: plain PEFT reads it
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -222,9 +214,6 @@ def test_the_scaling_survives_saving(make_tiny_model, tmp_path, rank, alpha, rsl
         assert torch.tensor(pair.scaling).equal(torch.tensor(weights[name].scaling))  # as float32, which multiplies B A
 
 
-# On and off the backbone
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_taking_an_adapter_off_leaves_no_trace(make_tiny_model, architecture):
     model = make_tiny_model(architecture)
@@ -251,6 +240,10 @@ def test_an_attached_adapter_is_copied_and_all_that_trains(make_tiny_model):
     model = make_tiny_model("llama").to(torch.bfloat16)
     weights = random_weights(make_tiny_model("llama"), ("q_proj",), 4, 1)
     with attached(model, weights, dropout=0.5) as peft_model:
+        expected = logits(peft_model)
+        assert torch.equal(logits(peft_model), expected)  # dropout follows the mode of the backbone
+        peft_model.train()
+        assert not torch.equal(logits(peft_model), expected)
         trainable = {name for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
         assert len(trainable) == 4
         assert all("lora_" in name for name in trainable)
@@ -262,17 +255,6 @@ def test_an_attached_adapter_is_copied_and_all_that_trains(make_tiny_model):
     for name, A in before.items():
         assert torch.equal(weights[name].A, A)
         assert torch.equal(taken[name].A, A)
-
-
-def test_dropout_follows_the_mode_of_the_backbone(make_tiny_model):
-    model = make_tiny_model("llama")  # in eval mode
-    weights = random_weights(model, ("q_proj",), 4, 1)
-    with attached(model, weights) as peft_model:
-        expected = logits(peft_model)
-    with attached(model, weights, dropout=0.9) as peft_model:
-        assert torch.equal(logits(peft_model), expected)
-        peft_model.train()
-        assert not torch.equal(logits(peft_model), expected)
 
 
 def test_two_adapters_at_once_and_a_wrong_shape_are_refused_and_leave_no_trace(make_tiny_model):
@@ -291,16 +273,11 @@ def test_two_adapters_at_once_and_a_wrong_shape_are_refused_and_leave_no_trace(m
 
 
 def test_live_pairs_are_the_parameters_themselves(make_tiny_model):
-    model = make_tiny_model("llama")
+    model, origin = make_tiny_model("llama"), {FIRST_Q: (Segment("source", 1), Segment("target", 3))}
     with attached(model, random_weights(model, ("q_proj",), 4, 1)) as peft_model:
-        origin = {FIRST_Q: (Segment("source", 1), Segment("target", 3))}
-        pairs = live_pairs(peft_model, origin)
         parameters = {id(parameter) for parameter in peft_model.parameters()}
-        assert all(id(pair.A) in parameters and id(pair.B) in parameters for pair in pairs.values())
-        assert [pair.segments for pair in pairs.values()] == [*origin.values(), ()]
-
-
-# Fresh adapters
+        assert {id(factor) for factor in factors(peft_model)} <= parameters
+        assert [pair.segments for pair in live_pairs(peft_model, origin).values()] == [*origin.values(), ()]
 
 
 def test_a_fresh_adapter_depends_on_its_seed_alone_and_leaves_the_global_generators_alone(make_tiny_model):
@@ -342,9 +319,6 @@ def test_a_wrong_target_module_lists_what_exists(make_tiny_model):
     assert not any("lora" in name for name, _ in model.named_modules())
 
 
-# Refused by name
-
-
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -366,10 +340,12 @@ def test_what_peft_saves_but_no_merge_can_represent_is_refused(make_tiny_model, 
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments:UserWarning")
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def write_facts(folder: Path, facts: dict) -> None:
+    (folder / "grasp_lora.json").write_text(json.dumps(facts), encoding="utf-8")
+
+
+DAMAGED = {
+    edit_config: [
         ({"lora_bias": True}, "lora_bias"),
         ({"target_parameters": ["experts.down_proj"]}, "target_parameters"),
         ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
@@ -389,17 +365,7 @@ def test_what_peft_saves_but_no_merge_can_represent_is_refused(make_tiny_model, 
         ({"exclude_modules": ["layers.0.self_attn.q_proj"]}, "leave out .*layers.0.self_attn.q_proj: .* excludes"),
         ({"layers_to_transform": [1]}, "leave out .*layers.0.* does not name it"),
     ],
-    ids=lambda value: str(value)[:40],
-)
-def test_a_config_that_cannot_be_right_is_refused(folder, changes, message):
-    edit_config(folder, **changes)
-    with pytest.raises(AdapterError, match=message):
-        read_adapter(folder)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+    edit_tensors: [
         (lambda t: t[KEY.format("A")].__setitem__((0, 0), float("nan")), "q_proj, .* holds NaN or infinity"),
         (lambda t: t.update({KEY.format("A"): t[KEY.format("A")].double() * 1e300}), "holds NaN or infinity"),
         (lambda t: t.pop(KEY.format("B")), "q_proj have the shapes {'A': "),
@@ -411,9 +377,25 @@ def test_a_config_that_cannot_be_right_is_refused(folder, changes, message):
         ),
         (lambda t: t.clear(), "holds no LoRA weights"),
     ],
+    write_facts: [
+        (
+            {"segments": {FIRST_Q: [["source", 1], ["target", 1]]}},
+            "q_proj have the shapes .*says rank 4, grasp_lora.json 2",
+        ),
+        ({"segments": {FIRST_Q: [["source"]]}}, r"delete that file.*segments.*q_proj.*Field required"),
+        ({"backbone_dtype": "fp8"}, r"delete that file.*backbone_dtype: .*'bfloat16', 'float16' or 'float32'"),
+    ],
+}
+
+
+@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments:UserWarning")
+@pytest.mark.parametrize(
+    ("damage", "what", "message"),
+    [(damage, what, message) for damage, rows in DAMAGED.items() for what, message in rows],
+    ids=lambda value: str(value)[:40],
 )
-def test_damaged_tensors_are_refused(folder, change, message):
-    edit_tensors(folder, change)
+def test_an_adapter_that_cannot_be_right_is_refused(folder, damage, what, message):
+    damage(folder, what)
     with pytest.raises(AdapterError, match=message):
         read_adapter(folder)
 
@@ -460,26 +442,6 @@ def test_a_place_that_is_neither_folder_nor_hub_id_is_refused(tmp_path):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("facts", "message"),
-    [
-        (
-            {"segments": {FIRST_Q: [["source", 1], ["target", 1]]}},
-            "q_proj have the shapes .*says rank 4, grasp_lora.json 2",
-        ),
-        ({"segments": {FIRST_Q: [["source"]]}}, r"delete that file.*segments.*q_proj.*Field required"),
-        ({"backbone_dtype": "fp8"}, r"delete that file.*backbone_dtype: .*'bfloat16', 'float16' or 'float32'"),
-    ],
-)
-def test_wrong_facts_beside_the_weights_are_refused(folder, facts, message):
-    (folder / "grasp_lora.json").write_text(json.dumps(facts), encoding="utf-8")
-    with pytest.raises(AdapterError, match=message):
-        read_adapter(folder)
-
-
-# The right backbone
-
-
 def check(folder: Path, model, fingerprint: str = "f") -> None:
     check_fits(read_adapter(folder), on(model, fingerprint=fingerprint))
 
@@ -495,13 +457,9 @@ def test_an_adapter_of_another_backbone_is_refused(make_tiny_model, folder):
 
 
 def test_an_adapter_on_a_module_that_is_not_linear_is_refused(make_tiny_model, folder):
-    def move(tensors) -> None:
-        for factor in "AB":
-            key = f"base_model.model.model.embed_tokens.lora_{factor}.weight"
-            tensors[key] = tensors.pop(KEY.format(factor))
-
-    edit_tensors(folder, move)
-    edit_config(folder, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "down_proj", "embed_tokens"])
+    place = KEY.replace("model.layers.0.self_attn.q_proj", "model.embed_tokens")
+    edit_tensors(folder, lambda t: t.update({place.format(factor): t.pop(KEY.format(factor)) for factor in "AB"}))
+    edit_config(folder, target_modules=["q_proj", "v_proj", "embed_tokens"])
     with pytest.raises(AdapterError, match=r"model\.embed_tokens of .* has no such linear layer"):
         check(folder, make_tiny_model("llama"))
 
@@ -553,7 +511,7 @@ def test_another_base_name_only_warns(make_tiny_model, folder, caplog):
 
 
 @pytest.mark.filterwarnings("ignore:target_parameters:RuntimeWarning")
-def test_a_model_type_in_which_peft_takes_other_modules_is_refused() -> None:
+def test_a_model_type_in_which_peft_takes_other_modules_is_refused():
     from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
     dense = Glm4MoeConfig(
@@ -562,14 +520,10 @@ def test_a_model_type_in_which_peft_takes_other_modules_is_refused() -> None:
     )  # fmt: skip
     model = Glm4MoeForCausalLM(dense).eval()
     said = r"PEFT puts no adapter on model\.layers\.0\.mlp\.down_proj of this model; name others in lora"
-    with (
-        pytest.raises(AdapterError, match=said),
+    pair = LoraPair(torch.ones(2, 16), torch.ones(16, 2))
+    for context in (
         fresh_adapter(model, LoraSettings(rank=2, target_modules=("q_proj", "down_proj")), seed=0),
+        attached(model, AdapterWeights({"model.layers.0.mlp.down_proj": pair, FIRST_Q: pair})),
     ):
-        pass
-    names = ("model.layers.0.mlp.down_proj", "model.layers.0.self_attn.q_proj")
-    weights = AdapterWeights({name: LoraPair(torch.ones(2, 16), torch.ones(16, 2)) for name in names})
-    with pytest.raises(AdapterError, match=said), attached(model, weights):
-        pass
-    with fresh_adapter(model, LoraSettings(rank=2, target_modules=("q_proj",)), seed=0) as free:
-        assert list(live_pairs(free)) == ["model.layers.0.self_attn.q_proj"]  # it was left as it was
+        with pytest.raises(AdapterError, match=said), context:
+            pass

@@ -3,7 +3,6 @@
 import json
 import logging
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,17 +10,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from pydantic import TypeAdapter, ValidationError
-from transformers import (
-    AutoModelForCausalLM,
-    BertConfig,
-    BertForMaskedLM,
-    LlamaForCausalLM,
-    LlamaModel,
-    PreTrainedTokenizerFast,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
 
 from grasp_lora.errors import GraspError
 from grasp_lora.models import backbone as backbones
@@ -29,7 +18,6 @@ from grasp_lora.models.adapters import fresh_adapter
 from grasp_lora.models.backbone import (
     fact_of,
     find_dtype,
-    find_stop_ids,
     fingerprint,
     load_backbone,
     supports_logits_to_keep,
@@ -47,7 +35,7 @@ def folder(tiny_backbone_folder, tmp_path) -> Path:
 
 
 def edit_json(path: Path, **changes) -> None:
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     content.update(changes)
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
@@ -130,16 +118,6 @@ def test_the_sum_of_weights_sees_each_of_them_and_no_adapter(make_tiny_model, mo
     assert weight_sum(model.to(torch.bfloat16)) is not None
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_supports_logits_to_keep_looks_through_peft(architecture, make_tiny_model):
-    model = make_tiny_model(architecture)
-    targets = ["c_attn"] if architecture == "gpt2" else ["q_proj"]
-    config = LoraConfig(r=2, target_modules=targets, fan_in_fan_out=architecture == "gpt2")
-    assert supports_logits_to_keep(model)
-    assert supports_logits_to_keep(get_peft_model(model, config))
-    assert not supports_logits_to_keep(torch.nn.Linear(2, 2))
-
-
 def test_forwards_from_elsewhere_and_spread_models_get_no_mask_of_positions(make_tiny_model):
     spread = make_tiny_model("llama")
     spread.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1, "lm_head": 1}
@@ -152,14 +130,6 @@ def test_forwards_from_elsewhere_and_spread_models_get_no_mask_of_positions(make
             raise NotImplementedError
 
     assert not supports_logits_to_keep(Foreign(make_tiny_model("llama").config))
-
-
-def test_stop_ids_join_model_and_tokenizer(make_tiny_model, tiny_tokenizer):
-    model = make_tiny_model("llama")
-    model.generation_config.eos_token_id = [9, 5]
-    assert find_stop_ids(model, tiny_tokenizer) == (2, 5, 9)
-    model.generation_config.eos_token_id = None
-    assert find_stop_ids(model, tiny_tokenizer) == (2,)
 
 
 @pytest.mark.parametrize("pad", [None, "[PAD]"])
@@ -187,15 +157,6 @@ def test_a_place_where_nothing_is_or_no_tokenizer(folder, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_with_an_adapter_is_no_backbone(folder, tmp_path):
-    for place in (folder, tmp_path):  # beside a model, and alone
-        (place / "adapter_config.json").write_text("{}")
-        with pytest.raises(
-            GraspError, match=r"a folder is a backbone only without an adapter in it .*give the model that"
-        ):
-            load(place)
-
-
 def test_layers_of_unequal_heads_are_told_by_all_of_them(tmp_path, tiny_tokenizer):
     """As in Gemma 4, whose config gives no size of a head that holds for all layers."""
     if not hasattr(transformers, "Gemma4TextConfig"):
@@ -214,31 +175,22 @@ def test_layers_of_unequal_heads_are_told_by_all_of_them(tmp_path, tiny_tokenize
         found.add(load(tmp_path / str(heads), dtype="float32").fingerprint)
         assert load(tmp_path / str(heads), dtype="bfloat16").fingerprint in found
         expected = 16 if heads == 2 else [8, 16]
-        assert fact_of(config, "head_dim") == expected
-        assert fact_of(config, "hidden_size") == 32
-        assert fact_of(config, "no_such_fact") is None
+        assert [fact_of(config, name) for name in ("head_dim", "hidden_size", "none")] == [expected, 32, None]
     assert len(found) == 2
 
 
-def test_weights_that_the_config_has_no_place_for_are_warned_about(folder, caplog):
-    edit_json(folder / "config.json", num_hidden_layers=1)
-    load(folder)
-    assert "holds 9 weights that its config has no place for, first model.layers.1." in caplog.text
+HUB = "PretrainedConfig.get_config_dict"
 
 
 @pytest.mark.parametrize(
     ("place", "error", "message"),
     [
         (
-            "PretrainedConfig.get_config_dict",
-            OSError("We couldn't connect to 'https://hub'.\nCheck your connection."),
-            r"there is no such folder, and the hub gave: We couldn't connect to 'https://hub'\.?; check the name, or",
+            HUB,
+            OSError("couldn't connect to 'https://hub'.\nCheck."),
+            r"the hub gave: .* 'https://hub'\.?; check the name",
         ),
-        (
-            "PretrainedConfig.get_config_dict",
-            OSError("You are trying to access a gated repo.\nMake sure to have access to it"),
-            "it is gated; accept its terms",
-        ),
+        (HUB, OSError("You are trying to access a gated repo.\nMake sure"), "it is gated; accept its terms"),
         (
             "AutoModelForCausalLM.from_pretrained",
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB."),
@@ -254,24 +206,27 @@ def test_what_the_hub_or_the_memory_refuses_is_one_line(folder, monkeypatch, pla
     monkeypatch.setattr(f"transformers.{place}", fail)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with pytest.raises(GraspError, match=message) as caught:
-        load("some/model" if isinstance(error, OSError) else folder)
+        load("some/model" if place == HUB else folder)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["encoder-decoder", "encoder"])
-def test_other_kinds_of_language_models_are_refused(kind, tmp_path, tiny_tokenizer: PreTrainedTokenizerFast):
-    if kind == "encoder":
-        size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-        model = BertForMaskedLM(BertConfig(vocab_size=260, **size))
-    else:
-        model = T5ForConditionalGeneration(T5Config(vocab_size=260, d_model=32, d_ff=32, num_layers=1, num_heads=2))
-    model.save_pretrained(tmp_path)
-    tiny_tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(GraspError, match="not a causal language model"):
-        load(tmp_path)
+def test_other_kinds_of_language_models_are_refused(folder):
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    for model in (
+        transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=260, **size)),
+        transformers.T5ForConditionalGeneration(
+            transformers.T5Config(vocab_size=260, d_model=32, d_ff=32, num_layers=1, num_heads=2)
+        ),
+    ):
+        model.save_pretrained(folder)
+        with pytest.raises(GraspError, match="not a causal language model"):
+            load(folder)
 
 
-def test_a_checkpoint_without_a_head_and_pickled_weights_are_refused(folder, make_tiny_model):
+def test_a_checkpoint_of_other_weights_is_warned_about_or_refused(folder, make_tiny_model, caplog):
+    edit_json(folder / "config.json", num_hidden_layers=1)
+    load(folder)
+    assert "holds 9 weights that its config has no place for, first model.layers.1." in caplog.text
     LlamaModel(make_tiny_model("llama").config).save_pretrained(folder)
     with pytest.raises(GraspError, match=r"lacks 1 weights of the language model, first lm_head\.weight"):
         load(folder)
@@ -302,35 +257,32 @@ def test_four_bit_layers_keep_their_gradients_on_a_cpu(tiny_backbone_folder, mak
 
     model = make_tiny_model("llama")
     model.model.layers[0].self_attn.q_proj = Linear4bit(32, 32)
-    monkeypatch.setattr(
-        AutoModelForCausalLM, "from_pretrained", lambda *_, **__: (model, {"missing_keys": [], "unexpected_keys": []})
-    )
+    info = {"missing_keys": [], "unexpected_keys": []}
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: (model, info))
     loaded = load(tiny_backbone_folder).model
     assert not loaded.model.layers[0].self_attn.q_proj.support_avx512bf16_for_cpu
     assert not hasattr(loaded.model.layers[1].self_attn.q_proj, "support_avx512bf16_for_cpu")
 
 
-def test_kernels_of_the_hub_are_code_too(folder):
-    edit_json(folder / "config.json", _attn_implementation="lab/kernel")
-    with pytest.raises(
-        GraspError, match=r"asks for compiled attention code of the hub \('lab/kernel'\): read that code"
-    ):
-        load(folder)
+KERNEL = r"asks for compiled attention code of the hub \('lab/kernel'\): read that code"
+ADAPTER = r"a folder is a backbone only without an adapter in it .*give the model that"
 
 
 @pytest.mark.parametrize(
-    ("file", "changes"),
+    ("file", "changes", "message"),
     [
-        ("config.json", {"hidden_size": "many"}),
-        ("config.json", {"hidden_size": 64}),
-        ("tokenizer.json", {"model": {"type": "BPE"}}),
-        ("tokenizer_config.json", {"eos_token": None}),
-        ("generation_config.json", {"eos_token_id": "end"}),
+        ("config.json", {"hidden_size": "many"}, "Cannot load backbone"),
+        ("config.json", {"hidden_size": 64}, "Cannot load backbone"),
+        ("config.json", {"_attn_implementation": "lab/kernel"}, KERNEL),
+        ("adapter_config.json", {}, ADAPTER),
+        ("tokenizer.json", {"model": {"type": "BPE"}}, "Cannot load backbone"),
+        ("tokenizer_config.json", {"eos_token": None}, "has no EOS token"),
+        ("generation_config.json", {"eos_token_id": "end"}, "Cannot load backbone"),
     ],
 )
-def test_a_damaged_folder_is_one_line(folder, file, changes):
+def test_a_damaged_folder_is_one_line(folder, file, changes, message):
     edit_json(folder / file, **changes)
-    with pytest.raises(GraspError, match=r"Cannot load backbone|has no EOS token") as error:
+    with pytest.raises(GraspError, match=message) as error:
         load(folder)
     assert "\n" not in str(error.value)
 
@@ -340,16 +292,3 @@ def test_cuda_where_there_is_none(tiny_backbone_folder):
     with pytest.raises(GraspError, match="sees no CUDA GPU"):
         load(tiny_backbone_folder, device="cuda")
     assert load(tiny_backbone_folder, device="auto").model.device.type == "cpu"
-
-
-def test_unknown_keys_and_values_are_errors():
-    adapter = TypeAdapter(BackboneSettings)
-    assert adapter.validate_python({"dtype": "float32"}) == BackboneSettings(dtype="float32")
-    for wrong in ({"dtyp": "float32"}, {"dtype": "float8"}, {"quantise": "int3"}, {"device": "tpu"}):
-        with pytest.raises(ValidationError, match=next(iter(wrong))):
-            adapter.validate_python(wrong)
-
-
-def test_settings_import_without_torch():
-    code = "import sys, grasp_lora.models.model_settings; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -103,9 +103,9 @@ def test_a_conversion_that_breaks_off_leaves_nothing(fake_package, empty_cache, 
 
 def test_of_two_conversions_at_once_the_first_wins(fake_package, empty_cache, monkeypatch, tiny_backbone_folder):
     def convert_slowly(_, folder):
-        shutil.copytree(tiny_backbone_folder, folder)
         winner = empty_cache / f"gemma3-270m-{embedded.SHA256[:12]}-v1"
-        shutil.copytree(tiny_backbone_folder, winner)  # the other process finishes first
+        for copy in (folder, winner):  # the other process finishes first
+            shutil.copytree(tiny_backbone_folder, copy)
         (winner / "winner").touch()
 
     monkeypatch.setattr(embedded, "_convert", convert_slowly)
@@ -115,14 +115,11 @@ def test_of_two_conversions_at_once_the_first_wins(fake_package, empty_cache, mo
 
 
 def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("GRASP_LORA_CACHE", raising=False)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert cache_folder() == tmp_path / ".cache" / "grasp-lora"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_folder() == tmp_path / "xdg" / "grasp-lora"
-    monkeypatch.setenv("GRASP_LORA_CACHE", str(tmp_path / "own"))
-    assert cache_folder() == tmp_path / "own"
+    for name in ("GRASP_LORA_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, folder in (("HOME", ".cache/grasp-lora"), ("XDG_CACHE_HOME", "grasp-lora"), ("GRASP_LORA_CACHE", "")):
+        monkeypatch.setenv(name, str(tmp_path / name))
+        assert cache_folder() == tmp_path / name / folder
 
 
 @pytest.mark.slow

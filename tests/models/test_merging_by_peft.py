@@ -74,27 +74,17 @@ WEIGHTS = [(1.0, 1.0), (0.3, 0.7), (1.2, -0.5)]
         *((*row, (0.5, 0.2, -1.0), (2, 5, 3)) for row in EACH[:2]),
     ],
 )
-def test_rules_agree_with_peft(
-    rule: Any, combination: str, weights: tuple[float, ...], ranks: tuple[int, ...], peft_deltas: Callable[..., Any]
-) -> None:
+def test_rules_agree_with_peft(rule, combination, weights, ranks, peft_deltas):
     options = {"density": 0.4} if "ties" in combination else {}
     adapters, deltas = peft_deltas(weights, combination, ranks, **options)
     assert_agree(merge(adapters, MergeSettings(rule, weights=weights, **options)), deltas)
 
 
 @pytest.mark.parametrize(
-    ("rule", "combination"),
-    [(DARE, "dare_linear"), ("dare_ties", "dare_ties")],
-    ids=["dare", "dare_ties"],
+    ("rule", "combination"), [(DARE, "dare_linear"), ("dare_ties", "dare_ties")], ids=["dare", "dare_ties"]
 )
 @pytest.mark.parametrize("weights", WEIGHTS)
-def test_dare_agrees_with_peft_under_the_same_drops(
-    rule: Any,
-    combination: str,
-    weights: tuple[float, ...],
-    peft_deltas: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_dare_agrees_with_peft_under_the_same_drops(rule, combination, weights, peft_deltas, monkeypatch):
     draws = torch.Generator().manual_seed(42)
 
     def same_drops(tensor: Tensor, density: float, rescale: bool) -> Tensor:

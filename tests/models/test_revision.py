@@ -1,7 +1,6 @@
 """A backbone of the hub at a revision: what is loaded, what an adapter and its card say of it."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -43,14 +42,12 @@ def of_seed(seed: int) -> str:
 @pytest.mark.parametrize(
     ("asked", "commit", "seed"), [(None, "a" * 40, 0), ("v2", "b" * 40, 1), ("b" * 40, "b" * 40, 1)]
 )
-def test_a_backbone_knows_its_commit(hub: str, asked: str | None, commit: str, seed: int) -> None:
+def test_a_backbone_knows_its_commit(hub, asked, commit, seed):
     backbone = load_backbone(BackboneSettings(hub, revision=asked))
     assert (backbone.commit, backbone.revision, backbone.fingerprint) == (commit, asked, of_seed(seed))
 
 
-def test_the_revision_that_an_adapter_of_peft_states_is_loaded(
-    hub: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_revision_that_an_adapter_of_peft_states_is_loaded(hub, tmp_path, caplog):
     config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], init_lora_weights=False)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(hub, revision="v2"), config, revision="v2")
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
@@ -69,7 +66,7 @@ def test_the_revision_that_an_adapter_of_peft_states_is_loaded(
     assert told == predict_texts(str(tmp_path / "adapter"), ["Hello you"], stop=[], max_new_tokens=6, revision="v2")
 
 
-def test_what_we_save_says_its_revision_to_peft(hub: str, tmp_path: Path) -> None:
+def test_what_we_save_says_its_revision_to_peft(hub, tmp_path):
     config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], init_lora_weights=False)
     get_peft_model(build_tiny_model("llama", 1), config).save_pretrained(tmp_path / "given")
     weights, backbone = (
@@ -83,9 +80,7 @@ def test_what_we_save_says_its_revision_to_peft(hub: str, tmp_path: Path) -> Non
     assert torch.equal(embedding, backbone.model.get_input_embeddings().weight)
 
 
-def test_a_run_on_a_revision_is_asked_on_it_and_its_card_names_it(
-    hub: str, tiny_workspace: Path, cli: Callable
-) -> None:
+def test_a_run_on_a_revision_is_asked_on_it_and_its_card_names_it(hub, tiny_workspace, cli):
     overrides = [f"backbone.name={hub}", "backbone.revision=v2"]
     api.run("tiny.yaml", overrides, folder="run")
     card = Path("run/adapter/README.md").read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ package's: no mask, no policy, no trainer, no PEFT. What is random is given: the
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,21 +20,6 @@ POLICY_LEARNING_RATE, KL, ENTROPY_BONUS, MAX_STEP = 0.05, 0.05, 0.01, 0.10
 LR_DECAY = 0.85
 
 Factors = dict[str, list[Tensor]]  # module.A or module.B -> that factor of each adapter
-
-
-@dataclass
-class Round:
-    """What one round measured and led to."""
-
-    candidates: list[float]
-    baseline_loss: float
-    rewards: list[float]
-    policy_mean: float
-    policy_std: float
-    committed: bool
-    ratio: float
-    masked: int
-    masks: str
 
 
 @dataclass
@@ -55,10 +40,9 @@ class Reference:
         for name, module in self.model.named_modules():
             if f"{name}.A" in self.factors:
                 module.register_forward_hook(self._adapted(name))
-        self.pruned = {
-            name: [torch.zeros_like(one, dtype=torch.bool) for one in ones] for name, ones in self.factors.items()
-        }
-        self.stash = {name: [torch.zeros_like(one) for one in ones] for name, ones in self.factors.items()}
+        for name, ones in self.factors.items():
+            self.pruned[name] = [torch.zeros_like(one, dtype=torch.bool) for one in ones]
+            self.stash[name] = [torch.zeros_like(one) for one in ones]
 
     def _adapted(self, name: str) -> Any:
         def add(module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -80,12 +64,14 @@ class Reference:
 
     def dense(self) -> Factors:
         """Every weight, masked ones with the values that they had."""
-        return {
-            name: [torch.where(off, kept, one.detach()) for off, kept, one in zip(*lists, strict=True)]
-            for name, lists in (
-                (name, (self.pruned[name], self.stash[name], self.factors[name])) for name in self.factors
-            )
+        lists = {
+            name: zip(self.pruned[name], self.stash[name], ones, strict=True) for name, ones in self.factors.items()
         }
+        return {name: [torch.where(off, kept, one.detach()) for off, kept, one in rows] for name, rows in lists.items()}
+
+    def now(self) -> Factors:
+        """Every weight as it is."""
+        return {name: [one.detach().clone() for one in ones] for name, ones in self.factors.items()}
 
     def masks(self, ratio: float) -> dict[str, list[Tensor]]:
         """The floor(ratio * n) smallest weights of each adapter's A and of its B."""
@@ -130,7 +116,7 @@ class Reference:
         )
         mean = ratio = RATIO_INIT
         std = (RATIO_MAX - RATIO_MIN) / 6
-        rounds: list[Round] = []
+        rounds: list[dict[str, Any]] = []
         self.commit(ratio)
         for step, place in enumerate(order):
             optimizer.param_groups[0]["lr"] = learning_rate * LR_DECAY ** (step // len(train))
@@ -140,14 +126,11 @@ class Reference:
                 for one, off in zip(ones, self.pruned[name], strict=True):
                     one.grad[off] = 0.0  # type: ignore[index]
             optimizer.step()
-            self.put_on(
-                self.pruned, {name: [one.detach().clone() for one in ones] for name, ones in self.factors.items()}
-            )
+            self.put_on(self.pruned, self.now())
             if (step + 1) % every:
                 continue
             probed = candidates[len(rounds)]
-            baseline, dense = self.mean_loss(micro_dev), self.dense()
-            now = {name: [one.detach().clone() for one in ones] for name, ones in self.factors.items()}
+            baseline, dense, now = self.mean_loss(micro_dev), self.dense(), self.now()
             rewards = []
             for candidate in probed:
                 self.put_on(self.masks(candidate), dense)
@@ -158,21 +141,11 @@ class Reference:
             if rewards[best] >= 0.0:
                 ratio += max(-MAX_STEP, min(MAX_STEP, probed[best] - ratio))
                 self.commit(ratio, optimizer)
+            measured = {"candidates": list(probed), "baseline_loss": baseline, "rewards": rewards}
+            led_to = {"policy_mean": mean, "policy_std": std, "committed": rewards[best] >= 0.0, "ratio": ratio}
             flat = self.flat_masks()
-            rounds.append(
-                Round(
-                    list(probed),
-                    baseline,
-                    rewards,
-                    mean,
-                    std,
-                    rewards[best] >= 0.0,
-                    ratio,
-                    int(flat.sum()),
-                    digest(flat),
-                )
-            )
-        return [asdict(one) for one in rounds]
+            rounds.append(measured | led_to | {"masked": int(flat.sum()), "masks": digest(flat)})
+        return rounds
 
 
 def smallest(weights: Tensor, ratio: float) -> Tensor:

@@ -1,12 +1,11 @@
 """What a step's masks ask of the device: as much for many modules as for few, and nothing that would make the host wait."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 
 import pytest
 import torch
 from random_examples import make_examples, random_merged
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import TrainerCallback
 
 from grasp_lora.method.search import POLICIES, Controller, Rounds
 from grasp_lora.models.adapters import attached
@@ -36,25 +35,21 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class Counted(TrainerCallback):
-    """Calls a callback with its operations counted, step by step."""
+def count_operations(pruned: PrunedTraining) -> dict[int, Counter[str]]:
+    """Have the operations of a callback's hooks counted, by step."""
+    steps: dict[int, Counter[str]] = defaultdict(Counter)
 
-    def __init__(self, inner: PrunedTraining) -> None:
-        self.inner = inner
-        self.steps: dict[int, Counter[str]] = {}
-        for name in (*HOOKS, "on_train_begin", "on_train_end"):
-            setattr(self, name, self._counted(name))
-
-    def _counted(self, name: str):
+    def counted(name: str, hook):
         def call(args, state, control, **kwargs):
             with Operations() as operations:
-                getattr(self.inner, name)(args, state, control, **kwargs)
-            if name in HOOKS:
-                # Before the step ends the trainer has not counted it.
-                step = state.global_step + (name in HOOKS[:3])
-                self.steps[step] = self.steps.get(step, Counter()) + operations.counts
+                hook(args, state, control, **kwargs)
+            steps[state.global_step + (name in HOOKS[:3])] += operations.counts  # not counted before the step ends
 
         return call
+
+    for name in HOOKS:
+        setattr(pruned, name, counted(name, getattr(pruned, name)))
+    return steps
 
 
 def counted_steps(make_tiny_model, tmp_path, layers: int, kind: str) -> list[Counter[str]]:
@@ -68,12 +63,12 @@ def counted_steps(make_tiny_model, tmp_path, layers: int, kind: str) -> list[Cou
     else:
         settings = Controller(POLICIES[kind](), Rounds(STEPS), "smooth_fit")
         pruned = GraspController(probes, settings, segments=segments)
-    counted = Counted(pruned)
+    steps = count_operations(pruned)
     with attached(backbone, weights) as model:
         training = TrainingSettings(epochs=1, patience=None, keep="last")
-        finetune(model, EXAMPLES, (), training, pad_id=0, seed=1, folder=tmp_path, callbacks=[counted])
+        finetune(model, EXAMPLES, (), training, pad_id=0, seed=1, folder=tmp_path, callbacks=[pruned])
         assert pruned.masks.sparsity() > 0.0
-    return [counted.steps[step] for step in range(2, STEPS)]
+    return [steps[step] for step in range(2, STEPS)]
 
 
 @pytest.mark.parametrize("kind", ["final", "gaussian", "spread"])

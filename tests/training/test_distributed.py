@@ -6,7 +6,7 @@ from pathlib import Path
 import forked
 import pytest
 import torch
-from random_examples import factors, make_examples, naive_losses, random_adapter, read_rows
+from random_examples import assert_step, make_examples, put, random_adapter, read_rows
 
 from grasp_lora.models.adapters import attached
 from grasp_lora.training.probes import NormCollector, ProbeSet
@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path[:0] = [os.environ["TESTS_FOLDER"], os.environ["TESTS_FOLDER"] + "/training"]
 import torch
 from conftest import build_tiny_model
-from random_examples import factors, make_examples, random_adapter
+from random_examples import Watch, factors, make_examples, random_adapter, values
 from test_distributed import MICRO_DEV, MICRO_DEV_BUDGET
 from transformers import TrainerCallback, TrainingArguments
 
@@ -43,20 +43,6 @@ fed = []
 collate = finetune_module.collate
 finetune_module.collate = lambda batch, pad_id: fed.append([example.id for example in batch]) or collate(batch, pad_id)
 results = {}
-
-
-def values(model):
-    return [factor.detach().clone() for factor in factors(model)]
-
-
-class Watch(TrainerCallback):
-    def __init__(self):
-        self.before, self.gradients, self.rates = [], [], []
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.before.append(values(kwargs["model"]))
-        self.gradients.append([factor.grad.clone() for factor in factors(kwargs["model"])])
-        self.rates.append(kwargs["optimizer"].param_groups[0]["lr"])
 
 
 # A step over several processes. Seven examples do not divide evenly.
@@ -93,24 +79,15 @@ with attached(backbone, random_adapter(backbone)) as model:
 class First(TrainerCallback):  # before the controller, at its first round
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 2:
-            results["at_first_round"] = values(kwargs["model"])
-
-
-class Recording(GraspController):
-    records = []
-
-    def run_round(self, model, optimizer):
-        self.records.append(super().run_round(model, optimizer))
-        return self.records[-1]
+            results["at_first_round"] = [factor.detach().clone() for factor in factors(kwargs["model"])]
 
 
 for score in ("input_aware", "magnitude"):
     with attached(backbone, random_adapter(backbone), dropout=0.3) as model:
         micro_dev = ProbeSet(MICRO_DEV, 0, MICRO_DEV_BUDGET)
-        controller = Recording(
+        controller = GraspController(
             micro_dev, Controller(Gaussian(), Rounds(2), "smooth_fit"), MaskSettings(score), folder=folder / score
         )
-        controller.records = []
         callbacks = [First()] if score == "input_aware" else []
         found = finetune(
             model, make_examples(12), make_examples(4, 2, "d"),
@@ -118,7 +95,7 @@ for score in ("input_aware", "magnitude"):
             folder=folder / score, callbacks=callbacks, controller=controller,
         )
         results[score] = {
-            "records": controller.records,
+            "records": controller.rows()[0],
             "keep": controller.masks.keep,
             "weights": values(model),
             "ratio": controller.search.current_ratio,
@@ -195,20 +172,6 @@ def model(make_tiny_model):
         yield model
 
 
-def put(model, weights) -> None:
-    for factor, value in zip(factors(model), weights, strict=True):
-        factor.data.copy_(value)
-
-
-def assert_step(model, watch, step, examples, logged) -> None:
-    """Loss and gradients of a step are those of the mean over the examples, each alone."""
-    put(model, watch["before"][step])
-    loss = naive_losses(model, examples).mean()
-    for found, gradient in zip(watch["gradients"][step], torch.autograd.grad(loss, factors(model)), strict=True):
-        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6)
-    assert logged == pytest.approx(loss.item(), rel=1e-4)
-
-
 def test_a_step_follows_the_mean_over_the_examples_of_all_ranks(ranks, model):
     plain = [rank["plain"] for rank in ranks]
     examples = {example.id: example for example in make_examples(7)}
@@ -272,8 +235,8 @@ def test_norms_count_each_example_once(ranks, model):
 def test_records_are_written_once(ranks, folder):
     for score in ("input_aware", "magnitude"):
         rows = read_rows(folder / score / "rounds.jsonl")
-        measured = [record["baseline_losses"] for record in ranks[0][score]["records"]]
-        assert [(row["round"], row["baseline_losses"]) for row in rows] == list(enumerate(measured, start=1))
+        assert [row["round"] for row in rows] == list(range(1, 7))
+        assert rows == ranks[0][score]["records"]
         history = read_rows(folder / score / "history.jsonl")
         assert history == ranks[0][score]["result"]["history"]
         # The dev loss is measured once an epoch, whose steps are shared by the processes.

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from paper_reference import Reference, digest
-from random_examples import make_examples
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
 from conftest import build_tiny_model
+from paper_reference import Reference, digest
+from random_examples import make_examples
 
 from grasp_lora.method.lora import AdapterWeights, LoraPair
 from grasp_lora.method.masks import MaskSet
@@ -114,7 +114,7 @@ def as_recorded(rounds: list[dict[str, Any]], tolerance: float) -> list[dict[str
     ]
 
 
-def test_eight_rounds_are_those_of_an_independent_reference(tmp_path: Path) -> None:
+def test_eight_rounds_are_those_of_an_independent_reference(tmp_path):
     recorded = json.loads(FILE.read_text(encoding="utf-8"))
     rounds = recorded["rounds"]
     assert reference_run(recorded["order"], [row["candidates"] for row in rounds]) == as_recorded(rounds, 1e-10)
