@@ -220,13 +220,13 @@ def test_the_file_holds_the_deltas(architecture, dtype, stored, save_backbone):
     assert len(found) == len(weights) == 14
     for module, pair in weights.items():
         number, _, part = module.removeprefix("model.layers.").partition(".")
-        A, B = (factor.to(getattr(torch, dtype)).double() for factor in (pair.A, pair.B))
-        delta = pair.scaling * B @ A
+        delta = pair.scaling * pair.B.double() @ pair.A.double()
         if architecture == "llama" and part.endswith(("q_proj", "k_proj")):
             # llama.cpp turns rows 2i and 2i + 1 of a head together, transformers rows i and i + half a head.
             heads = delta.unflatten(0, (-1, 8))
             delta = torch.stack([heads[:, :4], heads[:, 4:]], dim=2).flatten(0, 2)
-        torch.testing.assert_close(found[f"blk.{number}.{MODULES[part]}.weight"], delta, rtol=1e-6, atol=1e-7)
+        lost = found[f"blk.{number}.{MODULES[part]}.weight"] - delta
+        assert lost.norm() <= {"float32": 1e-6, "float16": 1e-3, "bfloat16": 6e-3}[dtype] * delta.norm()
 
 
 def test_what_is_not_known_to_convert_leaves_nothing_behind(save_backbone, monkeypatch):
