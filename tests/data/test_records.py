@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from grasp_lora.data.files import read_file
-from grasp_lora.data.records import Pool, make_pool, text_key
+from grasp_lora.data.records import Pool, make_pool, text_keys
 from grasp_lora.errors import DataError
 
 HI, HELLO = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
@@ -63,14 +63,14 @@ class TestSquad:
         (record,) = read(content, "qa", "ar.json").records
         assert (record.id, record.answer, record.references) == ("q1", "سوداء", ("سوداء", "سوداء جدا"))
         assert record.fields == {"context": "القطة سوداء جدا", "question": "ما لونها؟"}
-        assert record.keys == {"id:q1", text_key("القطة سوداء جدا"), "article:قط"}
+        assert record.keys == {"id:q1", *text_keys("القطة سوداء جدا"), "article:قط"}
 
     def test_an_article_is_one_group_in_all_its_files_and_untitled_ones_are_told_apart(self, read):
         first, second = (
             read(squad((title, [(f"context {n}", [(n, "?", ["context"])])])), "qa", f"{n}.json").records[0]
             for n, title in (("1", "قط  أسود"), ("2", "قط_أسود"))
         )
-        assert first.keys & second.keys == {"article:قط أسود"}
+        assert first.keys & second.keys == {"article:قطأسود"}
         content = squad(("", [("a b", [("1", "?", ["a"])])]), ("", [("c d", [("2", "?", ["c"])])]))
         first, second = read(content, "qa", "x.json").records
         assert not first.keys & second.keys
@@ -153,7 +153,7 @@ class TestRecords:
         columns = {"id": "key", "document": "text", "summary": "tldr", "group": "topic", "references": "gold"}
         (record,) = read([row], "summarization", **columns).records
         assert (record.id, record.answer, record.references) == ("7", "s", ("s", "short"))
-        assert record.keys == {"id:7", "group:t", text_key("doc")}
+        assert record.keys == {"id:7", "group:t", *text_keys("doc")}
         with pytest.raises(DataError, match="no column 'topic'; found: key, text, tldr"):
             read([{"key": 7, "text": "doc", "tldr": "s"}], "summarization", **columns)
 
@@ -163,7 +163,7 @@ class TestRecords:
     def test_answers_in_the_shapes_of_hub_data(self, read, answers):
         (record,) = read([{"context": "c", "question": "?", "title": "T", "answers": answers}], "qa").records
         assert record.answer == "blue"
-        assert "article:T" in record.keys
+        assert "article:t" in record.keys
 
     @pytest.mark.parametrize(
         ("rows", "message"),
@@ -202,7 +202,7 @@ class TestRecords:
         twice = [{"context": text, "question": "?", "answer": "a", "ID": "7"} for text in "ab"]  # it numbers articles
         assert not any("id:7" in record.keys for record in read(twice, "qa").records)
         named = [{"prompt": "a", "completion": "b", "title": "T"}]
-        assert "article:T" in read(named, "completion", title="title").records[0].keys
+        assert "article:t" in read(named, "completion", title="title").records[0].keys
         assert "article:T" not in read(named, "completion").records[0].keys
 
     def test_two_writings_of_one_text_join(self, read):
@@ -444,3 +444,9 @@ def test_malformed_files(read, name, content, message):
 def test_a_missing_file(tmp_path):
     with pytest.raises(DataError, match=r"^x\.json: No such file or directory$"):
         read_file("x.json", tmp_path / "x.json")
+
+
+def test_made_up_ids_do_not_depend_on_how_a_path_is_written(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n', encoding="utf-8")
+    tables = [read_file(name, tmp_path / "rows.jsonl") for name in ("rows.jsonl", "./rows.jsonl")]
+    assert len({make_pool([table], "completion").records[0].id for table in tables}) == 1

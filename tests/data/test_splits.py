@@ -84,12 +84,15 @@ def talk(*said: str) -> dict[str, object]:
     return {"messages": [{"role": roles[place % 2], "content": text} for place, text in enumerate(said)]}
 
 
+def table_of(rows: list[dict[str, object]], name: str = "file") -> Table:
+    return Table(name, [Row(f"row {place}", row) for place, row in enumerate(rows)])
+
+
 def groups(*pools: list[dict[str, object]]) -> list[str]:
     """The group of each row, where each list is a file of its own."""
     records: list[Record] = []
     for number, rows in enumerate(pools):
-        table = Table(f"file {number}", [Row(f"row {place}", row) for place, row in enumerate(rows)])
-        records += make_pool([table], "completion").records
+        records += make_pool([table_of(rows, f"file {number}")], "completion").records
     names = join_groups(keys_with_turns(records))
     return [names[min(record.keys)] for record in records]
 
@@ -99,6 +102,33 @@ def test_a_row_and_what_goes_on_after_it_join_also_across_files():
         [talk("hi", "hello", "a", "b")], [talk("hi", "hello", "a ", "b", "c", "d"), talk("hi", "hello", "e", "f")]
     )
     assert first == second != third  # the opening that all share joins none
+
+
+def test_versions_of_a_conversation_join_where_only_the_longer_have_a_system_turn():
+    short, longer = talk("hi", "hello"), talk("hi", "hello", "how are you?", "fine")
+    longer = {"messages": [{"role": "system", "content": "Be kind."}, *longer["messages"]]}
+    assert len(set(groups([short, longer]))) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "copy"),
+    [("The first text", "the \ufb01rst text"), ("The first text", "THE\u00a0FIRST, text."), ("محمد", "مُحَمَّد")],
+)
+def test_near_copies_of_a_text_join(text, copy):
+    rows = [{"document": text, "summary": "s"} for text in (text, copy, "The second text")]
+    first, near, other = make_pool([table_of(rows)], "summarization").records
+    assert first.keys & near.keys
+    assert not first.keys & other.keys
+
+
+def test_both_sides_of_a_translation_keep_its_pairs_together():
+    """As in a corpus of many languages, where one reference stands in several pairs."""
+    rows = [
+        {"source": source, "target": target} for source, target in (("un", "one"), ("moja", "One."), ("deux", "two"))
+    ]
+    first, second, other = make_pool([table_of(rows)], "translation").records
+    assert first.keys & second.keys
+    assert not first.keys & other.keys
 
 
 def test_rows_of_prompt_and_history_join():

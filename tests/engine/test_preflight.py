@@ -65,8 +65,6 @@ def test_nothing_is_warned_of_where_all_is_usual(check: Check) -> None:
     [
         ("duplicates", r"3 of dev \(such as n\d+\), .*4 of test \(such as n\d+\); remove them",
          rows_like(prompt=lambda i: f"p{i // 2}:")),
-        ("near leaks", "test prompts stand in another split but for case and marks around words, the first is n",
-         rows_like(prompt=lambda i: ("WHAT IS {}?" if i % 2 else "what is {}?").format(i // 2), completion=lambda i: f" {i}")),
         ("stop", r"generation.stop \['\\n'\] ends answers that test references go on after",
          rows_like(completion=lambda i: f" a\nb {i}")),
         ("answers", "of 8 test answers have more than generation.max_new_tokens 4 tokens",

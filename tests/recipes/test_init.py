@@ -100,7 +100,7 @@ KINDS: dict[str, tuple[str, Callable[[str, int], dict[str, Any]]]] = {
     ),
     "label": ("t.csv", lambda name, i: {"id": f"{name}{i}", "Sentence": f"{name} {i}", "Label": "ab"[i % 2]}),
     "response": ("t.csv", lambda name, i: {"Instruction": f"{name} {i}", "response": f"it {i}"}),
-    "parallel": ("t.csv", lambda name, i: {"source": f"{name} {i}", "target": f"ada {i}"}),
+    "parallel": ("t.csv", lambda name, i: {"source": f"{name} {i}", "target": f"{name} ada {i}"}),
 }
 
 

@@ -77,6 +77,7 @@ def keys_with_turns(records: Iterable[Record]) -> Iterator[frozenset[str]]:
 def _up_to_answers(record: Record) -> list[bytes]:
     """A hash of the conversation up to each of its answers, the last one being the record's own."""
     turns = record.messages or ({"role": "user", "content": "\n".join(record.fields.values())},)
+    turns = tuple(turn for turn in turns if turn["role"] != "system")  # which not all versions of a conversation have
     digest, hashes = hashlib.sha256(), []
     for turn in (*turns, {"role": "assistant", "content": record.answer}):
         digest.update(same_text(turn["content"]).encode() + b"\0")

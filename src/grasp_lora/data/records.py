@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from os.path import normpath
 from typing import Any
 
 from grasp_lora.data.files import Row, Table
@@ -45,6 +46,17 @@ _MAPPED = {
     **{"\r": "\n", "\x0b": " ", "\x0c": " "},
 }
 
+
+class _Letters(dict[int, int | None]):
+    """For `str.translate`: leaves out combining marks, punctuation, white space and control characters."""
+
+    def __missing__(self, code: int) -> int | None:
+        category = unicodedata.category(chr(code))
+        self[code] = None if category[0] in "PZC" or category == "Mn" else code
+        return self[code]
+
+
+_LETTERS = _Letters()
 Columns = Mapping[str, str]  # field -> column
 Message = dict[str, str]
 
@@ -73,7 +85,7 @@ class Record:
     def content(self) -> str:
         """A hash of what it asks, whatever its file, id and template: an adapter carries those of its training rows along."""
         texts = [*self.fields.values(), *(message["content"] for message in self.messages)]
-        return hashlib.sha256("\0".join(map(same_text, texts)).encode()).hexdigest()[:16]
+        return hashlib.sha256("\0".join(map(same_letters, texts)).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -148,7 +160,7 @@ def make_pool(
             with reading(where):
                 if table.of_cells:
                     _refuse_written_lists(values, named)
-                record = _record(values, task, named, f"{table.name}:{number}", has_ids)
+                record = _record(values, task, named, f"{normpath(table.name)}:{number}", has_ids)
                 if isinstance(record, Record):
                     records.append(_trimmed(record, counts) if layout.trims and task != "completion" else record)
                 elif skip_unanswered or record is None:
@@ -177,18 +189,29 @@ def find_layout(table: Table, task: str | None, columns: Columns | None = None) 
     return next(fitting, LAYOUTS["records"])
 
 
-def text_key(text: str) -> str:
-    """Return the grouping key of a text, by its `same_text`.
+def text_keys(text: str) -> set[str]:
+    """Return the grouping keys of a text, by its `same_text`, which names groups, and by its `same_letters`.
 
-    >>> text_key("a  b\\n") == text_key("a b")
-    True
+    >>> text_keys("a  b\\n") == text_keys("a b"), len(text_keys("a b") & text_keys("A b."))
+    (True, 1)
     """
-    return "text:" + hashlib.sha256(same_text(text).encode()).hexdigest()[:16]
+    ways = {"text:": same_text(text), "near:": same_letters(text)}
+    return {kind + hashlib.sha256(way.encode()).hexdigest()[:16] for kind, way in ways.items()}
 
 
 def same_text(text: str) -> str:
     """Return what two writings of one text have in common: Unicode form NFC, one space for white space, no invisible marks."""
     return " ".join(INVISIBLE.sub("", unicodedata.normalize("NFC", text)).split())
+
+
+def same_letters(text: str) -> str:
+    """Return what near copies of a text have in common: form NFKC without case, marks, punctuation and white space.
+
+    >>> same_letters("The ﬁrst,  “one”."), same_letters("مُحَمَّد") == same_letters("محمد"), same_letters("?!")
+    ('thefirstone', True, '?!')
+    """
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return folded.translate(_LETTERS) or same_text(text)
 
 
 def same_label(label: str) -> str:
@@ -337,20 +360,22 @@ def _record(
     title = row.get("title") if task != "completion" or "title" in columns else None
     if isinstance(title, str | int) and not isinstance(title, bool) and not is_blank(title):
         # The same in every file: an article may be spread over several, with spaces or, as in XQuAD, `_`.
-        keys.add("article:" + same_text(str(title).replace("_", " ")))
+        keys.add("article:" + same_letters(str(title)))
     messages = _messages(row, columns.get("messages", "messages")) if task == "completion" else []
     if messages and (messages[-1]["role"] != "assistant" or is_blank(messages[-1]["content"])):
         return f"{columns.get('messages', 'messages')} must end with an assistant message that is not empty"
     if messages:
         inputs: dict[str, str] = {}
         answers = [messages[-1]["content"]]
-        keys.add(text_key("\n".join(message["content"] for message in messages[:-1])))
+        keys |= text_keys("\n".join(message["content"] for message in messages[:-1] if message["role"] != "system"))
     else:
         inputs = {field: text_of(cell(field), field) for field in fields.inputs}
         answers = _answers(cell(fields.answer), fields.answer)
         if not answers:
             return f"{fields.answer} is empty"
-        keys.add(text_key(inputs[fields.document or fields.inputs[0]]))
+        keys |= text_keys(inputs[fields.document or fields.inputs[0]])
+        if task == "translation":  # in a corpus of many languages a reference stands in several pairs
+            keys |= text_keys(answers[0])
     gold = answers
     if not is_blank(references := row.get("references")) and references != []:
         several = references if isinstance(references, list | tuple) else [references]

@@ -496,9 +496,9 @@ def check_disjoint(splits: Splits) -> None:
                 problems[-1] += f" (the prompts of {ours} and {theirs} are the same, after cuts and the template)"
     if problems:
         raise DataError(
-            f"splits overlap: {'; '.join(problems)}. A group joins records with the same id, context, document or "
-            "article; remove the shared ones from a file, rename ids that only number its rows, or give one pool (files) and let "
-            "it be split"
+            f"splits overlap: {'; '.join(problems)}. A group joins records with the same id, context, document or article, but "
+            "for case and marks; remove the shared ones from a file, rename ids that only number its rows, or give one pool "
+            "(files) and let it be split"
         )
 
 

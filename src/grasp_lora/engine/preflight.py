@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from grasp_lora.recipes.advice import advice
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.recipes.stages import AUTO
 from grasp_lora.storage.memory import enough_memory, peak_memory
-from grasp_lora.text.characters import ENDS_OF_SENTENCES, bare_words, split_unspaced
+from grasp_lora.text.characters import ENDS_OF_SENTENCES, split_unspaced
 from grasp_lora.text.display import listed, one_line
 from grasp_lora.training.loss import collate, example_losses
 from grasp_lora.training.training_settings import TRAINED_AS_MEASURED
@@ -141,7 +140,7 @@ def _doubts(session: Session) -> Iterator[Finding]:
 
 
 def _doubts_of_rows(session: Session) -> Iterator[Finding]:
-    """Rows that stand twice, nearly leak, or whose prompt and answer are glued together."""
+    """Rows that stand twice, or whose prompt and answer are glued together."""
     splits = session.splits
     tallies = [tally for tally in (splits.report.source, splits.report.target) if tally is not None]
     excluded, numbers = sum(tally.excluded_for_leak for tally in tallies), splits.report.numbers_as_ids
@@ -158,13 +157,6 @@ def _doubts_of_rows(session: Session) -> Iterator[Finding]:
         )
         text = f"examples that stand there more than once, prompt and answer alike: {where}; remove them from the data"
         yield _warning("duplicates", text)
-    leaked = _nearly_leaked(session)
-    if leaked:
-        yield _warning(
-            "near leaks",
-            f"{len(leaked)} of {len(splits.test)} test prompts stand in another split but for case and marks around words, the "
-            f"first is {leaked[0]}; remove those that ask the same",
-        )
     glued = [row for row in splits.train if _are_glued(row)]
     if not splits.report.chat_template and 2 * len(glued) > len(splits.train):
         border = one_line(glued[0].prompt[-8:] + glued[0].completion[:8])
@@ -179,16 +171,6 @@ def _repeated(rows: Sequence[Example]) -> list[Example]:
     """The rows of which an equal one, prompt and answer alike, stands before."""
     first: dict[tuple[str, str], Example] = {}
     return [row for row in rows if first.setdefault((row.prompt, row.completion), row) is not row]
-
-
-def _nearly_leaked(session: Session) -> list[str]:
-    """Test rows that another split has in other case or with other marks, which no rule keeps apart."""
-    splits = session.splits
-    test = [(tuple(bare_words(row.prompt)), row.public_id) for row in splits.test]
-    wanted = {words for words, _ in test}
-    rest = chain(splits.train, splits.dev, splits.micro_dev, splits.source_train) if test else ()
-    seen = {words for row in rest if (words := tuple(bare_words(row.prompt))) in wanted}
-    return [name for words, name in test if words in seen]
 
 
 def _are_glued(row: Example) -> bool:

@@ -36,16 +36,6 @@ _ONE_LETTER = {
 }
 _OLD_LETTERS = re.compile("|".join(_ONE_LETTER))
 DOTTED = frozenset({"tr", "az"})  # languages whose i keeps its dot as a capital, and whose I has none
-_MARKS = ENDS_OF_SENTENCES + ",:;\"'()[]«»„“”‘’、，：；（）「」،؛–—"
-
-
-def bare_words(text: str) -> list[str]:
-    """List the words of a text in lower case, without the marks around them; one of marks alone stays, such as a smiley.
-
-    >>> bare_words("“Is it -5?” :) C++"), bare_words("")
-    (['is', 'it', '-5', ':)', 'c++'], [])
-    """
-    return [word.strip(_MARKS) or word for word in text.casefold().split()]
 
 
 def split_unspaced(text: str) -> str:
