@@ -236,7 +236,10 @@ def summary(session: Session, settings: ComparisonSettings, rows: Rows, folds: S
     finished = {name: row for name, row in rows.items() if row.by_number}
     numbers = {number for row in finished.values() for number in row.by_number}
     metrics = _metrics(session, finished)
-    optional: dict[str, Any] = {"folds": _folds(folds)} if folds else {}
+    optional: dict[str, Any] = {}
+    if folds:
+        sizes = [(len(splits.test), len(splits.train), len(splits.source_train)) for splits in folds]
+        optional["folds"] = [FoldSizes(test=test, train=train, source_train=source) for test, train, source in sizes]
     test = [example for splits in folds or [session.splits] for example in splits.test]
     tested = group_numbers(test)
     if len(set(tested)) < len(tested):
@@ -276,13 +279,6 @@ def summary(session: Session, settings: ComparisonSettings, rows: Rows, folds: S
         made_with=_made_with(finished),
         **optional,
     )
-
-
-def _folds(folds: Sequence[Splits]) -> list[FoldSizes]:
-    return [
-        FoldSizes(test=len(splits.test), train=len(splits.train), source_train=len(splits.source_train))
-        for splits in folds
-    ]
 
 
 def _metrics(session: Session, rows: Mapping[str, Outcomes]) -> list[str]:

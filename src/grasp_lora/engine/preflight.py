@@ -121,18 +121,9 @@ def _doubts(session: Session) -> Iterator[Finding]:
     elif recipe.data.source is not None and recipe.data.source.language.lower() == session.language.lower():
         text = f"source and target are both in {session.language}; data.source is meant for a language with more data"
         yield _warning("source", text)
-    answers = {place: adapter.info.answers for place, adapter in session.given.items()}
-    tasks = [
-        f"{place} ({how.task})" for place, how in answers.items() if how and how.task not in (None, recipe.data.task)
-    ]
-    if tasks:
-        text = (
-            f"the recipe's task is {recipe.data.task}, but these adapters were trained for another: {', '.join(tasks)}"
-        )
-        yield _warning("adapter", text)
     if not splits.dev:
         yield _warning("dev", "no dev set: no early stopping, the last step of every fine-tune is kept")
-    if recipe.target.on == AUTO and not choosing_splits({name: len(getattr(splits, name)) for name in SPLITS}):
+    if recipe.target.on == AUTO and not choosing_splits(splits):
         text = "too few dev and micro-dev rows choose where the target adapter is trained: it will be on the backbone alone"
         yield _warning("target.on", text)
     if not splits.test:
@@ -259,7 +250,7 @@ def _cost(recipe: Recipe, session: Session) -> tuple[float, int]:
     if not recipe.source.adapters:
         trained += recipe.source.training.epochs * len(splits.source_train)
     if not recipe.target.adapter:
-        chosen = recipe.target.on == AUTO and choosing_splits({name: len(getattr(splits, name)) for name in SPLITS})
+        chosen = recipe.target.on == AUTO and choosing_splits(splits)
         trained += (2 if chosen else 1) * recipe.target.training.epochs * train
     runs = 2 if recipe.final.deliver == "best" else 1  # the final run, and the source adapter continued
     trained += (runs + recipe.final.all_rows) * recipe.final.training.epochs * train

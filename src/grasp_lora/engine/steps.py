@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grasp_lora.data.encode import Example
-from grasp_lora.data.splits import hash_of
+from grasp_lora.data.splits import Splits, hash_of
 from grasp_lora.engine import lorahub
 from grasp_lora.engine.results import (
     Adapter,
@@ -502,7 +502,7 @@ class Steps:
     @property
     def choosing_splits(self) -> tuple[str, ...]:
         """The splits whose rows may decide; none where all of them together are too few."""
-        return choosing_splits({name: len(getattr(self.splits, name)) for name in CHOOSING})
+        return choosing_splits(self.splits)
 
     @property
     def choosing_split(self) -> str | None:
@@ -635,10 +635,10 @@ def given_adapter(adapter: LoadedAdapter) -> Adapter:
     return Adapter(key, lambda: adapter.weights, title=adapter.name, rows=frozenset(adapter.info.rows))
 
 
-def choosing_splits(sizes: Mapping[str, int]) -> tuple[str, ...]:
-    """The splits with rows that may decide, given the size of each; none where all of them together are too few."""
-    present = tuple(name for name in CHOOSING if sizes[name])
-    return present if sum(sizes[name] for name in present) >= FEWEST else ()
+def choosing_splits(splits: Splits) -> tuple[str, ...]:
+    """The splits with rows that may decide; none where all of them together are too few."""
+    sizes = {name: len(getattr(splits, name)) for name in CHOOSING}
+    return tuple(name for name, size in sizes.items() if size and sum(sizes.values()) >= FEWEST)
 
 
 def plain(inputs: Mapping[str, Any]) -> dict[str, Any]:
