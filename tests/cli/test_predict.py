@@ -231,6 +231,7 @@ def test_an_answer_in_a_chat_ends_with_its_turn(here: Path) -> None:
         (("qa", "a prompt", "-o", "out.csv"), "--output", "file of rows"),
         (("silent", "--question", "q"), "does not say", "whole prompt"),
         (("foreign", "--question", "q"), "__class__", "{context}"),
+        (("many", "a prompt"), "adapter many: 1000 labels", "a classification has 2 to 200"),
     ],
 )
 def test_what_cannot_be_asked_is_one_line_and_nothing_is_written(
@@ -242,6 +243,7 @@ def test_what_cannot_be_asked_is_one_line_and_nothing_is_written(
     for name, changes in {
         "silent": {"task": None, "prompt": None},
         "foreign": {"prompt": "{context.__class__}"},
+        "many": {"labels": [f"label {number}" for number in range(1000)]},
     }.items():
         shutil.copytree("qa", name)
         change_answers(name, **changes)

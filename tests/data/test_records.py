@@ -373,6 +373,7 @@ class TestCells:
             ("\n,,\r\nprompt,completion\nHabari,x\n", 4),
             ('"","",""\nprompt,completion\nHabari,x\n', 3),
             ("sep=;\n\nprompt;completion\nHabari;x\n", 4),
+            ("prompt;completion;notes, if any\r\nHabari, dunia;x;\r\n", 2),
         ],
     )
     def test_csv_as_excel_writes_it(self, read, text, line):

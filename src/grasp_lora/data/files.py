@@ -15,6 +15,7 @@ import re
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -144,8 +145,8 @@ def _csv(path: Path, name: str, delimiter: str | None = None) -> Iterator[Row]:
     if stated := re.match(r"sep=(.)(?=\r?\n)", text):  # a first line for Excel, which other readers take for the header
         text, delimiter = text[stated.end() :], stated[1]
     header = next((line for line in text.split("\n") if line.strip(' \t\r,;"')), "")
-    delimiter = delimiter or next((mark for mark in ",;\t" if mark in header), ",")
     csv.field_size_limit(max(csv.field_size_limit(), MOST_CELL))  # of the whole process; it is never lowered
+    delimiter = delimiter or _delimiter_of(text, header)
     lines = io.StringIO(text, newline="")
     reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=f"{delimiter} " in header, strict=True)
     try:
@@ -158,6 +159,18 @@ def _csv(path: Path, name: str, delimiter: str | None = None) -> Iterator[Row]:
             yield row
     except csv.Error as error:
         raise DataError(f"{name}, line {reader.line_num}: not valid CSV ({error})") from None
+
+
+def _delimiter_of(text: str, header: str) -> str:
+    """The mark of the header that gives every row as many cells, the most: Excel has semicolons where the comma is decimal."""
+    marks = [mark for mark in ",;\t" if mark in header] or [","]
+    cells_by = dict.fromkeys(marks, 0)
+    for mark in marks if len(marks) > 1 else ():
+        with suppress(csv.Error):
+            rows = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
+            counts = {len(cells) for cells in rows if any(cells)}
+            cells_by[mark] = counts.pop() if len(counts) == 1 else 0
+    return max(marks, key=cells_by.__getitem__)
 
 
 def _holds_rows(cell: str, columns: int) -> bool:

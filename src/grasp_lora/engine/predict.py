@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 
 from grasp_lora.data.encode import Encoder, Tally, check_tokenizer, encode_labels, prompt_ids
 from grasp_lora.data.files import READERS, Row, Table, read_file
-from grasp_lora.data.records import SPEAKERS, XLSUM_COLUMNS, Record, clean_text, make_pool
+from grasp_lora.data.records import SPEAKERS, XLSUM_COLUMNS, Record, check_labels, clean_text, make_pool
 from grasp_lora.data.tasks import ANY_LANGUAGE, TEMPLATES, Template, check_template, fields_of, options_of, task_fields
 from grasp_lora.errors import DataError, RecipeError
 from grasp_lora.models.adapter_files import Answers, LoadedAdapter, read_adapter
@@ -136,6 +136,8 @@ def asking(
     with reading("how to answer", RecipeError):
         settings = TypeAdapter(GenerationSettings).validate_python(asked)
     _templates_of(form)
+    if form.labels:
+        check_labels(form.labels, f"adapter {adapter.name}")
     backbone = backbone or backbone_of_run(place)
     loaded = backbone_of(adapter, backbone, device, revision=revision, trust_remote_code=trust_remote_code)
     check_fits(adapter, loaded)
