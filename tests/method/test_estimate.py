@@ -236,22 +236,15 @@ def test_noise_leaves_most_of_the_range_open_and_a_valley_does_not(rule):
 
 @pytest.mark.parametrize(("high", "nothing", "wide"), [(0.49, False, False), (0.7, False, True), (0.74, True, True)])
 def test_most_of_the_range_is_three_quarters_of_what_was_searched(high, nothing, wide):
-    estimate = of(0.4, 0.2, high)(history(quadratic, 2), LOW, HIGH)
+    rule, rounds = Rule("mine", lambda told, *_: RatioEstimate(0.4, 0.2, high, "mine", 2)), history(quadratic, 2)
+    estimate = rule(rounds, LOW, HIGH)
     assert (estimate.nothing_learned, estimate.wide) == (nothing, wide)
-    assert not of(0.4, 0.2, high)(history(quadratic, 2), 0.0, 1.0).nothing_learned
+    assert not rule(rounds, 0.0, 1.0).nothing_learned
 
 
-def of(ratio: float, low: float, high: float, name: str = "mine", rounds: int | None = None) -> Rule:
-    """A rule that says this."""
-    return Rule(name, lambda told, *_: RatioEstimate(ratio, low, high, "mine", rounds or len(told)))
-
-
-BEST = 0.5
-
-
-def curve(ratio: float) -> float:
+def curve(ratio: float, time: float = 0.0) -> float:
     """Falls gently and rises steeply, as pruning does; lowest at 0.5."""
-    return 0.1 * (ratio - BEST) ** 2 if ratio < BEST else 2.0 * (ratio - BEST) ** 2
+    return (0.1 if ratio < 0.5 else 2.0) * (ratio - 0.5) ** 2
 
 
 def overfitting(ratio: float, time: float) -> float:
@@ -290,7 +283,7 @@ EVEN = [(0.45, 0.12 + shift, 0.35 + shift, 0.58 + shift) for shift in (0.0, 0.14
 @pytest.mark.parametrize(("noise", "shift"), [(0.002, 0.0), (0.0, 3.0)], ids=["noise", "levels that jump"])
 def test_the_surrogate_finds_the_minimum_from_a_few_rounds(noise, shift):
     for seed in range(5):
-        told = rounds_of(lambda ratio, time: curve(ratio), EVEN, noise=noise, shift=shift, seed=seed)
+        told = rounds_of(curve, EVEN, noise=noise, shift=shift, seed=seed)
         assert curve(surrogate(told, LOW, HIGH).ratio) < 0.002
 
 
@@ -309,13 +302,13 @@ def test_a_lone_lucky_probe_at_the_edge_does_not_decide():
 
 @pytest.mark.parametrize("rule", [surrogate, smooth_fit], ids=["surrogate", "smooth_fit"])
 def test_the_interval_narrows_with_rounds(rule):
-    short, long = (rounds_of(lambda ratio, time: curve(ratio), EVEN[:2] * n, noise=0.01, seed=1) for n in (1, 6))
+    short, long = (rounds_of(curve, EVEN[:2] * n, noise=0.01, seed=1) for n in (1, 6))
     widths = [one.high - one.low for one in (rule(told, LOW, HIGH) for told in (short, long))]
     assert widths[1] < widths[0]
 
 
 def test_without_an_interval_the_ratio_is_the_same():
-    told = rounds_of(lambda ratio, time: curve(ratio), EVEN, noise=0.01)
+    told = rounds_of(curve, EVEN, noise=0.01)
     bare, whole = surrogate(told, LOW, HIGH, interval=False), surrogate(told, LOW, HIGH)
     assert bare.ratio == bare.low == bare.high == whole.ratio
     assert whole.low <= whole.ratio <= whole.high
@@ -335,7 +328,7 @@ def measured_on(told: list[Round], count: int) -> list[Round]:
 
 
 def test_candidates_on_all_examples_in_turn_are_candidates_on_all():
-    told = rounds_of(lambda ratio, time: curve(ratio), EVEN, noise=0.05, shift=0.1)
+    told = rounds_of(curve, EVEN, noise=0.05, shift=0.1)
     whole, turned = surrogate(told, LOW, HIGH), surrogate(measured_on(told, 8), LOW, HIGH)
     assert turned.ratio == whole.ratio
     assert (turned.low, turned.high) == pytest.approx((whole.low, whole.high), abs=0.02)
@@ -343,7 +336,7 @@ def test_candidates_on_all_examples_in_turn_are_candidates_on_all():
 
 def test_few_examples_do_when_examples_agree_whichever_they_are():
     """Examples differ in their level, not in what pruning does to them: their differences from the baseline count."""
-    told = rounds_of(lambda ratio, time: curve(ratio), EVEN, noise=0.0, shift=0.1)
+    told = rounds_of(curve, EVEN, noise=0.0, shift=0.1)
     whole = surrogate(told, LOW, HIGH, interval=False).ratio
     for count in (1, 3):
         assert surrogate(measured_on(told, count), LOW, HIGH, interval=False).ratio == pytest.approx(whole, abs=1e-9)
