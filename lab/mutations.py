@@ -223,15 +223,15 @@ MUTATIONS = (
     ),
     Mutation(
         "new folder: what came while the lock was awaited is not looked for",
-        "            refuse_existing(output)  # again: another process may have written it\n",
+        "        refuse_existing(output)  # again: another process may have written it\n",
         "",
         (FOLDER,),
         "a second writer in a finished folder",
     ),
     Mutation(
         "new folder: its name comes before its data",
-        "                sync_all(draft)\n                if place",
-        "                if place",
+        "            sync_all(draft)\n            if place",
+        "            if place",
         (ORDER,),
         "a power cut leaves a result of empty files",
     ),

@@ -307,12 +307,12 @@ def name_of(value: object, label: str) -> str:
 
 def text_of(value: object, label: str) -> str:
     """Return a text that the model may read or write."""
-    if not isinstance(value, str) or not value.strip():
-        arrived = "is empty; fill it in, or remove the row"
-        raise ValueError(
-            f"{label} {arrived if isinstance(value, str) else f'must be a text, found {type(value).__name__}'}"
-        )
-    return value
+    if isinstance(value, str) and value.strip():
+        return value
+    fault = f"must be a text, found {type(value).__name__}"
+    if isinstance(value, str):
+        fault = "is empty; fill it in, or remove the row"
+    raise ValueError(f"{label} {fault}")
 
 
 def _record(
