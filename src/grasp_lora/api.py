@@ -17,9 +17,9 @@ from grasp_lora.method.rules import RatioEstimate
 from grasp_lora.recipes.load import Overrides, explain, load_recipe
 from grasp_lora.report.card import write_model_card
 from grasp_lora.report.pages import write_comparison, write_report
+from grasp_lora.storage.claims import working_in
 from grasp_lora.storage.processes import on_first_process
 from grasp_lora.storage.reading import expanded
-from grasp_lora.storage.writing import clear_write_errors
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ def run(
     result = RunResult(running.run(session, place), place)
 
     def report() -> None:
-        with clear_write_errors(place):
+        with working_in(place) as work:
+            work.place = "while the report was written"
             write_model_card(result.record, place, result.adapter)
             write_report(result.record, place)
 

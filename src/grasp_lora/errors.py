@@ -1,5 +1,8 @@
 """The errors a user can cause: one clear line each, shown by the command line without a stack trace."""
 
+STOPPED = 75  # exit status after a signal, EX_TEMPFAIL of sysexits.h: run it again
+BEFORE_IT_BEGAN = "stopped by SIGINT before it began; run the same command again"
+
 
 class GraspError(ValueError):
     """A mistake in what the user gave us. The message says what arrived, what is allowed and what to do."""

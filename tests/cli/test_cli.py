@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from conftest import CliResult, write_tiny_workspace
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from grasp_lora.__main__ import main as start
 from grasp_lora.cli import STOPPED, app
 from grasp_lora.cli.bars import TerminalProgress
 from grasp_lora.cli.comparisons import compare
@@ -455,3 +457,49 @@ def test_the_first_answers_of_a_system_are_printed_as_they_come() -> None:
     assert "\x1b" not in lines[0]
     assert "✓ right" in lines[1]
     assert "سالم" in lines[1]
+
+
+class TestInterrupted:
+    LINE = "stopped by SIGINT before it began; run the same command again\n"
+
+    def test_before_anything_begins(self, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+        def interrupt(*_: object, **__: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("grasp_lora.recipes.load.load_recipe", interrupt)
+        assert cli("check", "demo-ar") == CliResult(75, "", self.LINE)
+
+    def test_while_the_command_line_is_imported(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Interrupts:
+            def find_spec(self, name: str, *_: object) -> None:
+                if name == "grasp_lora.cli":
+                    raise KeyboardInterrupt
+
+        monkeypatch.setattr(sys, "meta_path", [Interrupts(), *sys.meta_path])
+        for name in [name for name in sys.modules if name.startswith("grasp_lora.cli")]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.delattr("grasp_lora.cli", raising=False)
+        with pytest.raises(SystemExit, match="75"):
+            start()
+        assert capsys.readouterr().err == self.LINE
+
+    def test_while_the_report_is_written(self, finished_run: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+        replace, page = Path.replace, finished_run / "report.html"
+        outside = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may ignore it
+
+        def interrupt(draft: Path, place: Path) -> Path:
+            if place.name == page.name:
+                os.kill(os.getpid(), signal.SIGINT)
+            return replace(draft, place)
+
+        page.unlink()
+        monkeypatch.setattr(Path, "replace", interrupt)
+        try:
+            result = cli("run", "tiny.yaml", "--output", "run")
+        finally:
+            signal.signal(signal.SIGINT, outside)
+        assert result.status == STOPPED
+        assert "stopped by SIGINT while the report was written; run the same command again to go on" in result.err
+        assert not list(finished_run.glob("report.html*"))

@@ -15,7 +15,7 @@ from grasp_lora.cli.predicting import export, predict
 from grasp_lora.cli.recipes import init, recipes
 from grasp_lora.cli.single_steps import evaluate, merge
 from grasp_lora.cli.terminal import error_console, print_error, say, set_up_outputs
-from grasp_lora.errors import GraspError, Interrupted
+from grasp_lora.errors import BEFORE_IT_BEGAN, STOPPED, GraspError, Interrupted
 from grasp_lora.recipes.gone import GONE_COMMANDS
 from grasp_lora.storage.memory import enough_memory
 from grasp_lora.storage.processes import is_first, world_size
@@ -30,7 +30,7 @@ app = typer.Typer(
 
 Start with [bold]grasp-lora demo[/bold], then [bold]grasp-lora init my-data.csv --language sw[/bold] for your own examples.""",
 )
-STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run it again
+INTERRUPTED = 130  # typer's for Ctrl-C
 IN_SEVERAL_PROCESSES = ("run", "demo")
 TIME_TO_SPEAK = 3  # seconds: torchrun ends all processes when one has ended
 
@@ -71,7 +71,11 @@ def _status() -> int:
         return 2
     try:
         with enough_memory("this command", "give it less at once, or more memory"):
-            return int(app(prog_name="grasp-lora", standalone_mode=False) or 0)
+            status = int(app(prog_name="grasp-lora", standalone_mode=False) or 0)
+        if status == INTERRUPTED:  # where nothing that goes on had begun, such as while libraries load
+            print_error(BEFORE_IT_BEGAN, style="yellow")
+            return STOPPED
+        return status
     except UsageError as error:
         if message := error.format_message().strip():  # none where the help was printed in its place
             command = error.ctx.command_path if error.ctx else "grasp-lora"
