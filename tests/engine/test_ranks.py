@@ -46,7 +46,7 @@ def command(*changes: str, folder: str = "run") -> list[str]:
 
 
 def test_two_processes_take_as_many_steps_as_one_and_go_on_where_they_were(tiny_workspace: Path) -> None:
-    status, output = launch(*CHANGES)
+    status, output = launch_forked(*CHANGES)
     assert status == 0, output
     assert output.count("adapter run/adapter") == 1, "only the first process speaks"
     assert output.count("answer the test prompts") == len(step_folders("run", "answers"))
