@@ -270,48 +270,37 @@ def test_the_jobs_are_called_as_the_page_does(tiny_workspace, capsys):
     assert Path("runs/tiny/compare/compare.json").is_file()
 
 
-NAMED = (
-    "merge.rule=mine:largest_wins",
-    "controller.policy={kind: 'mine:Ladder', step: 0.1}",
-    "metrics=[mine:first_letter]",
-)
-
-
-@pytest.fixture(scope="module")
-def shown() -> dict[str, Any]:
-    """All names that the page of extensions defines."""
+def test_the_policy_and_the_merge_rule_of_the_page_do_what_it_says():
     names: dict[str, Any] = {"__name__": "extend"}
     exec(compile(python_of(EXTEND), EXTEND, "exec"), names)
-    return names
-
-
-def test_the_policy_moves_to_the_better_candidate(shown):
-    search = RatioSearch(shown["Ladder"](), best_reward)
+    search = RatioSearch(names["Ladder"](), best_reward)
     low, high = search.ask()
     assert low < search.current_ratio < high
-    decision = search.tell(Round(search.current_ratio, (low, high), (1.0,), ((1.5,), (0.5,))))
-    assert decision.committed
+    assert search.tell(Round(search.current_ratio, (low, high), (1.0,), ((1.5,), (0.5,)))).committed
     assert search.current_ratio == high
     assert search.tell(Round(high, (low, high), (1.0,), ((2.0,), (3.0,)))).ratio == high
 
-
-def test_the_merge_rule_gives_one_adapter_back_and_takes_the_largest_of_two(shown):
     pairs = [LoraPair(torch.full((1, 2), value), torch.full((2, 1), value), 1.0) for value in (1.0, -3.0)]
     adapters = [AdapterWeights({"layer": pair}) for pair in pairs]
-    alone = merge(adapters[:1], MergeSettings(rule=shown["largest_wins"], weights=(1.0,)))["layer"]
+    alone = merge(adapters[:1], MergeSettings(rule=names["largest_wins"], weights=(1.0,)))["layer"]
     torch.testing.assert_close(alone.delta(), pairs[0].delta())
-    both = merge(adapters, MergeSettings(rule=shown["largest_wins"], weights=(1.0, 1.0)))["layer"]
+    both = merge(adapters, MergeSettings(rule=names["largest_wins"], weights=(1.0, 1.0)))["layer"]
     torch.testing.assert_close(both.delta(), pairs[1].delta())
 
 
 def test_a_recipe_names_them_where_code_is_allowed(tiny_workspace, monkeypatch):
+    named = (
+        "merge.rule=mine:largest_wins",
+        "controller.policy={kind: 'mine:Ladder', step: 0.1}",
+        "metrics=[mine:first_letter]",
+    )
     (tiny_workspace / "mine.py").write_text(python_of(EXTEND), encoding="utf-8")
     importlib.invalidate_caches()
     monkeypatch.delitem(sys.modules, "mine", raising=False)
-    for setting in NAMED:
+    for setting in named:
         with pytest.raises(RecipeError, match=r"names code, 'mine:\w+'; read it, then allow it with --allow-code"):
             load_recipe("tiny.yaml", [setting])
-    recipe, _ = load_recipe("tiny.yaml", NAMED, allow_code=True)
+    recipe, _ = load_recipe("tiny.yaml", named, allow_code=True)
     assert (type(recipe.controller.policy).__name__, recipe.controller.policy.step) == ("Ladder", 0.1)  # type: ignore[attr-defined]
     found = score(recipe.metrics, ["Paris", "Rome"], [["paris", "Pau"], ["Bern"]], "en")
     assert next(iter(found.values())).value == 50.0

@@ -30,22 +30,38 @@ def asymmetric(ratio: float) -> float:
 ASYMMETRIC_MINIMUM = 0.6 + math.log(0.15 / 0.2) / 10
 
 
+def rounds_of(
+    loss: Callable[[float, float], float],
+    ratios: list[tuple[float, ...]],
+    *,
+    noise: float = 0.0,
+    shift: float = 0.0,
+    examples: int = 8,
+    seed: int = 0,
+) -> list[Round]:
+    """One round per tuple, evenly spaced in time; the first ratio is the current one. `shift` moves whole rounds."""
+    draw = random.Random(seed)
+    own = [draw.gauss(1, 0.5) for _ in range(examples)]
+    told = []
+    for number, (current, *candidates) in enumerate(ratios):
+        time = number / max(1, len(ratios) - 1)
+        moved = draw.gauss(0, shift)
+        levels = [level + moved for level in own]
+
+        def losses(ratio: float, time: float = time, levels: list[float] = levels) -> tuple[float, ...]:
+            return tuple(level + loss(ratio, time) + draw.gauss(0, noise) for level in levels)
+
+        told.append(Round(current, tuple(candidates), losses(current), tuple(map(losses, candidates))))
+    return told
+
+
 def history(
     curve: Curve, rounds: int, *, noise: float = 0.02, seed: int = 0, examples: int = 16, candidates: int = 3
 ) -> list[Round]:
-    """Rounds under a level that drifts a lot between rounds and examples, with noise in every loss."""
+    """Rounds at random ratios, whose level moves a lot."""
     draw = random.Random(seed)
-    rows, current = [], 0.4
-    for index in range(rounds):
-        levels = [2 * math.exp(-index / 10) + draw.gauss(0, 0.5) for _ in range(examples)]
-
-        def losses(ratio: float, levels: list[float] = levels) -> tuple[float, ...]:
-            return tuple(level + curve(ratio) + draw.gauss(0, noise) for level in levels)
-
-        ratios = tuple(draw.uniform(LOW, HIGH) for _ in range(candidates))
-        rows.append(Round(current, ratios, losses(current), tuple(losses(ratio) for ratio in ratios)))
-        current = ratios[0]
-    return rows
+    ratios = [(0.4, *(draw.uniform(LOW, HIGH) for _ in range(candidates))) for _ in range(rounds)]
+    return rounds_of(lambda ratio, time: curve(ratio), ratios, noise=noise, shift=1.0, examples=examples, seed=seed)
 
 
 @pytest.mark.parametrize(
@@ -250,31 +266,6 @@ def curve(ratio: float, time: float = 0.0) -> float:
 def overfitting(ratio: float, time: float) -> float:
     """Lowest early, where the level is; later the lowest ratio moves up."""
     return (time - 0.3) ** 2 + 0.5 * (ratio - 0.2 - time) ** 2
-
-
-def rounds_of(
-    loss: Callable[[float, float], float],
-    ratios: list[tuple[float, ...]],
-    *,
-    noise: float = 0.0,
-    shift: float = 0.0,
-    examples: int = 8,
-    seed: int = 0,
-) -> list[Round]:
-    """One round per tuple, evenly spaced in time; the first ratio is the current one. `shift` moves whole rounds."""
-    draw = random.Random(seed)
-    own = [draw.gauss(1, 0.5) for _ in range(examples)]
-    told = []
-    for number, (current, *candidates) in enumerate(ratios):
-        time = number / max(1, len(ratios) - 1)
-        moved = draw.gauss(0, shift)
-        levels = [level + moved for level in own]
-
-        def losses(ratio: float, time: float = time, levels: list[float] = levels) -> tuple[float, ...]:
-            return tuple(level + loss(ratio, time) + draw.gauss(0, noise) for level in levels)
-
-        told.append(Round(current, tuple(candidates), losses(current), tuple(map(losses, candidates))))
-    return told
 
 
 EVEN = [(0.45, 0.12 + shift, 0.35 + shift, 0.58 + shift) for shift in (0.0, 0.14, 0.07, 0.2, 0.1, 0.17)]
