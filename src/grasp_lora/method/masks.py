@@ -473,14 +473,8 @@ class MaskSet:
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor], ratio: float) -> None:
-        """Take up the state of another set over the same modules; the weights have to be those of that moment.
-
-        Raises:
-            AdapterError: the state is of other modules or shapes.
-        """
+        """Take up the state of another set over the same modules; the weights have to be those of that moment."""
         keep, stash = of_prefix(KEEP, state), of_prefix(STASH, state)
-        if any({key: tensor.shape for key, tensor in saved.items()} != self._shapes for saved in (keep, stash)):
-            raise AdapterError("the saved masks are of another adapter; resume with the one they belong to")
         for block in self._blocks:
             block.keep = in_a_row([keep[key] for key in block.weights], block.keep.device)
             block.stash = in_a_row([stash[key] for key in block.weights], block.keep.device)
