@@ -320,7 +320,6 @@ def test_a_wrong_target_module_lists_what_exists(make_tiny_model):
         ({"trainable_token_indices": [5, 6]}, "trainable_token_indices"),
         ({"targets": ("embed_tokens",)}, r"holds .*embed_tokens\.lora_embedding_A .*no LoRA factor of a linear"),
     ],
-    ids=lambda value: str(value)[:40],
 )
 def test_what_peft_saves_but_no_merge_can_represent_is_refused(make_tiny_model, tmp_path, config, message):
     with warnings.catch_warnings():
@@ -383,7 +382,6 @@ DAMAGED = {
 @pytest.mark.parametrize(
     ("damage", "what", "message"),
     [(damage, what, message) for damage, rows in DAMAGED.items() for what, message in rows],
-    ids=lambda value: str(value)[:40],
 )
 def test_an_adapter_that_cannot_be_right_is_refused(folder, damage, what, message):
     damage(folder, what)
