@@ -33,8 +33,9 @@ def write(task: str, **changes: Any) -> None:
     recipe.write_text(recipe.read_text(encoding="utf-8").replace("task: completion", f"task: {task}"), encoding="utf-8")
     for name, rows in (("source", 20), ("target", 40)):
         texts = [(f"{name} {i}: what?", LABELS[(i * 7 // 4) % 3]) for i in range(rows)]
-        fields = ("text", "label") if task == "classification" else ("source", "target")
-        lines = [dict(zip(fields, pair, strict=True)) for pair in texts]
+        lines = [{"text": text, "label": label} for text, label in texts]
+        if task == "translation":
+            lines = [{"source": text, "target": f"{label} {name} {i}"} for i, (text, label) in enumerate(texts)]
         if name == "target":
             lines[4:10] = [line | changes for line in lines[4:10]]  # some of them come into a split
         Path(f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
