@@ -13,7 +13,6 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import json
 import logging
-import re
 import shutil
 import subprocess
 import sys
@@ -247,19 +246,6 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     yield call
     logger.handlers[:], logger.propagate = before[0], before[2]
     logger.setLevel(before[1])
-
-
-@pytest.fixture
-def refused(tiny_workspace: Path, cli: Callable[..., CliResult]) -> Callable[..., None]:
-    """Give `refused("compare", arguments, message)`: one line, exit status 2, and nothing written."""
-
-    def check(command: str, arguments: Sequence[str], message: str) -> None:
-        result = cli(command, "tiny.yaml", *arguments)
-        assert result.status == 2
-        assert re.fullmatch(rf"error: [^\n]*{re.escape(message)}[^\n]*\n", result.err), result.err
-        assert not (tiny_workspace / "runs").exists()
-
-    return check
 
 
 TINY_RECIPE = """\
