@@ -267,8 +267,8 @@ def find_dtype(device: str, model_type: str = "") -> Literal["bfloat16", "float1
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bfloat16"
         return "float32" if model_type.startswith("gemma") else "float16"
-    found = _capabilities()
-    fast = found.get("amx_bf16") or (found.get("avx512_bf16") and "AuthenticAMD" in _processor())
+    features = _capabilities()
+    fast = features.get("amx_bf16") or (features.get("avx512_bf16") and "AuthenticAMD" in _processor())
     return "bfloat16" if fast else "float32"
 
 
