@@ -51,7 +51,10 @@ types: $(VENV)/.dev
 imports: $(VENV)/.dev
 	$(BIN)/lint-imports
 
-check: lint types imports docs test
+# First the packages, since pip cannot run twice at once; then types beside all else that takes one core.
+check: $(VENV)/.dev $(VENV)/.docs
+	$(MAKE) -j2 lint types imports docs
+	$(MAKE) test
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
