@@ -6,11 +6,13 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from grasp_lora.errors import Interrupted, RecipeError
+from grasp_lora.storage import claims
 from grasp_lora.storage.claims import LOCK_FILE, Busy, claim, new_folder
 from grasp_lora.storage.writing import write_whole
 
@@ -202,3 +204,19 @@ class TestNewFolder:
         assert {path.name for path in tmp_path.iterdir()} == {"out", "precious"}
         assert [path.name for path in (tmp_path / "out").iterdir()] == ["file"]
         assert (precious / "file").read_text() == "of the user"
+
+
+def test_what_came_while_the_lock_was_awaited_is_not_overwritten(tmp_path, monkeypatch):
+    out, at_once = tmp_path / "out", claims.claim
+
+    @contextmanager
+    def after_another(path, **how):
+        with at_once(path, **how):
+            out.mkdir()
+            (out / "theirs").touch()
+            yield
+
+    monkeypatch.setattr(claims, "claim", after_another)
+    with pytest.raises(RecipeError, match="exists and is not an empty folder"), new_folder(out):
+        pytest.fail("a second writer began")
+    assert [file.name for file in out.iterdir()] == ["theirs"]
