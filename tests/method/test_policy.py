@@ -232,6 +232,16 @@ def test_candidates_on_some_examples_are_compared_on_those():
     assert 0.1 <= search.best_ratio().ratio <= 0.8
 
 
+def test_of_equal_rounds_the_first_is_the_best():
+    search = of_kind("spread")
+    for _ in range(3):
+        candidates = tuple(search.ask())
+        search.tell(Round(search.current_ratio, candidates, (1.0,), tuple((2.0,) for _ in candidates)))
+    assert search.rounds_since_best == 2  # an equal loss is no lower one, so patience runs
+    even = [Round(0.4, (ratio,), (1.0,), ((0.5,),)) for ratio in (0.3, 0.6)]
+    assert RULES["best_reward"](even, 0.1, 0.8).ratio == 0.3
+
+
 @every_policy
 def test_global_seeds_do_not_matter(kind):
     drawn = []

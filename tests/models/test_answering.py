@@ -151,6 +151,13 @@ def test_a_line_break_at_the_start_ends_nothing(make_tiny_model, tiny_tokenizer)
     assert generate(model, tiny_tokenizer, make_prompts(1), GenerationSettings(allow_empty=True)) == [""]
 
 
+def test_of_stop_texts_that_end_together_the_longer_one_cuts(make_tiny_model, tiny_tokenizer):
+    model, prompts = make_tiny_model("llama"), make_prompts(1)
+    for step, letter in enumerate("abc", start=1):
+        force(model, step=step, token=tiny_tokenizer(letter, add_special_tokens=False).input_ids[0])
+    assert generate(model, tiny_tokenizer, prompts, GenerationSettings(stop=("c", "bc"))) == ["a"]
+
+
 def test_sampling_settings_and_seeds_are_ignored_in_silence(make_tiny_model, tiny_tokenizer, caplog):
     model = make_tiny_model("llama")
     prompts, state, contiguous = make_prompts(4), torch.get_rng_state(), []

@@ -141,7 +141,7 @@ class _Ending:
         if scores.amax(dim=-1).isnan().any():
             raise _no_numbers(self._model)
         if not self._settings.allow_empty:
-            waiting = [row for row, (text, _) in enumerate(self.texts(ids)) if not text.strip()]
+            waiting = [row for row, (text, _) in enumerate(self.texts(ids)) if not text]
             ends = [token for token in sorted(self.stop_ids) if token < scores.shape[-1]]
             scores[torch.tensor(waiting, dtype=torch.long)[:, None], torch.tensor(ends, dtype=torch.long)] = -torch.inf
         return scores
