@@ -36,7 +36,7 @@ from grasp_lora.engine.results import RESULT, Finished, Result, Trained, read_if
 from grasp_lora.errors import DivergedError, GraspError
 from grasp_lora.models.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from grasp_lora.storage.checkpoints import newest_checkpoint, remove_checkpoints, seconds_of
-from grasp_lora.storage.claims import Busy, Workplace, claim, make_folder
+from grasp_lora.storage.claims import Busy, Workplace, claim, make_folder, remove_lock
 from grasp_lora.storage.processes import on_first_process, world_size
 from grasp_lora.storage.writing import sync_all, write_json
 
@@ -140,6 +140,7 @@ class Store:
         done = on_first_process(lambda: read_if_there(folder / DONE, Done))
         if done is None or key_of(name, done.inputs) != key or not on_first_process(lambda: _is_whole(folder, kind)):
             return None
+        on_first_process(lambda: _tidy(folder))
         return Finished(name, key, folder, kind.read(folder), done.seconds, done.made_with, repeated=True)
 
     def _deferred(self, trains: bool) -> Any:
@@ -167,11 +168,17 @@ class Store:
 
 
 def _complete(folder: Path, result: Result, done: Done) -> None:
-    """Write a result, and `done.json` when all else is on the disk."""
+    """Write a result, and `done.json` when all else is on the disk; until then the checkpoints stay, should it be killed."""
     result.write(folder)
-    shutil.rmtree(folder / WORK, ignore_errors=True)
     sync_all(folder)
     write_json(folder / DONE, asdict(done))
+    _tidy(folder)
+
+
+def _tidy(folder: Path) -> None:
+    """Remove the checkpoints and the lock of a finished step: one that was killed at its very end leaves them."""
+    shutil.rmtree(folder / WORK, ignore_errors=True)
+    remove_lock(folder)
 
 
 def _is_whole(folder: Path, kind: type[Result]) -> bool:

@@ -64,6 +64,12 @@ def claim(path: Path, *, wait: bool, inside: bool = False) -> Iterator[None]:
         lock.release()
 
 
+def remove_lock(path: Path) -> None:
+    """Remove the lock file that a killed process left beside what is written whole, so that nobody will claim it again."""
+    with suppress(OSError):
+        _beside(path, "lock").unlink()
+
+
 class Workplace:
     """A folder of which this process becomes the only writer, and where the work is when a signal comes.
 
