@@ -216,7 +216,7 @@ def test_an_adapter_of_the_full_model_is_taken_with_a_warning(
     ("saved", "change", "message"),
     [
         (None, "backbone.quantise=hqq", "backbone.quantise: input should be 'nf4' or 'int8'"),
-        ({"quant_method": "hqq"}, "seed=42", "quantised by 'hqq', and is taken as it is; leave out"),
+        ({"quant_method": "hqq"}, "seed=42", "quantised by 'hqq', and is taken as it is; take its full"),
         ({"quant_method": "torchao", "quant_type": "int8_weight_only"}, "seed=42", "quantised by 'torchao', and is taken"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "backbone.quantise=nf4",
          "comes quantised by 'bitsandbytes', and is taken as it is; leave"),

@@ -265,8 +265,8 @@ def test_what_cannot_be_split_is_refused_before_anything(tiny_workspace: Path, m
     Path("packed/config.json").write_text(json.dumps(read("packed/config.json") | {"quantization_config": packed}))
     for processes, change, message in (
         (1, "seed=42", "backbone.shard is true, but there is one process: start it with torchrun"),
-        (2, "backbone.quantise=nf4", "leave out backbone.quantise and backbone.shard"),
-        (2, "backbone.name=packed", "leave out backbone.quantise and backbone.shard"),
+        (2, "backbone.quantise=nf4", "is quantised, and only full weights can be split"),
+        (2, "backbone.name=packed", "is quantised, and only full weights can be split"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(backbones, "world_size", lambda processes=processes: processes)

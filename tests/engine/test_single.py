@@ -65,7 +65,7 @@ def test_adapters_kept_apart_are_merged_into_a_folder_as_their_sum(finished_run:
 def test_steps_on_adapters_say_which_revision_and_whether_its_code_may_run(
     finished_run: Path, step: Callable[..., object], caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(GraspError, match=r"without a revision .now 'v2'.: give the model"):
+    with pytest.raises(GraspError, match=r"the folder has no revision 'v2'"):
         step(revision="v2")
     assert not Path("out").exists()
     step(trust_remote_code=True)

@@ -31,10 +31,10 @@ def test_shapes_and_delta():
 def test_factors_and_segments_that_do_not_fit_are_an_error(A, B):
     with pytest.raises(AdapterError, match=r"do not fit; A must be \[rank, d_in\] and B \[d_out, rank\]"):
         LoraPair(torch.ones(A), torch.ones(B))
-    with pytest.raises(AdapterError, match="do not add up to rank 2"):
+    with pytest.raises(AdapterError, match="must add up to rank 2"):
         LoraPair(torch.ones(2, 4), torch.ones(3, 2), segments=(Segment("source", 1),))
     for segments in ((), (Segment("source", 1), Segment("target", 2))):
-        with pytest.raises(AdapterError, match="do not add up to rank 3, kept apart in equal shares"):
+        with pytest.raises(AdapterError, match="must add up to rank 3, with equal ranks"):
             LoraPair(torch.ones(3, 4), torch.ones(2, 3), segments=segments, apart=True)
 
 

@@ -265,7 +265,7 @@ def test_four_bit_layers_keep_their_gradients_on_a_cpu(tiny_backbone_folder, mak
 
 
 KERNEL = r"asks for compiled attention code of the hub \('lab/kernel'\): read that code"
-ADAPTER = r"a folder is a backbone only without an adapter in it .*give the model that"
+ADAPTER = r"the folder holds an adapter .*: give the model that"
 
 
 @pytest.mark.parametrize(

@@ -242,7 +242,7 @@ def check_labels(labels: Iterable[str], where: str) -> tuple[str, ...]:
             "texts, take the task completion"
         )
     if faults:
-        raise DataError(f"{where}: {faults[0]}")
+        raise DataError(f"{where}: {'; '.join(faults[:5])}")
     return different
 
 

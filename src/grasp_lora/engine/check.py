@@ -75,12 +75,16 @@ def check_seen(session: Session, adapter: LoadedAdapter) -> None:
             "rows of their own (data.target.files.test), or train it without them"
         )
     if dev:
-        text = "adapter %s was trained on %d of the dev and micro-dev rows, so what they choose may be wrong"
+        text = (
+            "adapter %s was trained on %d of the dev and micro-dev rows, so what they choose may be wrong; give others"
+        )
         logger.warning(text, name, dev)
     theirs, ours = adapter.info.answers, session.how_to_answer
     asked = (ours.prompt, ours.chat_template)
     if theirs is not None and theirs.task is not None and (theirs.prompt, theirs.chat_template) != asked:
-        text = "adapter %s was trained on prompts of the form %s%s, and the recipe asks otherwise; its scores may be too low"
+        text = (
+            "adapter %s was trained on prompts of the form %s%s, and the recipe asks otherwise; set data.prompt to it"
+        )
         logger.warning(text, name, quoted(theirs.prompt or ""), " in the chat template" if theirs.chat_template else "")
 
 

@@ -52,7 +52,7 @@ class LoraPair:
         ranks = [segment.rank for segment in self.segments]
         if (ranks and sum(ranks) != self.rank) or (self.apart and len(set(ranks)) != 1):
             raise AdapterError(
-                f"the segments {self.segments} do not add up to rank {self.rank}, kept apart in equal shares"
+                f"the segments {self.segments} must add up to rank {self.rank}, with equal ranks where they are kept apart"
             )
 
     @property

@@ -409,12 +409,14 @@ def _read_config(location: str, settings: BackboneSettings, source: dict[str, An
             f"The config of the backbone asks for compiled attention code of the hub ({quoted(foreign[0])}): read that "
             "code, then set trust_remote_code to true, or remove the entry"
         )
-    stated = _kind(config) if is_quantised(config) else None
-    if (stated and (settings.quantise or stated in UNTRAINABLE)) or (settings.shard and (stated or settings.quantise)):
-        raise ValueError(
-            f"it comes quantised by {quoted(stated)}, and is taken as it is; leave out backbone.quantise and backbone.shard, or "
-            "take its full-precision model"
-        )
+    stated, problem = _kind(config) if is_quantised(config) else None, None
+    if settings.shard and (stated or settings.quantise):
+        problem = "it is quantised, and only full weights can be split: leave out backbone.quantise or backbone.shard"
+    elif stated and (settings.quantise or stated in UNTRAINABLE):
+        advice = "leave backbone.quantise out" if settings.quantise else "take its full-precision model to train on"
+        problem = f"it comes quantised by {quoted(stated)}, and is taken as it is; {advice}"
+    if problem:
+        raise ValueError(problem)
     return config
 
 
@@ -449,12 +451,12 @@ def _load(location: str, settings: BackboneSettings, device: str) -> tuple[Any, 
         "trust_remote_code": settings.trust_remote_code,
         "local_files_only": settings.offline,
     }
-    # transformers would put an adapter that lies in the folder on the model
-    if is_folder(Path(location)) and (settings.revision is not None or is_there(Path(location) / CONFIG_FILE)):
-        raise ValueError(
-            f"a folder is a backbone only without an adapter in it ({CONFIG_FILE}) and without a revision (now "
-            f"{settings.revision!r}): give the model that the adapter was trained on, alone"
-        )
+    if is_folder(Path(location)):
+        problem = None if settings.revision is None else f"has no revision {quoted(settings.revision)}: leave that out"
+        if is_there(Path(location) / CONFIG_FILE):  # transformers would put the adapter on the model
+            problem = f"holds an adapter ({CONFIG_FILE}): give the model that it was trained on, alone"
+        if problem:
+            raise ValueError(f"the folder {problem}")
     config = _read_config(location, settings, source)
     packed = settings.quantise is not None or is_quantised(config)
     tokenizer = AutoTokenizer.from_pretrained(location, **source)

@@ -54,11 +54,15 @@ def export_folder(
     Raises:
         GraspError: the adapter, its backbone, a setting or the output does not fit. Nothing is written then.
     """
-    if fold == gguf or (dtype not in STORED and (fold or dtype is not None)):
-        raise RecipeError(
-            "give --fold (the whole model with the adapter in it) or --gguf (for llama.cpp and Ollama), one of them, and with "
-            f"--fold the --dtype: {', '.join(STORED)}; it is {dtype!r}; PEFT and vLLM take the adapter as it is"
+    problem = None
+    if fold == gguf:
+        problem = (
+            "give --fold (the whole model with the adapter in it) or --gguf (for llama.cpp and Ollama), one of them"
         )
+    elif dtype not in STORED and (fold or dtype is not None):
+        problem = f"--dtype is {dtype!r}; say in which format to write: {', '.join(STORED)}"
+    if problem:
+        raise RecipeError(f"{problem}; PEFT and vLLM take the adapter as it is")
     refuse_existing(output)
     if gguf:
         needs("--gguf", "gguf", "the package gguf", extra="gguf")

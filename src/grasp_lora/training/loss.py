@@ -48,8 +48,9 @@ def check_measurable(examples: Sequence[Encoded]) -> None:
     """
     bad = [example.id for example in examples if not (example.prompt_ids and example.completion_ids)]
     if bad or not examples:
+        missing = f"{', '.join(bad[:5])} lack one" if bad else "there are none"
         raise DataError(
-            f"examples to train on or to measure need a prompt and an answer; without: {bad or 'there are none'}"
+            f"examples to train on or to measure need a prompt and an answer, but {missing}; correct or add them"
         )
 
 
