@@ -1,0 +1,14 @@
+"""A method of `compare` from outside the package, in one file: the source adapter and half the target adapter, not trained."""
+
+from grasp_lora.engine.methods import METHODS, Method, Outcome
+from grasp_lora.engine.steps import Steps
+from grasp_lora.method.merging import MergeSettings
+
+
+def _half_merged(steps: Steps) -> Outcome:
+    parents = steps.parents()
+    half = MergeSettings("exact", weights=(1.0, 0.5))
+    return Outcome(steps.merge("half", tuple(parents.named.values()), tuple(parents.named), half), parents=parents)
+
+
+METHODS["half_merged"] = Method("half the target adapter, not trained", _half_merged)
