@@ -1,6 +1,7 @@
 """What a label may be: unknown, empty and look-alike ones are named, and one that begins another is no mistake."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -135,3 +136,34 @@ def test_labels_of_a_recipe_are_checked_with_it(task, labels, message):
 def test_joiners_that_belong_to_a_word_stay():
     labels = ("می\u200cخواهم", "അവന്\u200d")  # Persian, and a letter of Malayalam in its older writing
     assert set(check_labels(labels, "here")) == set(labels)
+
+
+def test_splits_of_one_pool_have_about_the_same_share_of_each_label(tmp_path: Path, tiny_tokenizer):
+    counts = {"test": 15, "dev": 12, "micro_dev": 8}
+    labels = ["a"] * 30 + ["ab"] * 20 + ["b"] * 9 + ["rare"]
+    content = [{"text": f"text {i}", "label": label} for i, label in enumerate(labels)]
+    (tmp_path / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    settings = DataSettings("classification", CorpusSettings("jv", files={"pool": ("pool.jsonl",)}, **counts))
+    drawn = [build_splits(settings, tiny_tokenizer, seed, tmp_path) for seed in (0, 0, 1, 2)]
+    assert drawn[0] == drawn[1]
+    assert drawn[0].test != drawn[2].test
+    for splits in drawn:
+        for label in set(labels):
+            by_split = splits.report.labels[label]
+            for name, size in {**counts, "train": 25}.items():
+                assert abs(by_split[name] - labels.count(label) * size / 60) <= 1, (label, by_split)
+        assert splits.report.labels["rare"]["train"] == 1
+
+
+def test_groups_of_texts_stay_whole_where_splits_are_stratified(tmp_path: Path, tiny_tokenizer):
+    content = [
+        {"text": f"text {i}", "group": f"g{i // 3}", "label": ("a", "b")[i // 3 % 3 == 0 and i % 3 < 2]}
+        for i in range(90)
+    ]
+    (tmp_path / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    target = CorpusSettings("jv", files={"pool": ("pool.jsonl",)}, test=24, dev=18, micro_dev=9)
+    splits = build_splits(DataSettings("classification", target), tiny_tokenizer, 0, tmp_path)
+    shares = {name: splits.report.labels["b"][name] / len(getattr(splits, name)) for name in ("train", "dev", "test")}
+    assert all(0.15 <= share <= 0.28 for share in shares.values()), shares  # 20 of 90
+    for name in ("train", "dev", "micro_dev", "test"):
+        assert set(Counter(row.group for row in getattr(splits, name)).values()) == {3}

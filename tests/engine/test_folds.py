@@ -78,6 +78,17 @@ def test_each_record_is_tested_in_one_fold_with_its_whole_group(sizes: list[int]
     assert [sorted(tested) for tested, _ in again] == [sorted(tested) for tested, _ in found]
 
 
+def test_folds_of_labels_have_about_as_many_of_each() -> None:
+    labels = ["yes"] * 20 + ["no"] * 11
+    records = tuple(Record(str(i), {}, label, (label,), frozenset({f"id:{i}"})) for i, label in enumerate(labels))
+    groups = {f"id:{i}": f"g{i}" for i in range(len(labels))}
+    for number in range(1, 6):
+        tested, _ = cut(Share(Pool(records), dict(COUNTS)), groups, Fold(number, 5), 0, chooses=True)
+        counts = Counter(record.answer for record in tested.pool.records)
+        assert counts["yes"] == 4
+        assert counts["no"] in (2, 3)
+
+
 def sessions(*overrides: str, folds: int = 4) -> list[Session]:
     first = session_of(*overrides)
     found = [Session(first.recipe, first.base, fold=Fold(number, folds)) for number in range(1, folds + 1)]

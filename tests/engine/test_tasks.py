@@ -131,9 +131,9 @@ def test_check_says_what_can_be_chosen(tiny_workspace) -> None:
     session = session_of('data.labels=["no","not","yes","never"]')
     texts = {finding.level: finding.text for finding in preflight(session) if finding.topic == "labels"}
     assert texts["ok"].startswith(
-        "4, how often each stands in train + dev + micro_dev + test: never 0 + 0 + 0 + 0, no 4 + 3 + 1 + 2, "
+        "4, how often each stands in train + dev + micro_dev + test: never 0 + 0 + 0 + 0, no 4 + 2 + 1 + 3, "
     )
-    assert texts["warning"] == "no training row has never; add rows, or remove it"
+    assert texts["warning"] == "no row of the target has never; add rows, or remove it"
     Path("source.jsonl").write_text(
         "".join(json.dumps({"text": f"s {i}", "label": "ja"}) + "\n" for i in range(20)), encoding="utf-8"
     )

@@ -2,6 +2,7 @@
 
 The held-out splits of the target are filled first, so that their size is certain. What shares a group with them is then left out
 of the source's data: its English side may hold the very answer that is tested in Arabic.
+Rows with labels are stratified: every split has about the share of each label that the pool has, as far as whole groups allow.
 """
 
 import hashlib
@@ -177,7 +178,7 @@ def build_splits(
     )
     if fold is not None:
         [whole] = shares["target"]
-        shares["target"] = cut(whole, groups, fold, seed)
+        shares["target"] = cut(whole, groups, fold, seed, chooses=task_fields(settings.task).chooses)
     talks = any(record.messages for parts in shares.values() for part in parts for record in part.pool.records)
     chat = _in_chat(settings.chat_template, talks, tokenizer)
     splits: dict[str, list[Example]] = {name: [] for name in SPLITS}
@@ -305,11 +306,11 @@ def _numbers_as_ids(shares: Mapping[str, Sequence[Share]]) -> int:
     return sum(key.removeprefix("id:").isdigit() for key in common)
 
 
-def cut(share: Share, groups: Mapping[str, str], fold: Fold, seed: int) -> list[Share]:
+def cut(share: Share, groups: Mapping[str, str], fold: Fold, seed: int, *, chooses: bool = False) -> list[Share]:
     """Cut a pool by whole groups into parts of about one size; return the part of a fold, for the test, and all the others.
 
     The parts hang on the pool, their number and the seed alone, so each record is in the part of one fold. What is left for
-    training may be less than its count.
+    training may be less than its count. With `chooses`, answers are labels, of which each part has about as many.
     """
     members = by_group(sorted(share.pool.records, key=lambda record: record.id), groups)
     if fold.of > len(members):
@@ -320,7 +321,9 @@ def cut(share: Share, groups: Mapping[str, str], fold: Fold, seed: int) -> list[
     names = list(members)
     random.Random(f"{seed} folds {fold.of}").shuffle(names)
     parts: list[list[Record]] = [[] for _ in range(fold.of)]
-    for name in sorted(names, key=lambda name: -len(members[name])):  # the largest first evens the parts out
+    labels = labels_of(members) if chooses else {}
+    # The largest first evens the parts out, and one label after the other each label's rows.
+    for name in sorted(names, key=lambda name: (-len(members[name]), labels.get(name, ""))):
         min(parts, key=len).extend(members[name])
     tested = parts.pop(fold.number - 1)
     counts = {name: count for name, count in share.counts.items() if name != "test"}
@@ -362,6 +365,8 @@ def fill(
     generator.shuffle(order)
     for group in order:
         generator.shuffle(members[group])
+    if task_fields(encoder.task).chooses:
+        order = stratified(order, members)
     asked = [count for count in counts.values() if count is not None]
     # A pool far larger than what is asked for, such as a whole hub data set, is not tokenised to its end.
     portion = 2 * sum(asked) + LEAST_PORTION if len(asked) == len(counts) else len(pool.records)
@@ -395,6 +400,34 @@ def fill(
         if len(splits[name]) < least:
             raise DataError(_shortage(name, splits, counts, kept, label, encoder.max_tokens, tally))
     return splits
+
+
+def labels_of(members: Mapping[str, Sequence[Record]]) -> dict[str, str]:
+    """Return the label that most records of each group have, of several the first in the alphabet."""
+    counts = {name: Counter(record.answer for record in records) for name, records in members.items()}
+    return {name: min(count, key=lambda label: (-count[label], label)) for name, count in counts.items()}
+
+
+def stratified(order: Sequence[str], members: Mapping[str, Sequence[Record]]) -> list[str]:
+    """Spread the groups of each label evenly over an order, so that any stretch of it has about the share of each label.
+
+    A group stands where its middle would, if its label alone filled the whole order. A label of one group comes last, which is
+    in training: elsewhere nothing would be learned of it.
+
+    Args:
+        order: names of groups; those of one label keep their order.
+        members: the records of each group.
+    """
+    labels = labels_of({name: members[name] for name in order})
+    sizes: Counter[str] = Counter()
+    middles: dict[str, float] = {}
+    for name in order:
+        size = len(members[name])
+        middles[name] = sizes[labels[name]] + size / 2
+        sizes[labels[name]] += size
+    places = {name: middles[name] / sizes[labels[name]] for name in order}
+    single = {label for label, count in Counter(labels.values()).items() if count == 1}
+    return sorted(order, key=lambda name: (labels[name] in single, places[name]))
 
 
 def measure(examples: Sequence[Example]) -> SplitSize:
