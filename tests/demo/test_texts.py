@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from grasp_lora.data.splits import SPLITS, build_splits
 from grasp_lora.recipes.load import load_recipe
 
-FEWEST = {"en": 150, "ar": 140, "zh": 140}
+FEWEST = {"en": 150, "ar": 200, "zh": 200}
 LANGUAGES = tuple(FEWEST)
 PAIRS = list(combinations(LANGUAGES, 2))
 SCRIPTS = {"en": "LATIN", "ar": "ARABIC", "zh": "CJK"}
