@@ -104,8 +104,9 @@ def test_a_row_and_what_goes_on_after_it_join_also_across_files():
     assert first == second != third  # the opening that all share joins none
 
 
-def test_versions_of_a_conversation_join_where_only_the_longer_have_a_system_turn():
-    short, longer = talk("hi", "hello"), talk("hi", "hello", "how are you?", "fine")
+@pytest.mark.parametrize("answer", ["hello", "good morning"])
+def test_versions_of_a_conversation_join_where_only_the_longer_have_a_system_turn_or_another_answer(answer):
+    short, longer = talk("hi", "hello"), talk("hi", answer, "how are you?", "fine")
     longer = {"messages": [{"role": "system", "content": "Be kind."}, *longer["messages"]]}
     assert len(set(groups([short, longer]))) == 1
 
@@ -129,6 +130,17 @@ def test_both_sides_of_a_translation_keep_its_pairs_together():
     first, second, other = make_pool([table_of(rows)], "translation").records
     assert first.keys & second.keys
     assert not first.keys & other.keys
+
+
+def test_a_translation_has_a_mark_of_its_original_by_its_id_or_its_article_and_another_row_of_its_number_has_none():
+    def marks(prompt: str, **columns: str) -> set[str]:
+        row = {"prompt": prompt, "completion": "c", **columns}
+        [record] = make_pool([table_of([row], prompt)], "completion", {"title": "title"}).records
+        return set(record.marks)
+
+    assert marks("one", id="q1", title="Nairobi") & marks("moja", id="q1", title="Mji")
+    assert marks("one", id="q1", title="Nairobi") & marks("moja", id="q2", title="nairobi")
+    assert not marks("one", id="1", title="Nairobi") & marks("moja", id="1", title="Mji")
 
 
 def test_rows_of_prompt_and_history_join():

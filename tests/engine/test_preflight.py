@@ -108,12 +108,18 @@ def test_labels_with_too_few_rows_for_the_splits_are_warned_of(
     assert texts == ([f"too few rows for every split: {warned}; {hint}"] if warned else [])
 
 
-def test_row_numbers_as_ids_are_warned_of_where_they_cost_source_examples(check: Check) -> None:
+def test_row_numbers_as_ids_are_warned_of_where_they_cost_examples(check: Check, finished_run: Path) -> None:
     write_rows("source", rows_like(60, id=lambda i: i, prompt=lambda i: f"s{i}:"))
     write_rows("target", rows_like(40, id=lambda i: i, prompt=lambda i: f"t{i}:"))
     text = check()["ids"].text
-    assert text.startswith("40 ids are whole numbers that stand in source and target")
-    assert "source examples were left out (18 in all)" in text
+    assert text.startswith("40 ids are whole numbers that stand in several files")
+    assert "examples were left out (18 in all)" in text
+    pool_and_test = (
+        "data.target.files={pool: [source.jsonl], test: [target.jsonl]}",
+        "data.source=null",
+        "source.adapters=[run/source]",
+    )
+    assert "examples were left out (40 in all)" in check(*pool_and_test, "data.target.test=0")["ids"].text
     write_rows("target", rows_like(40, id=lambda i: f"x{i}", prompt=lambda i: f"t{i}:"))
     assert "ids" not in check()
 

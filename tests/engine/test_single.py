@@ -135,6 +135,10 @@ def test_an_adapter_that_was_trained_on_test_rows_is_refused_whatever_their_file
     session.splits = replace(session.splits, dev=session.splits.train[:2])
     check(session)
     assert "adapter 'adapter' was trained on 2 of the dev and micro-dev rows" in caplog.text
+    [first, *_], test = session.splits.train, session.splits.test
+    session.splits = replace(session.splits, test=(replace(test[0], marks=("other", first.marks[-1])), *test[1:]))
+    check(session)
+    assert f"share an id, a text or an article with 1 of the {len(test)} test rows" in caplog.text
 
 
 class TestBackbone:

@@ -42,7 +42,7 @@ class Example:
         language: code of its corpus.
         group: name of the component of records that share an id, a text or an article.
         prompt_ids, completion_ids: token ids; completion_ids end with EOS, or what the chat template ends a turn with.
-        content: see `Record.content`.
+        marks: see `Record.marks`.
     """
 
     id: str
@@ -53,7 +53,7 @@ class Example:
     group: str
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
-    content: str = ""
+    marks: tuple[str, ...] = ()
 
     @property
     def public_id(self) -> str:
@@ -277,7 +277,7 @@ class Encoder:
                 group=groups[i],
                 prompt_ids=tuple(before),
                 completion_ids=tuple(after),
-                content=record.content,
+                marks=record.marks,
             )
             examples.append(None if too_long or answer_lost[i] else example)
         return examples

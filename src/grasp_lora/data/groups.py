@@ -65,22 +65,22 @@ def keys_with_turns(records: Iterable[Record]) -> Iterator[frozenset[str]]:
     later: dict[bytes, set[str]] = defaultdict(set)
     for record in all_records:
         key = min(record.keys)
-        *earlier, last = _up_to_answers(record)
-        whole[last].add(key)
-        for beginning in earlier:
+        beginnings = _up_to_turns(record)
+        for asked_or_answered in beginnings[-2:]:  # another version may go on after another answer
+            whole[asked_or_answered].add(key)
+        for beginning in beginnings[:-2]:
             later[beginning].add(key)
     for beginning, keys in later.items():
         if beginning in whole and len(keys) <= MOST_CONTINUED:
             yield frozenset(keys | whole[beginning])
 
 
-def _up_to_answers(record: Record) -> list[bytes]:
-    """A hash of the conversation up to each of its answers, the last one being the record's own."""
+def _up_to_turns(record: Record) -> list[bytes]:
+    """A hash of the conversation up to each of its turns, the last one being the record's own answer."""
     turns = record.messages or ({"role": "user", "content": "\n".join(record.fields.values())},)
     turns = tuple(turn for turn in turns if turn["role"] != "system")  # which not all versions of a conversation have
     digest, hashes = hashlib.sha256(), []
     for turn in (*turns, {"role": "assistant", "content": record.answer}):
         digest.update(same_text(turn["content"]).encode() + b"\0")
-        if turn["role"] == "assistant":
-            hashes.append(digest.copy().digest())
+        hashes.append(digest.copy().digest())
     return hashes

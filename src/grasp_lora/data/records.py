@@ -82,10 +82,20 @@ class Record:
     messages: tuple[Message, ...] = ()
 
     @property
-    def content(self) -> str:
-        """A hash of what it asks, whatever its file, id and template: an adapter carries those of its training rows along."""
+    def marks(self) -> tuple[str, ...]:
+        """Hashes that an adapter carries along of its training rows, whatever their file and template.
+
+        First of what it asks. Then of what it may share with a translation, and with others on one text: texts, and ids, groups
+        and articles that are no bare numbers, which every file has.
+        """
         texts = [*self.fields.values(), *(message["content"] for message in self.messages)]
-        return hashlib.sha256("\0".join(map(same_letters, texts)).encode()).hexdigest()[:16]
+        shared = [key.partition(":") for key in sorted(self.keys)]
+        names = [kind + name for kind, _, name in shared if kind in ("id", "group", "article") and not name.isdigit()]
+        return (
+            short_hash("\0".join(map(same_letters, texts))),
+            *(name for kind, _, name in shared if kind == "near"),
+            *map(short_hash, names),
+        )
 
 
 @dataclass(frozen=True)
@@ -196,7 +206,12 @@ def text_keys(text: str) -> set[str]:
     (True, 1)
     """
     ways = {"text:": same_text(text), "near:": same_letters(text)}
-    return {kind + hashlib.sha256(way.encode()).hexdigest()[:16] for kind, way in ways.items()}
+    return {kind + short_hash(way) for kind, way in ways.items()}
+
+
+def short_hash(text: str) -> str:
+    """Return 16 hexadecimal digits that stand for a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def same_text(text: str) -> str:

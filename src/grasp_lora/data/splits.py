@@ -8,6 +8,7 @@ Rows with labels are stratified: every split has about the share of each label t
 import hashlib
 import logging
 import random
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
@@ -59,7 +60,7 @@ class DataReport:
         task, split_seed, max_tokens: as they were set.
         chat_template: whether prompts stand in the tokenizer's chat template.
         prompt: template of the target's prompts.
-        numbers_as_ids: whole numbers that are ids of source and target at once: often they only count the rows of each file.
+        numbers_as_ids: whole numbers that are ids of several pools at once: often they only count the rows of each file.
         target, source: what became of their records.
         splits: size of each of SPLITS.
         labels: of a classification, how often each stands in the target's splits.
@@ -298,12 +299,9 @@ def _in_chat(wanted: bool | None, talks: bool, tokenizer: "PreTrainedTokenizerBa
 
 
 def _numbers_as_ids(shares: Mapping[str, Sequence[Share]]) -> int:
-    ids = [
-        {key for part in parts for record in part.pool.records for key in record.keys if key.startswith("id:")}
-        for parts in shares.values()
-    ]
-    common = set.intersection(*ids) if len(ids) > 1 else set()
-    return sum(key.removeprefix("id:").isdigit() for key in common)
+    pools = [part.pool for parts in shares.values() for part in parts]
+    ids = Counter(key for pool in pools for key in {key for record in pool.records for key in record.keys})
+    return sum(count > 1 and re.fullmatch(r"id:\d+", key) is not None for key, count in ids.items())
 
 
 def cut(share: Share, groups: Mapping[str, str], fold: Fold, seed: int, *, chooses: bool = False) -> list[Share]:

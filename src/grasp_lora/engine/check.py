@@ -60,20 +60,28 @@ def check_splits(session: Session, *, rounds: bool = True) -> None:
 
 
 def check_seen(session: Session, adapter: LoadedAdapter) -> None:
-    """Refuse an adapter that was trained on rows of the test; warn where it knows dev rows, or was asked in another way.
+    """Refuse an adapter that was trained on rows of the test; warn where it knows what belongs to them, or was asked otherwise.
 
-    Rows are told by what they ask, whatever their file and id. Only adapters that were written here say what they know.
+    Rows are told by what they ask, whatever their file and id. Translations of them are told by ids, texts and articles, which
+    may be alike by chance. Only adapters that were written here say what they know.
 
     Raises:
         AdapterError: it knows test rows; the message says how many.
     """
     rows, splits, name = frozenset(adapter.info.rows), session.splits, quoted(adapter.name)
-    test, dev = (sum(row.content in rows for row in part) for part in (splits.test, (*splits.dev, *splits.micro_dev)))
+    test, dev = (sum(row.marks[0] in rows for row in part) for part in (splits.test, (*splits.dev, *splits.micro_dev)))
+    related = sum(not rows.isdisjoint(row.marks) for row in splits.test)
     if test:
         raise AdapterError(
             f"adapter {name} was trained on {test} of the {len(splits.test)} test rows, so its scores would be too high; test on "
             "rows of their own (data.target.files.test), or train it without them"
         )
+    if related:
+        text = (
+            "adapter %s was trained on rows that share an id, a text or an article with %d of the %d test rows; where these are "
+            "translations or on one article, its scores are too high: test on others"
+        )
+        logger.warning(text, name, related, len(splits.test))
     if dev:
         text = (
             "adapter %s was trained on %d of the dev and micro-dev rows, so what they choose may be wrong; give others"

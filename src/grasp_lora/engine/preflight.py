@@ -137,8 +137,8 @@ def _doubts_of_rows(session: Session) -> Iterator[Finding]:
     if numbers and excluded:
         yield _warning(
             "ids",
-            f"{numbers} ids are whole numbers that stand in source and target, so they count as the same questions, and source "
-            f"examples were left out ({excluded} in all); where ids only number the rows, rename that column",
+            f"{numbers} ids are whole numbers that stand in several files, so they count as the same questions, and examples "
+            f"were left out ({excluded} in all); where ids only number the rows, rename that column",
         )
     repeated = {name: _repeated(getattr(splits, name)) for name in ("train", "dev", "micro_dev", "test")}
     if any(repeated.values()):

@@ -181,7 +181,7 @@ class Adapter:
         made: the training that made it; None where none did.
         trail: every finished step that led to it, in order.
         title: name of an adapter that the user gave.
-        rows: hashes of what its training rows asked, those of the adapters that it came from among them.
+        rows: `Record.marks` of its training rows, those of the adapters that it came from among them.
     """
 
     key: str

@@ -135,7 +135,7 @@ class Session:
         )  # fmt: skip
 
     def save(self, folder: Path, weights: AdapterWeights, rows: Iterable[str] = ()) -> None:
-        """Write an adapter as an ordinary PEFT folder, with the hashes of what its training rows asked."""
+        """Write an adapter as an ordinary PEFT folder, with the hashes of its training rows."""
         backbone = self.backbone
         save_adapter(
             folder,

@@ -620,8 +620,8 @@ def _adapter_of(made: Finished[Trained], starts: Sequence[Adapter], rows: frozen
 
 
 def _seen_by(starts: Sequence[Adapter], rows: Sequence[Example] = ()) -> frozenset[str]:
-    """Hashes of what rows ask, and of what the adapters were trained on."""
-    return frozenset(row.content for row in rows).union(*(start.rows for start in starts))
+    """The marks of rows, and of what the adapters were trained on."""
+    return frozenset(mark for row in rows for mark in row.marks).union(*(start.rows for start in starts))
 
 
 def names_of(sources: int) -> tuple[str, ...]:

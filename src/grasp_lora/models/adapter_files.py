@@ -82,7 +82,7 @@ class AdapterInfo:
         backbone_float16: whether the backbone's weights were in float16.
         backbone_dtype: what the backbone computed in; None if another program trained the adapter.
         embedded: whether the backbone is the embedded model.
-        rows: hashes of what its training rows asked, those of the adapters that it came from among them; empty where not known.
+        rows: `Record.marks` of its training rows, those of the adapters that it came from among them; empty where not known.
     """
 
     backbone_fingerprint: str | None = None

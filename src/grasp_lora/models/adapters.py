@@ -176,7 +176,7 @@ def save_adapter(
         dtype: what it computed in then; None where that is not known.
         embedded: whether it is the embedded model, which others know by the name of the hub's.
         revision: branch, tag or commit of the backbone on the hub; None for its main branch and for a folder.
-        rows: hashes of what its training rows asked, see `AdapterInfo`; a recipe that tests on such a row refuses it.
+        rows: hashes of its training rows, see `AdapterInfo`; a recipe that tests on such a row refuses it.
 
     Raises:
         AdapterError: the backbone lacks one of the modules, or it is no linear layer of that shape.
