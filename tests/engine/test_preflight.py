@@ -90,7 +90,9 @@ def test_answers_that_go_on_the_last_word_or_sentence_of_the_prompt_are_warned_o
     check: Check, prompt: str, completion: str, warned: bool
 ) -> None:
     write_rows("target", [{"prompt": f"{i} {prompt}", "completion": completion} for i in range(40)])
-    assert ("prompt" in check()) == warned
+    found = check()
+    assert ("prompt" in found) == warned
+    assert not warned or found["prompt"].text.endswith(r'or write under data: prompt: "{prompt}\n"')
 
 
 @pytest.mark.parametrize(("slips", "warned"), [(2, "yse (2 in all, none in test)"), (5, None)])

@@ -364,6 +364,22 @@ def test_adapters_take_the_place_of_source_data(start: Callable[..., Path]) -> N
     assert recipe.data.source is None
 
 
+@pytest.mark.parametrize(
+    ("prompt", "answer", "separated"),
+    [("why {}?", "because", True), ("why {}? ", "because", False), ("{}:", "because", False), ("{}问", "答", False)],
+)
+@pytest.mark.parametrize("names", [("prompt", "completion"), ("instruction", "output")])
+def test_a_line_break_is_put_between_prompts_and_answers_where_nothing_else_is(
+    names: tuple[str, str], prompt: str, answer: str, separated: bool, start: Callable[..., Path]
+) -> None:
+    rows = [dict(zip(names, (prompt.format(i), answer), strict=True)) for i in range(60)]
+    write(Path("s.jsonl"), [row | {names[0]: f"source {row[names[0]]}"} for row in rows])
+    session = Session(*load_recipe(start(write(Path("t.jsonl"), rows), source=("s.jsonl",))))
+    assert session.splits.train[0].prompt.endswith("?\n" if separated else prompt[-1])
+    assert session.splits.source_train[0].prompt.endswith("?\n") == separated
+    assert not [finding for finding in preflight(session) if finding.topic == "prompt"]
+
+
 def test_without_a_source_the_check_says_so(start: Callable[..., Path]) -> None:
     file = start(write(Path("t.jsonl"), completion(60)))
     assert "A SOURCE IS STILL MISSING" in file.read_text()

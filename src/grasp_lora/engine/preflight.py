@@ -4,6 +4,7 @@ First what a run would refuse is refused, as a run does it. Then come facts (`ok
 (`warning`). Last, a few training steps and answers on the user's own rows say how long and how large the job will be.
 """
 
+import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,7 @@ from grasp_lora.recipes.advice import advice
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.recipes.stages import AUTO
 from grasp_lora.storage.memory import enough_memory, peak_memory
-from grasp_lora.text.characters import ENDS_OF_SENTENCES, split_unspaced
+from grasp_lora.text.characters import are_glued
 from grasp_lora.text.display import listed, one_line
 from grasp_lora.training.loss import collate, example_losses
 from grasp_lora.training.training_settings import TRAINED_AS_MEASURED
@@ -147,13 +148,13 @@ def _doubts_of_rows(session: Session) -> Iterator[Finding]:
         )
         text = f"examples that stand there more than once, prompt and answer alike: {where}; remove them from the data"
         yield _warning("duplicates", text)
-    glued = [row for row in splits.train if _are_glued(row)]
+    glued = [row for row in splits.train if are_glued(row.prompt, row.completion)]
     if not splits.report.chat_template and 2 * len(glued) > len(splits.train):
         border = one_line(glued[0].prompt[-8:] + glued[0].completion[:8])
         yield _warning(
             "prompt",
             f"nothing stands between prompts and answers, such as {border!r}; end the prompts with a space or a line break, "
-            "or set data.prompt",
+            f"or write under data: prompt: {json.dumps(splits.report.prompt + chr(10), ensure_ascii=False)}",
         )
 
 
@@ -161,13 +162,6 @@ def _repeated(rows: Sequence[Example]) -> list[Example]:
     """The rows of which an equal one, prompt and answer alike, stands before."""
     first: dict[tuple[str, str], Example] = {}
     return [row for row in rows if first.setdefault((row.prompt, row.completion), row) is not row]
-
-
-def _are_glued(row: Example) -> bool:
-    """Whether the last word or sentence of a prompt goes on as the first word of its answer."""
-    border = row.prompt[-1:] + row.completion[:1]
-    ends = border[:1].isalnum() or border[:1] in ENDS_OF_SENTENCES
-    return len(border) == 2 and ends and border[1].isalnum() and split_unspaced(border).strip() == border
 
 
 def _labels(session: Session) -> Iterator[Finding]:

@@ -30,6 +30,7 @@ from grasp_lora.recipes.text import SCHEMA_FILE, SCHEMA_LINE, parse
 from grasp_lora.storage.claims import claim
 from grasp_lora.storage.reading import expanded, is_file, is_folder, is_there, reading
 from grasp_lora.storage.writing import write_whole
+from grasp_lora.text.characters import are_glued
 from grasp_lora.text.display import listed
 from grasp_lora.text.languages import language_code
 
@@ -44,6 +45,7 @@ MOST_TRAIN = 200  # an example of them is trained on 20 times in a run: more tak
 FEWEST = 30
 FEWEST_DEV = 8
 FEWEST_SOURCE = 20
+GLUED = 4  # one prompt of so many runs on into its answer: `check` warns where half of the training rows do
 ORDERS = 20  # random orders of the groups in which the split sizes must fit
 
 
@@ -219,10 +221,18 @@ def _render(
         most_tokens=token_limit(target, sources),
         cut_document=CUT_DOCUMENT,
         template=None if builtin else TEMPLATES[target.task][FALLBACK_LANGUAGE],
+        separates=_lacks_separator(target, sources),
         unanswered=sum(corpus.unanswered for corpus in (target, *sources)),
         several_lines=any("\n" in record.answer.strip() for record in target.records),
         **facts,
     )
+
+
+def _lacks_separator(target: Corpus, sources: Sequence[Corpus]) -> bool:
+    """Whether nothing stands between many a prompt and its answer; conversations have an end of each turn, and take no template."""
+    talks = any(record.messages for corpus in (target, *sources) for record in corpus.records)
+    glued = [are_glued(record.fields.get("prompt", ""), record.answer) for record in target.records]
+    return not talks and GLUED * sum(glued) > len(glued)
 
 
 def _backbone_of(adapters: Sequence[str]) -> str:

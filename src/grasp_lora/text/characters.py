@@ -78,3 +78,14 @@ def space_words(text: str) -> str:
     (True, ['བོད', 'ཀྱི', 'སྐད'])
     """
     return _BETWEEN_WORDS.sub(" ", text)
+
+
+def are_glued(before: str, after: str) -> bool:
+    """Whether the last word or sentence of a text goes on as the first word of the next.
+
+    >>> are_glued("why?", "because"), are_glued("why?\\n", "because"), are_glued("why:", "because"), are_glued("问", "答")
+    (True, False, False, False)
+    """
+    border = before[-1:] + after[:1]
+    ends = border[:1].isalnum() or border[:1] in ENDS_OF_SENTENCES
+    return len(border) == 2 and ends and border[1].isalnum() and split_unspaced(border).strip() == border
