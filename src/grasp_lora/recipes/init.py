@@ -229,7 +229,7 @@ def _render(
 
 
 def _lacks_separator(target: Corpus, sources: Sequence[Corpus]) -> bool:
-    """Whether nothing stands between many a prompt and its answer; conversations have an end of each turn, and take no template."""
+    """Whether nothing stands between many a prompt and its answer; conversations end their turns themselves."""
     talks = any(record.messages for corpus in (target, *sources) for record in corpus.records)
     glued = [are_glued(record.fields.get("prompt", ""), record.answer) for record in target.records]
     return not talks and GLUED * sum(glued) > len(glued)
