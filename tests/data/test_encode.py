@@ -57,7 +57,7 @@ class TestEncoding:
 
     def record(self, context: str = "the sky", answer: str = "sky", **changes: object) -> Record:
         fields = {"context": context, "question": "what?"}
-        return dataclasses.replace(Record("r", fields, answer, (answer,), frozenset()), **changes)
+        return dataclasses.replace(Record("r", fields, answer, (answer,), frozenset(), where="line 7"), **changes)
 
     def test_prompt_completion_and_eos(self, tiny_tokenizer):
         tally = Tally()
@@ -135,7 +135,7 @@ class TestEncoding:
         encoder = self.encoder(tokenizer, chat=True, task="completion", template=resolve_template("completion", "en"))
         (e,) = encoder.encode([self.record(messages=turns, fields={})], ["g"], Tally())
         assert e.prompt == "<bos>[user]a[assistant]b[user]c[assistant]"
-        with pytest.raises(DataError, match=r"^r: the tokenizer's chat template refuses it: no tools"):
+        with pytest.raises(DataError, match=r"^line 7: the tokenizer's chat template refuses it: no tools"):
             encoder.encode([self.record(messages=({"role": "tool", "content": "x"},), fields={})], ["g"], Tally())
 
     def test_what_spells_a_control_token_stays_text(self, tiny_tokenizer):
@@ -222,7 +222,7 @@ class TestEncoding:
         (e,) = encoder.encode([self.record(messages=(user, ASSISTANT, user), fields={})], ["g"], Tally())
         assert (e.prompt, e.completion_ids[-1]) == ("u\nhello\nu\n", EOS)
         encoder = dataclasses.replace(encoder, template=Template("Q: {prompt}", "{completion}"))
-        with pytest.raises(DataError, match="record r is a conversation, to which no prompt template applies"):
+        with pytest.raises(DataError, match="line 7 is a conversation, to which no prompt template applies"):
             encoder.encode([self.record(messages=(user,), fields={})], ["g"], Tally())
 
 
@@ -275,7 +275,10 @@ class TestEncodeRows:
         [
             ("text", "^row 1: 'str' object is not a mapping"),
             ({"prompt": [USER], "completion": "b"}, "^row 1: prompt must be a text, found list"),
-            ({"prompt": "a", "completion": "b", "id": "row 0"}, "1 ids stand more than once, first row 0;"),
+            (
+                {"prompt": "a", "completion": "b", "id": "row 0"},
+                r"1 ids stand more than once, first row 0 \(row \d and row \d\);",
+            ),
             (
                 {"messages": [USER, ASSISTANT], "tools": [{"type": "function"}]},
                 "^row 1: tools is not empty, but prompts are made without it; leave out such rows, or the column tools",

@@ -1,5 +1,6 @@
 """A data file is found in the first place that has it; a data set on the hub is read without running its code."""
 
+import json
 from typing import ClassVar
 
 import datasets
@@ -100,3 +101,30 @@ class TestHub:
         with pytest.raises(DataError, match=r"^hub:no/such/train: [^\n]*no/such") as caught:
             read_hub("no/such", None, "train")
         assert "\n" not in str(caught.value)
+
+
+ROWS = [{"prompt": f"p {i}", "completion": "two\nlines" if i == 1 else f"c {i}"} for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "places"),
+    [
+        (
+            "x.jsonl",
+            "\n".join(map(json.dumps, ROWS[:2])) + "\n\n" + json.dumps(ROWS[2]),
+            ["line 1", "line 2", "line 4"],
+        ),
+        ("x.json", json.dumps(ROWS), ["row 1", "row 2", "row 3", "row 4"]),
+        ("x.json", json.dumps({"data": ROWS[:2]}), ["row 1", "row 2"]),
+        ("x.csv", 'prompt,completion\na,"two\nlines"\n\nb,c\nd,e\n', ["line 2", "line 5", "line 6"]),
+        ("x.csv", "sep=;\r\nprompt;completion\r\na;b\r\nc;d\r\n", ["line 3", "line 4"]),
+        ("x.tsv", "prompt\tcompletion\na\tb\n", ["line 2"]),
+    ],
+)
+def test_rows_are_numbered_as_an_editor_shows_them_and_the_entries_of_lists_from_1(name, text, places, tmp_path):
+    (tmp_path / name).write_bytes(text.encode())
+    table = read_file(name, tmp_path / name)
+    assert [row.where for row in table.rows] == [f"{name}, {place}" for place in places]
+    records = make_pool([table], "completion").records
+    assert [record.where for record in records] == [row.where for row in table.rows]
+    assert [record.id for record in records] == [f"{name}:{number}" for number in range(1, len(places) + 1)]  # as ever

@@ -72,7 +72,7 @@ def test_the_source_may_have_labels_of_its_own(split):
 @pytest.mark.parametrize(
     ("train", "test", "settings", "message"),
     [
-        (["a", "ab"], ["a", "c"], {}, r"the test example .*test\.jsonl:2' has the label 'c', which is not among those of"),
+        (["a", "ab"], ["a", "c"], {}, r"the test row test\.jsonl, line 2 has the label 'c', which is not among those of"),
         (["a", "ab"], ["A"], {}, r"has the label 'A', .*\(a, ab\); write it as 'a'"),
         (["a", "b"], ["a", "b"], {"labels": ("a", "c")}, r"has the label 'b', .*those of data\.labels \(a, c\); correct it"),
         (["a"], ["a"], {}, r"the training rows of the target: 1 labels, first a; a classification has 2 to 200"),
@@ -88,7 +88,9 @@ def test_what_no_answer_can_be_chosen_from_is_refused(train, test, settings, mes
 
 
 def test_a_source_label_that_is_written_otherwise_is_refused(split):
-    with pytest.raises(DataError, match=r"the source_train example .* has the label 'AB', .*; write it as 'ab'"):
+    with pytest.raises(
+        DataError, match=r"the source_train row source.jsonl, line \d+ has the label 'AB', .*; write it as 'ab'"
+    ):
         split(rows(["a", "ab"]), source=rows(["a", "AB"], name="s"))
 
 

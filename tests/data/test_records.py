@@ -88,8 +88,8 @@ class TestSquad:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            ({"data": [{"title": "T", "paragraphs": [{}]}]}, r"x\.json, record 1: 'qas' is missing"),
-            ({"data": [{"paragraphs": [{"qas": [{}]}]}]}, "record 1: 'context' is missing"),
+            ({"data": [{"title": "T", "paragraphs": [{}]}]}, r"x\.json, row 1: 'qas' is missing"),
+            ({"data": [{"paragraphs": [{"qas": [{}]}]}]}, "row 1: 'context' is missing"),
             ({"data": []}, r"x\.json holds no records"),
             (
                 squad(("T", [("c", [("q", "?", [])])])),
@@ -174,7 +174,7 @@ class TestRecords:
             ([{"id": 1, "prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}], "line 2: id must be"),
             (
                 [{"id": i // 2, "prompt": "a", "completion": "b"} for i in range(14)],
-                "7 ids stand more than once, first 0, 1",
+                r"7 ids stand more than once, first 0 \(.*, line 1 and .*, line 2\), 1 \(",
             ),
             ("[1]", "line 1: 'list' object is not a mapping"),
         ],
@@ -402,7 +402,7 @@ class TestCells:
             'prompt\tcompletion\nb\tc\nHe said\t"Njoo\nSit down\tKaa chini."\n',
             'id\tprompt\tcompletion\tnote\n1\ta\tb\t\n1\t"Hello there\tpos\t\n2\tBye all"\tneg\t\n',
         ):
-            with pytest.raises(DataError, match=r"x\.tsv, line 4: a cell that ends here holds tabs and line breaks"):
+            with pytest.raises(DataError, match=r"x\.tsv, line [23]: a cell holds tabs and line breaks"):
                 read(text, "completion", "x.tsv")
         for cell in ("two\nlines", "def f():\n\treturn 1", "a\tb", "a\tb\n\tc"):
             assert read(f'prompt\tcompletion\na\t"{cell}"\n', "completion", "y.tsv").records[0].answer == cell

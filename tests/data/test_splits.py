@@ -479,7 +479,9 @@ class TestGivenSplits:
         rows = [{"document": f"{n % 6} " + "a" * 40 + f" {n}", "summary": "s", "id": f"id{n}"} for n in range(12)]
         target = CorpusSettings("en", files={"pool": (write("x.jsonl", rows),)}, train=6, dev=3, micro_dev=0, test=3)
         settings = DataSettings("summarization", target, max_document_tokens=20)
-        with pytest.raises(DataError, match=r"the prompts of 'id\d+' and 'id\d+' are the same, after cuts"):
+        with pytest.raises(
+            DataError, match=r"the prompts of x\.jsonl, line \d+ and x\.jsonl, line \d+ are the same, after cuts"
+        ):
             build_splits(settings, tiny_tokenizer, 0, tmp_path)
 
     def test_the_source_is_checked_where_both_are_given_and_filtered_where_not(

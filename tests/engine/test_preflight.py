@@ -63,7 +63,7 @@ def test_nothing_is_warned_of_where_all_is_usual(check: Check) -> None:
 @pytest.mark.parametrize(
     ("topic", "text", "rows"),
     [
-        ("duplicates", r"3 of dev \(such as n\d+\), .*4 of test \(such as n\d+\); remove them",
+        ("duplicates", r"3 of dev \(such as target.jsonl, line \d+ and target.jsonl, line \d+\), .*4 of test \(.*\); remove them",
          rows_like(prompt=lambda i: f"p{i // 2}:")),
         ("stop", r"generation.stop \['\\n'\] ends answers that test references go on after",
          rows_like(completion=lambda i: f" a\nb {i}")),
@@ -77,6 +77,17 @@ def test_doubtful_rows_are_warned_of(topic: str, text: str, rows: list[dict[str,
     finding = check()[topic]
     assert finding.level == "warning"
     assert re.search(text, finding.text)
+
+
+def test_both_of_two_rows_that_are_alike_are_named_by_their_lines(check: Check, tiny_workspace: Path) -> None:
+    lines = ["prompt,completion", *(f"p {min(i, 38)}:, c" for i in range(40))]
+    Path("target.csv").write_text("\n".join(lines), encoding="utf-8")
+    recipe = Path("tiny.yaml")
+    recipe.write_text(recipe.read_text(encoding="utf-8").replace("target.jsonl", "target.csv"), encoding="utf-8")
+    text = check("data.target.train=22")["duplicates"].text
+    assert (
+        "target.csv, line 40 and target.csv, line 41" in text or "target.csv, line 41 and target.csv, line 40" in text
+    )
 
 
 @pytest.mark.parametrize(

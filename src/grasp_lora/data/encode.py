@@ -8,7 +8,7 @@ import logging
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain, takewhile
 from typing import TYPE_CHECKING, Any, cast
@@ -43,6 +43,7 @@ class Example:
         group: name of the component of records that share an id, a text or an article.
         prompt_ids, completion_ids: token ids; completion_ids end with EOS, or what the chat template ends a turn with.
         marks: see `Record.marks`.
+        where: see `Record.where`.
     """
 
     id: str
@@ -54,6 +55,7 @@ class Example:
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
     marks: tuple[str, ...] = ()
+    where: str = field(default="", compare=False)
 
     @property
     def public_id(self) -> str:
@@ -278,6 +280,7 @@ class Encoder:
                 prompt_ids=tuple(before),
                 completion_ids=tuple(after),
                 marks=record.marks,
+                where=record.where,
             )
             examples.append(None if too_long or answer_lost[i] else example)
         return examples
@@ -331,14 +334,14 @@ class Encoder:
                 for turn in record.messages
             ]
             if turns and self.template.prompt != TEMPLATES["completion"][ANY_LANGUAGE].prompt:
-                raise DataError(f"record {record.id} is a conversation, to which no prompt template applies")
+                raise DataError(f"{record.where} is a conversation, to which no prompt template applies")
             if turns and not self.chat:  # a line break between turns, the answer's included
                 turns = [{"role": "user", "content": "".join(turn["content"] + "\n" for turn in turns)}]
             end = "\n" if self.ends_turns and not self.chat else ""
             conversations.append(turns or [{"role": "user", "content": self.template.prompt.format(**fields) + end}])
         if not self.chat:
             return [turns[0]["content"] for turns in conversations], answer_lost
-        return render_chat(self.tokenizer, conversations, [record.id for record in records]), answer_lost
+        return render_chat(self.tokenizer, conversations, [record.where for record in records]), answer_lost
 
     def _cut_documents(
         self, records: Sequence[Record], inputs: list[dict[str, str]], tally: Tally

@@ -1,7 +1,8 @@
 """Where rows come from: a file in one of several places, a text of the package, a data set on the hub.
 
 Each reader turns a file into rows, and says of each where it stands: `train.csv, line 7`, `answers.xlsx, sheet 'May', row 3`.
-Lines and rows count as an editor or Excel shows them. A new kind of file is one function, and one row of `READERS`.
+Lines and rows count as an editor or Excel shows them, the header being line 1; entries of a list count from 1.
+A new kind of file is one function, and one row of `READERS`.
 """
 
 import csv
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from grasp_lora.errors import DataError
 from grasp_lora.storage.network import no_network
@@ -108,7 +109,7 @@ def _json(path: Path, name: str) -> Iterator[Row]:
         return
     rows = content.get("data") if isinstance(content, dict) else content
     for number, item in enumerate(rows if isinstance(rows, list) else [content], start=1):
-        with reading(where := f"{name}, record {number}"):
+        with reading(where := f"{name}, row {number}"):
             yield Row(where, {**item})
 
 
@@ -150,15 +151,23 @@ def _csv(path: Path, name: str, delimiter: str | None = None) -> Iterator[Row]:
     lines = io.StringIO(text, newline="")
     reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=f"{delimiter} " in header, strict=True)
     try:
-        for row in _named((f"{name}, line {reader.line_num}", cells) for cells in reader):
+        for row in _named((f"{name}, line {line}", cells) for line, cells in _with_lines(reader)):
             if delimiter == "\t" and any(_holds_rows(str(cell), len(row.values)) for cell in row.values.values()):
                 raise DataError(
-                    f"{row.where}: a cell that ends here holds tabs and line breaks, so a quotation mark that opens a cell has "
+                    f"{row.where}: a cell holds tabs and line breaks, so a quotation mark that opens a cell has "
                     "taken in the rows after it; double each mark, and put the cell between two more"
                 )
             yield row
     except csv.Error as error:
         raise DataError(f"{name}, line {reader.line_num}: not valid CSV ({error})") from None
+
+
+def _with_lines(reader: Any) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a CSV reader, each with the line that it begins in; it may go over several."""
+    line = 1
+    for cells in reader:
+        yield line, cells
+        line = reader.line_num + 1
 
 
 def _delimiter_of(text: str, header: str) -> str:

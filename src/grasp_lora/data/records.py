@@ -14,7 +14,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from os.path import normpath
 from typing import Any
 
@@ -72,6 +72,7 @@ class Record:
         references: gold answers, at least one.
         keys: what a group joins by: id (the file's own), declared group, hash of the text, article.
         messages: turns before the answer, for a record that is a conversation.
+        where: its place in its file, for messages to the user.
     """
 
     id: str
@@ -80,6 +81,7 @@ class Record:
     references: tuple[str, ...]
     keys: frozenset[str]
     messages: tuple[Message, ...] = ()
+    where: str = field(default="", compare=False)
 
     @property
     def marks(self) -> tuple[str, ...]:
@@ -172,6 +174,7 @@ def make_pool(
                     _refuse_written_lists(values, named)
                 record = _record(values, task, named, f"{normpath(table.name)}:{number}", has_ids)
                 if isinstance(record, Record):
+                    record = replace(record, where=where)
                     records.append(_trimmed(record, counts) if layout.trims and task != "completion" else record)
                 elif skip_unanswered or record is None:
                     counts["unanswerable"] += 1
@@ -287,24 +290,28 @@ def _in_small_letters(table: Table, named_columns: Columns) -> dict[str, str]:
     An `ID` that stands twice is no id: it may number articles.
     """
     renamed = {}
-    for field in {"id", "group", "title"} - set(named_columns):
+    for wanted in {"id", "group", "title"} - set(named_columns):
         free = (name for name in table.columns if name not in named_columns.values())
-        called_so = [name for name in free if name.strip().lower() == field]
+        called_so = [name for name in free if name.strip().lower() == wanted]
         if len(called_so) != 1:
             continue
         values = [row.values.get(called_so[0]) for row in table.rows]
         unlike = all(isinstance(value, str | int) for value in values) and len(set(values)) == len(values)
-        if field != "id" or unlike:
-            renamed[called_so[0]] = field
+        if wanted != "id" or unlike:
+            renamed[called_so[0]] = wanted
     return renamed
 
 
 def _check_ids(records: list[Record]) -> None:
-    twice = [identity for identity, count in Counter(record.id for record in records).items() if count > 1]
+    places: dict[str, list[str]] = {}
+    for record in records:
+        places.setdefault(record.id, []).append(record.where)
+    twice = {identity: where for identity, where in places.items() if len(where) > 1}
     if twice:
         numbers = all(identity.isdigit() for identity in twice)
+        shown = [f"{identity} ({' and '.join(twice[identity][:2])})" for identity in list(twice)[:5]]
         raise DataError(
-            f"{len(twice)} ids stand more than once, first {listed(twice[:5])}; every record needs its own id, "
+            f"{len(twice)} ids stand more than once, first {listed(shown)}; every record needs its own id, "
             "and no file may be listed twice"
             + ("; where these number the rows of each file, rename the column id" if numbers else "")
         )

@@ -511,7 +511,7 @@ def check_disjoint(splits: Splits) -> None:
     for name in SPLITS:
         examples: tuple[Example, ...] = getattr(splits, name)
         ids = {example.id for example in examples}
-        prompts = {same_text(example.prompt): example.id for example in examples}
+        prompts = {same_text(example.prompt): example.where for example in examples}
         contents[name] = ids, prompts, {example.group for example in examples}
         if len(ids) < len(examples):
             problems.append(f"{name} holds {len(examples) - len(ids)} ids twice")
@@ -523,7 +523,7 @@ def check_disjoint(splits: Splits) -> None:
             ids, alike, groups = common
             problems.append(f"{first} and {second} share {len(ids)} ids, {len(alike)} prompts and {len(groups)} groups")
             if alike:
-                ours, theirs = (quoted(contents[name][1][min(alike)]) for name in (first, second))
+                ours, theirs = (contents[name][1][min(alike)] for name in (first, second))
                 problems[-1] += f" (the prompts of {ours} and {theirs} are the same, after cuts and the template)"
     if problems:
         raise DataError(
@@ -551,7 +551,7 @@ def count_labels(named: Sequence[str], splits: Mapping[str, Sequence[Example]]) 
             if label not in labels and (meant or not name.startswith("source")):
                 advice = f"write it as {quoted(meant)}" if meant else "correct it, or name every label in data.labels"
                 raise DataError(
-                    f"the {name} example {quoted(example.id)} has the label {quoted(label)}, which is not among those of {where} "
+                    f"the {name} row {example.where} has the label {quoted(label)}, which is not among those of {where} "
                     f"({listed(labels)}); {advice}"
                 )
     for name, loss in (("train", "nothing is learned of it"), ("test", "the scores say nothing of it")):

@@ -131,7 +131,7 @@ def _check_context(session: Session) -> None:
             answer = max(len(example.completion_ids), new if name == "test" else 0)
             if len(example.prompt_ids) + answer > context:
                 raise DataError(
-                    f"the {name} example {example.id} has {len(example.prompt_ids)} tokens and an answer of up to {answer}, "
+                    f"the {name} row {example.where} has {len(example.prompt_ids)} tokens and an answer of up to {answer}, "
                     f"but the model's context holds {context}; lower data.max_tokens (now {recipe.data.max_tokens}), or "
                     f"generation.max_new_tokens (now {recipe.generation.max_new_tokens})"
                 )

@@ -97,7 +97,7 @@ def _inputs(session: Session) -> Iterator[Finding]:
     yield _ok("lengths", f"train: {lengths[0]} to {lengths[-1]} tokens, median {lengths[len(lengths) // 2]}")
     first = splits.train[0]
     answer, end = backbone.tokenizer.decode(list(first.completion_ids)), first.prompt[-PROMPT_SHOWN:]
-    text = f"loss on the answer only, for example {answer!r} of {first.public_id}, whose prompt ends with {end!r}"
+    text = f"loss on the answer only, for example {answer!r} of {first.where}, whose prompt ends with {end!r}"
     yield _ok("label mask", text)
 
 
@@ -144,7 +144,9 @@ def _doubts_of_rows(session: Session) -> Iterator[Finding]:
     repeated = {name: _repeated(getattr(splits, name)) for name in ("train", "dev", "micro_dev", "test")}
     if any(repeated.values()):
         where = ", ".join(
-            f"{len(rows)} of {name} (such as {rows[0].public_id})" for name, rows in repeated.items() if rows
+            f"{len(pairs)} of {name} (such as {pairs[0][0].where} and {pairs[0][1].where})"
+            for name, pairs in repeated.items()
+            if pairs
         )
         text = f"examples that stand there more than once, prompt and answer alike: {where}; remove them from the data"
         yield _warning("duplicates", text)
@@ -158,10 +160,11 @@ def _doubts_of_rows(session: Session) -> Iterator[Finding]:
         )
 
 
-def _repeated(rows: Sequence[Example]) -> list[Example]:
-    """The rows of which an equal one, prompt and answer alike, stands before."""
+def _repeated(rows: Sequence[Example]) -> list[tuple[Example, Example]]:
+    """Each row of which an equal one, prompt and answer alike, stands before, after that one."""
     first: dict[tuple[str, str], Example] = {}
-    return [row for row in rows if first.setdefault((row.prompt, row.completion), row) is not row]
+    pairs = [(first.setdefault((row.prompt, row.completion), row), row) for row in rows]
+    return [(earlier, row) for earlier, row in pairs if earlier is not row]
 
 
 def _labels(session: Session) -> Iterator[Finding]:
