@@ -72,6 +72,8 @@ def test_the_source_may_have_labels_of_its_own(split):
 @pytest.mark.parametrize(
     ("train", "test", "settings", "message"),
     [
+        (["ankese", "b"], ["ankesë", "c"], {}, r"line 1 has the label 'ankesë'.*; write it as 'ankese'"),
+        (["ankese", "b"], ["ankesë", "c"], {}, r"line 2 has the label 'c'.*; correct it, or name every label"),
         (["a", "ab"], ["a", "c"], {}, r"the test row test\.jsonl, line 2 has the label 'c', which is not among those of"),
         (["a", "ab"], ["A"], {}, r"has the label 'A', .*\(a, ab\); write it as 'a'"),
         (["a", "b"], ["a", "b"], {"labels": ("a", "c")}, r"has the label 'b', .*those of data\.labels \(a, c\); correct it"),

@@ -106,19 +106,35 @@ def test_answers_that_go_on_the_last_word_or_sentence_of_the_prompt_are_warned_o
     assert not warned or found["prompt"].text.endswith(r'or write under data: prompt: "{prompt}\n"')
 
 
-@pytest.mark.parametrize(("slips", "warned"), [(2, "yse (2 in all, none in test)"), (5, None)])
-def test_labels_with_too_few_rows_for_the_splits_are_warned_of(
-    slips: int, warned: str | None, tiny_workspace: Path
-) -> None:
-    rows = rows_like(40, text=lambda i: f"text {i}", label=lambda i: ("no", "yes")[i % 2])
-    write_rows("source", rows_like(40, text=lambda i: f"source text {i}", label=lambda i: ("no", "yes")[i % 2]))
-    changed = (5, 15, 25, 35, 39)[:slips]
-    write_rows("target", [row | ({"label": "yse"} if i in changed else {}) for i, row in enumerate(rows)])
-    sizes = ("data.target.train=20", "data.target.dev=8")
-    findings = preflight(session_of("data.task=classification", 'data.labels=["no","yes","yse"]', *sizes))
-    texts = [finding.text for finding in findings if finding.topic == "labels" and finding.level == "warning"]
-    hint = "where one is a slip of another label, correct it; else add rows"
-    assert texts == ([f"too few rows for every split: {warned}; {hint}"] if warned else [])
+def labelled(count: int, **labels: str) -> list[dict[str, object]]:
+    """Write a source with two labels, and a target where single rows have others: `r3="other"`."""
+    write_rows("source", rows_like(40, text=lambda i: f"source text {i}", label=lambda i: ("no", "sawa")[i % 2]))
+    rows = rows_like(count, text=lambda i: f"text {i}", label=lambda i: labels.get(f"r{i}", ("no", "sawa")[i % 2]))
+    write_rows("target", rows)
+    return rows
+
+
+def label_warnings(labels: str, *overrides: str) -> list[str]:
+    sizes = ("data.task=classification", f"data.labels={labels}", "data.target.train=20", "data.target.dev=8")
+    findings = preflight(session_of(*sizes, *overrides))
+    return [finding.text for finding in findings if finding.topic == "labels" and finding.level == "warning"]
+
+
+@pytest.mark.parametrize("few", [2, 5])
+def test_labels_with_too_few_rows_for_the_splits_are_warned_of(few: int, tiny_workspace: Path) -> None:
+    labelled(40, **{f"r{i}": "mixed" for i in (5, 15, 25, 35, 39)[:few]})
+    text = "too few rows for every split: mixed (2 in all, none in test); add rows"
+    assert label_warnings('["no","sawa","mixed"]') == ([text] if few == 2 else [])
+
+
+def test_a_label_that_may_be_a_slip_is_named_with_its_row_and_the_one_that_may_be_meant(tiny_workspace: Path) -> None:
+    labelled(40, r7="sava", r8="no ")  # white space around a label is no slip: it is removed
+    [text] = label_warnings('["no","sawa","sava"]')
+    assert text.startswith(
+        "sava in target.jsonl, line 8: did you mean sawa, which 19 rows have? If so, correct it there"
+    )
+    labelled(40, r7="grade 1", r8="grade 2", r9="grade 2", r10="grade 2")
+    assert not [text for text in label_warnings('["no","sawa","grade 1","grade 2"]') if "did you mean" in text]
 
 
 def test_row_numbers_as_ids_are_warned_of_where_they_cost_examples(check: Check, finished_run: Path) -> None:

@@ -497,6 +497,13 @@ def test_labels_are_written_down(start: Callable[..., Path]) -> None:
     assert "what an answer may be" in file.read_text(encoding="utf-8")
 
 
+def test_a_label_that_may_be_a_slip_is_named(start: Callable[..., Path], caplog: pytest.LogCaptureFixture) -> None:
+    rows = labelled(60, ["ankesë", "tjetër"])
+    rows[29]["label"] = "ankese"
+    start(write(Path("t.csv"), rows))
+    assert caplog.messages == ["ankese in t.csv, line 31: did you mean ankesë, which 30 rows have?"]
+
+
 def test_an_existing_file_is_never_overwritten(start: Callable[..., Path]) -> None:
     data = write(Path("t.jsonl"), completion(60))
     Path("mine.yaml").write_text("mine")

@@ -20,7 +20,7 @@ from grasp_lora.data.data_settings import CorpusSettings, DataSettings
 from grasp_lora.data.encode import Encoder, Example, Tally, check_tokenizer, encode_labels
 from grasp_lora.data.files import Table, read_file, read_hub, resolve_file
 from grasp_lora.data.groups import by_group, join_groups, keys_with_turns
-from grasp_lora.data.records import Pool, Record, check_labels, make_pool, same_label, same_text
+from grasp_lora.data.records import Pool, Record, check_labels, close_label, make_pool, same_label, same_text
 from grasp_lora.data.tasks import resolve_template, task_fields
 from grasp_lora.errors import DataError
 from grasp_lora.text.display import listed, quoted
@@ -544,16 +544,23 @@ def count_labels(named: Sequence[str], splits: Mapping[str, Sequence[Example]]) 
     where = "data.labels" if named else "the training rows of the target"
     labels = check_labels(named or counts_of["train"], where)
     writings = {same_label(label): label for label in labels}
+    faults: dict[str, str] = {}
     for name, examples in splits.items():
         for example in examples:
             label = example.references[0]
             meant = writings.get(same_label(label))
             if label not in labels and (meant or not name.startswith("source")):
-                advice = f"write it as {quoted(meant)}" if meant else "correct it, or name every label in data.labels"
-                raise DataError(
-                    f"the {name} row {example.where} has the label {quoted(label)}, which is not among those of {where} "
-                    f"({listed(labels)}); {advice}"
+                nearest = meant or close_label(label, labels)
+                advice = (
+                    f"write it as {quoted(nearest)}" if nearest else "correct it, or name every label in data.labels"
                 )
+                faults.setdefault(
+                    label,
+                    f"the {name} row {example.where} has the label {quoted(label)}, which is not among those of {where} "
+                    f"({listed(labels)}); {advice}",
+                )
+    if faults:
+        raise DataError("; ".join(list(faults.values())[:5]))
     for name, loss in (("train", "nothing is learned of it"), ("test", "the scores say nothing of it")):
         if missing := [label for label in labels if splits[name] and not counts_of[name][label]]:
             logger.warning("no %s row has the label %s: %s", name, listed(missing), loss)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from grasp_lora.data.encode import Example, Tally
+from grasp_lora.data.records import likely_slips
 from grasp_lora.data.splits import SPLITS, group_numbers, group_size
 from grasp_lora.engine.check import check
 from grasp_lora.engine.comparison import PLANNED, SEEDS, expected_width
@@ -182,14 +183,18 @@ def _labels(session: Session) -> Iterator[Finding]:
     yield _ok("labels", text)
     if missing := [label for label, numbers in by_label.items() if not any(numbers)]:
         yield _warning("labels", f"no row of the target has {listed(missing)}; add rows, or remove it")
+    target_rows = (row for name in names for row in getattr(splits, name))
+    slips = likely_slips((row.references[0], row.where) for row in target_rows)
+    for question in slips.values():
+        yield _warning("labels", f"{question} If so, correct it there, and take it out of data.labels")
     rare = []
     for label, numbers in by_label.items():
         # A micro-dev set is small on purpose.
         lacking = [name for name, number in zip(names, numbers, strict=True) if not number and name != "micro_dev"]
-        if lacking and any(numbers):
+        if lacking and any(numbers) and label not in slips:
             rare.append(f"{label} ({sum(numbers)} in all, none in {listed(lacking)})")
     if rare:
-        text = f"too few rows for every split: {listed(rare)}; where one is a slip of another label, correct it; else add rows"
+        text = f"too few rows for every split: {listed(rare)}; add rows"
         yield _warning("labels", text)
     foreign = {row.references[0] for row in (*splits.source_train, *splits.source_dev)} - counts.keys()
     if foreign:

@@ -1,5 +1,6 @@
 """A data file of a user's own: its task and the columns of its fields are read off it."""
 
+import logging
 import math
 import os
 import shlex
@@ -16,11 +17,14 @@ from grasp_lora.data.records import (
     check_labels,
     find_layout,
     is_blank,
+    likely_slips,
     make_pool,
 )
 from grasp_lora.data.tasks import TASKS
 from grasp_lora.errors import DataError
 from grasp_lora.text.display import listed, quoted
+
+logger = logging.getLogger(__name__)
 
 # Column names, in lower case, that are understood for each field of a task.
 COLUMNS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -159,8 +163,11 @@ def read_corpus(
         )
     written = name if name.startswith(DEMO_PREFIX) else relative(name, folder)
     pool = make_pool([table], data_task, renamed, skip_unanswered=skip_unanswered)
-    answers = (record.answer for record in pool.records)
-    labels = check_labels(answers, name) if TASKS[data_task].chooses else ()
+    labels: tuple[str, ...] = ()
+    if TASKS[data_task].chooses:
+        labels = check_labels((record.answer for record in pool.records), name)
+        for question in likely_slips((record.answer, record.where) for record in pool.records).values():
+            logger.warning("%s", question)
     return Corpus(written, data_task, renamed, pool.records, pool.unanswerable, sheet, labels)
 
 
