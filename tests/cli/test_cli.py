@@ -353,6 +353,23 @@ def test_check_says_what_to_expect(cli: Cli, tiny_workspace: Path) -> None:
     assert contents(tiny_workspace) == before
 
 
+def test_check_says_in_which_line_of_the_recipe_an_old_label_stands(cli: Cli, tiny_workspace: Path) -> None:
+    for name in ("source", "target"):
+        rows = [{"text": f"{name} {i}", "label": ("yes", "no")[i % 2]} for i in range(40)]
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    recipe = Path("tiny.yaml")
+    text = recipe.read_text(encoding="utf-8")
+    recipe.write_text(
+        text.replace("task: completion", 'task: classification\n  labels:\n    - "no"\n    - "yes"\n    - nein'),
+        encoding="utf-8",
+    )
+    line = recipe.read_text(encoding="utf-8").splitlines().index("    - nein") + 1
+    shown = output(cli("check", "tiny.yaml"))
+    assert f"no row of the target has nein; add rows, or delete it from data.labels (line {line} of tiny.yaml)" in shown
+    shown = output(cli("check", "tiny.yaml", "--set", "data.labels=[never,'no','yes']"))
+    assert "no row of the target has never; add rows, or delete it from data.labels\n" in shown
+
+
 def test_steps_work_one_by_one(cli: Cli, workspace: Path) -> None:
     elsewhere = workspace / "recipes"
     elsewhere.mkdir()

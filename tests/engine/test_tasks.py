@@ -133,7 +133,7 @@ def test_check_says_what_can_be_chosen(tiny_workspace) -> None:
     assert texts["ok"].startswith(
         "4, how often each stands in train + dev + micro_dev + test: never 0 + 0 + 0 + 0, no 4 + 2 + 1 + 3, "
     )
-    assert texts["warning"] == "no row of the target has never; add rows, or remove it"
+    assert texts["warning"] == "no row of the target has never; add rows, or delete it from data.labels"
     Path("source.jsonl").write_text(
         "".join(json.dumps({"text": f"s {i}", "label": "ja"}) + "\n" for i in range(20)), encoding="utf-8"
     )

@@ -8,6 +8,7 @@ import typer
 
 from grasp_lora.cli.options import AllowCodeOption, OutputOption, RecipeArgument, SetOption, VerboseOption, session_of
 from grasp_lora.cli.terminal import console, loading, log_to_terminal, print_scores, say, shown
+from grasp_lora.recipes.text import line_of
 from grasp_lora.storage.processes import leave
 
 
@@ -52,7 +53,8 @@ def check(
         warnings += finding.level != "ok"
         mark = "[green]ok     [/green]" if finding.level == "ok" else "[yellow]warning[/yellow]"
         console.print(f"{mark} [bold]{finding.topic:<10}[/bold]", end=" ")
-        say(finding.text)
+        line = line_of(recipe, finding.entry) if finding.entry else None
+        say(finding.text + (f" (line {line} of {recipe})" if line else ""))
     changes = [part for override in overrides or [] for part in ("--set", override)]
     command = shlex.join(["grasp-lora", "run", recipe, *changes, *["--allow-code"] * allow_code])
     summary = f"{warnings} warning{'' if warnings == 1 else 's'} above" if warnings else "nothing stands in the way"

@@ -43,11 +43,19 @@ GIGABYTE = 1e9
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the preflight: `ok` or `warning`, a topic and what was found."""
+    """One line of the preflight.
+
+    Args:
+        level: `ok` or `warning`.
+        topic: what it is about, in a word or two.
+        text: what was found.
+        entry: what to change in the recipe, key by key and a list's entry last; empty for none.
+    """
 
     level: str
     topic: str
     text: str
+    entry: tuple[str, ...] = ()
 
 
 def preflight(session: Session) -> list[Finding]:
@@ -70,8 +78,8 @@ def _ok(topic: str, text: str) -> Finding:
     return Finding("ok", topic, text)
 
 
-def _warning(topic: str, text: str) -> Finding:
-    return Finding("warning", topic, text)
+def _warning(topic: str, text: str, entry: tuple[str, ...] = ()) -> Finding:
+    return Finding("warning", topic, text, entry)
 
 
 def _inputs(session: Session) -> Iterator[Finding]:
@@ -181,12 +189,14 @@ def _labels(session: Session) -> Iterator[Finding]:
         share = 100 * counts[most]["test"] / len(splits.test)
         text += f"; to answer the most frequent one, {most}, always has accuracy {share:.1f} on the test"
     yield _ok("labels", text)
-    if missing := [label for label, numbers in by_label.items() if not any(numbers)]:
-        yield _warning("labels", f"no row of the target has {listed(missing)}; add rows, or remove it")
+    for label in (label for label, numbers in by_label.items() if not any(numbers)):
+        text = f"no row of the target has {label}; add rows, or delete it from data.labels"
+        yield _warning("labels", text, ("data", "labels", label))
     target_rows = (row for name in names for row in getattr(splits, name))
     slips = likely_slips((row.references[0], row.where) for row in target_rows)
-    for question in slips.values():
-        yield _warning("labels", f"{question} If so, correct it there, and take it out of data.labels")
+    for label, question in slips.items():
+        text = f"{question} If so, correct it there, and delete it from data.labels"
+        yield _warning("labels", text, ("data", "labels", label))
     rare = []
     for label, numbers in by_label.items():
         # A micro-dev set is small on purpose.
