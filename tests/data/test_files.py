@@ -128,3 +128,12 @@ def test_rows_are_numbered_as_an_editor_shows_them_and_the_entries_of_lists_from
     records = make_pool([table], "completion").records
     assert [record.where for record in records] == [row.where for row in table.rows]
     assert [record.id for record in records] == [f"{name}:{number}" for number in range(1, len(places) + 1)]  # as ever
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize(("name", "mark"), [("x.tsv", "\t"), ("x.csv", ";")])
+def test_text_is_read_by_its_byte_order_mark_as_excel_writes_it(encoding, name, mark, tmp_path):
+    mark_of_16 = "\ufeff" if encoding[-3:] in ("-le", "-be") else ""
+    text = f"prompt{mark}completion\r\nسؤال{mark}جواب\r\n"
+    (tmp_path / name).write_bytes((mark_of_16 + text).encode(encoding))
+    assert read_file(name, tmp_path / name).rows == [(f"{name}, line 2", {"prompt": "سؤال", "completion": "جواب"})]

@@ -5,6 +5,7 @@ Lines and rows count as an editor or Excel shows them, the header being line 1; 
 A new kind of file is one function, and one row of `READERS`.
 """
 
+import codecs
 import csv
 import filecmp
 import importlib.resources
@@ -90,6 +91,8 @@ def read_file(name: str, path: Path, sheet: str | None = None) -> Table:
 
 def _text(path: Path, name: str) -> str:
     data = path.read_bytes()
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # such as Excel's "Unicode text"
+        return data.decode("utf-16")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

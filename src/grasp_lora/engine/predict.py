@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter
 
 from grasp_lora.data.encode import Encoder, Tally, check_tokenizer, encode_labels, prompt_ids
-from grasp_lora.data.files import READERS, Row, Table, read_file
+from grasp_lora.data.files import READERS, WORKBOOKS, Row, Table, read_file
 from grasp_lora.data.records import SPEAKERS, XLSUM_COLUMNS, Record, check_labels, clean_text, make_pool
 from grasp_lora.data.tasks import ANY_LANGUAGE, TEMPLATES, Template, check_template, fields_of, options_of, task_fields
 from grasp_lora.errors import DataError, RecipeError
@@ -29,12 +29,14 @@ from grasp_lora.recipes.load import backbone_of_run
 from grasp_lora.storage.reading import is_file, reading
 from grasp_lora.storage.writing import write_whole
 from grasp_lora.text.display import SURROGATES, listed, quoted
+from grasp_lora.text.names import needs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
+Rows = Sequence[Mapping[str, object]]
 PREDICTION = "prediction"  # the column of the answers, as in the files of a run: rows may have an `answer` already
 PLAIN = TEMPLATES["completion"][ANY_LANGUAGE]
 # Columns of rows that do not name the fields of a task, the answer aside.
@@ -217,7 +219,7 @@ def predict_rows(
     Args:
         place: PEFT adapter, a folder or a hub id.
         file: of rows.
-        output: a new file, CSV, TSV or JSONL, for the rows with a column `prediction`; None writes nothing.
+        output: a new file, CSV, TSV, XLSX or JSONL, for the rows with a column `prediction`; None writes nothing.
         sheet: of a workbook; None for the first that is not hidden.
         arguments, settings: of `asking`.
 
@@ -277,6 +279,8 @@ def _check_output(output: Path) -> None:
         problem = "exists already" if output.exists() else "lies in a folder that is not there"
     if problem:
         raise RecipeError(f"{output} {problem}; choose another with --output")
+    if output.suffix.lower() in WORKBOOKS:
+        needs("an .xlsx file (Excel opens .csv, too)", "openpyxl", "openpyxl", extra="excel")
 
 
 def _fits(prompt: str, template: str) -> bool:
@@ -343,24 +347,44 @@ def _with_stand_ins(paragraph: object) -> object:
     return {**paragraph, "qas": qas}  # type: ignore[dict-item]
 
 
-def _as_table(rows: Sequence[Mapping[str, object]], delimiter: str) -> str:
-    text = io.StringIO()
+def _cells(rows: Rows) -> list[list[object]]:
+    """The names of all columns, then the cells of each row; lists and objects as JSON texts."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    writer = csv.DictWriter(text, names, delimiter=delimiter, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow(
-            {name: _as_json(value) if isinstance(value, list | dict) else value for name, value in row.items()}
-        )
-    return text.getvalue()
+    table = [[row.get(name) for name in names] for row in rows]
+    return [
+        [*names],
+        *([_as_json(cell) if isinstance(cell, list | dict) else cell for cell in cells] for cells in table),
+    ]
+
+
+def _as_text(rows: Rows, delimiter: str) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, delimiter=delimiter, lineterminator="\n").writerows(_cells(rows))
+    return text.getvalue().encode("utf-8-sig")  # without its mark Excel takes UTF-8 for another encoding
+
+
+def _as_workbook(rows: Rows) -> bytes:
+    from openpyxl import Workbook
+    from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
+
+    book = Workbook()
+    for number, cells in enumerate(_cells(rows), start=1):
+        for column, cell in enumerate(cells, start=1):
+            text = isinstance(cell, str)
+            place = book.active.cell(number, column, ILLEGAL_CHARACTERS_RE.sub("", str(cell)) if text else cell)
+            place.data_type = "s" if text else place.data_type  # what begins with = is no formula
+    content = io.BytesIO()
+    book.save(content)
+    return content.getvalue()
 
 
 def _as_json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
-_WRITERS: dict[str, Callable[[Sequence[Mapping[str, object]]], str]] = {
-    ".csv": lambda rows: _as_table(rows, ","),
-    ".tsv": lambda rows: _as_table(rows, "\t"),
-    ".jsonl": lambda rows: "".join(_as_json(row) + "\n" for row in rows),
+_WRITERS: dict[str, Callable[[Rows], bytes]] = {
+    ".csv": lambda rows: _as_text(rows, ","),
+    ".tsv": lambda rows: _as_text(rows, "\t"),
+    ".xlsx": _as_workbook,
+    ".jsonl": lambda rows: "".join(_as_json(row) + "\n" for row in rows).encode(),
 }
