@@ -24,13 +24,12 @@ from grasp_lora.data.tasks import TASKS, task_fields
 from grasp_lora.errors import DataError
 from grasp_lora.storage.reading import reading
 from grasp_lora.text.characters import INVISIBLE
-from grasp_lora.text.display import escaped, listed, quoted
+from grasp_lora.text.display import listed, quoted
 
 OPTIONAL_COLUMNS = ("id", "group", "title", "references", "messages")
 FIELDS = frozenset(OPTIONAL_COLUMNS).union(*((*task.inputs, task.answer) for task in TASKS.values()))
 XLSUM_COLUMNS = {"id": "id", "title": "title", "document": "text", "summary": "summary"}
 MOST_LABELS = 200  # more are texts, which a model should write
-MOST_SLIPS = 2  # rows of a label that may be a slip of another
 NEAR = 0.75  # from this share of letters in common on (difflib's ratio): one of four may be another
 
 # What speakers are to chat templates.
@@ -265,30 +264,6 @@ def check_labels(labels: Iterable[str], where: str) -> tuple[str, ...]:
     if faults:
         raise DataError(f"{where}: {'; '.join(faults[:5])}")
     return different
-
-
-def likely_slips(labels: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Return labels of one or two rows that are written nearly as a more frequent one, each with a question to the user.
-
-    >>> likely_slips([*[("ankesë", "line 2")] * 9, ("ankese", "line 31"), ("tjetër", "line 40")])
-    {'ankese': 'ankese in line 31: did you mean ankesë, which 9 rows have?'}
-
-    Args:
-        labels: of each row its label and its place. Labels that differ in digits alone are meant so.
-    """
-    places: dict[str, list[str]] = {}
-    for label, where in labels:
-        places.setdefault(label, []).append(where)
-    slips: dict[str, str] = {}
-    for label, rows in places.items():
-        letters = re.sub(r"\d", "", label)
-        frequent = [
-            name for name, found in places.items() if len(found) > MOST_SLIPS and re.sub(r"\d", "", name) != letters
-        ]
-        if len(rows) <= MOST_SLIPS and (meant := close_label(label, frequent)):
-            question = f"did you mean {meant}, which {len(places[meant])} rows have?"
-            slips[label] = f"{escaped(label)} in {' and '.join(rows)}: {question}"
-    return slips
 
 
 def close_label(label: str, labels: Iterable[str]) -> str | None:

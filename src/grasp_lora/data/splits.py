@@ -173,7 +173,7 @@ def build_splits(
     corpora = {"target": settings.target}
     if settings.source is not None:
         corpora["source"] = settings.source
-    shares = {role: _read_corpus(settings, corpus, role, base, offline) for role, corpus in corpora.items()}
+    shares = {role: read_shares(settings, corpus, role, base, offline) for role, corpus in corpora.items()}
     groups = join_groups(
         keys_with_turns(record for parts in shares.values() for part in parts for record in part.pool.records)
     )
@@ -240,10 +240,10 @@ def build_splits(
     return result
 
 
-def _read_corpus(
+def read_shares(
     settings: DataSettings, corpus: CorpusSettings, role: str, base: Path | None, offline: bool
 ) -> list[Share]:
-    """Read each pool of a corpus, with the splits it serves in the order of filling and their counts."""
+    """Read each pool of a corpus (`source` or `target` by its role), with the splits it serves in the order of filling."""
 
     def pool_of(tables: Iterable[Table]) -> Pool:
         skip = settings.skip_unanswered

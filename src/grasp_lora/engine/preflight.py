@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from grasp_lora.data.doubts import beside_context, likely_slips, of_another_script, untranslated
 from grasp_lora.data.encode import Example, Tally
-from grasp_lora.data.records import likely_slips
-from grasp_lora.data.splits import SPLITS, group_numbers, group_size
+from grasp_lora.data.splits import SPLITS, group_numbers, group_size, read_shares
 from grasp_lora.engine.check import check
 from grasp_lora.engine.comparison import PLANNED, SEEDS, expected_width
 from grasp_lora.engine.session import Session
@@ -140,7 +140,7 @@ def _doubts(session: Session) -> Iterator[Finding]:
 
 
 def _doubts_of_rows(session: Session) -> Iterator[Finding]:
-    """Rows that stand twice, or whose prompt and answer are glued together."""
+    """Rows that stand twice, that may not belong there, or whose prompt and answer are glued together."""
     splits = session.splits
     tallies = [tally for tally in (splits.report.source, splits.report.target) if tally is not None]
     excluded, numbers = sum(tally.excluded_for_leak for tally in tallies), splits.report.numbers_as_ids
@@ -159,6 +159,7 @@ def _doubts_of_rows(session: Session) -> Iterator[Finding]:
         )
         text = f"examples that stand there more than once, prompt and answer alike: {where}; remove them from the data"
         yield _warning("duplicates", text)
+    yield from _strange_rows(session)
     glued = [row for row in splits.train if are_glued(row.prompt, row.completion)]
     if not splits.report.chat_template and 2 * len(glued) > len(splits.train):
         border = one_line(glued[0].prompt[-8:] + glued[0].completion[:8])
@@ -169,10 +170,42 @@ def _doubts_of_rows(session: Session) -> Iterator[Finding]:
         )
 
 
+def _strange_rows(session: Session) -> Iterator[Finding]:
+    """Rows of the target's files, in no split or any, that may not belong there."""
+    data, base, offline = session.recipe.data, session.base, session.recipe.backbone.offline
+    corpora = {"target": data.target} | ({"source": data.source} if data.source else {})
+    records = {
+        role: [record for share in read_shares(data, corpus, role, base, offline) for record in share.pool.records]
+        for role, corpus in corpora.items()
+    }
+    target = records["target"]
+    script, of_others = of_another_script(target, data.task)
+    strange = {
+        "have an answer that does not stand in the context": beside_context(target) if data.task == "qa" else [],
+        f"have no letter of the script of most, {script.capitalize()}": of_others,
+        # Of a translation both languages have the texts to translate in common.
+        "stand in the source word for word": untranslated(target, records.get("source", []))
+        if data.task != "translation"
+        else [],
+    }
+    for fault, rows in strange.items():
+        if rows:
+            first = min((record.where for record in rows), key=_in_order)
+            yield _warning(
+                "rows", f"{len(rows)} of {len(target)} target rows {fault}, first {first}; correct or remove them"
+            )
+
+
+def _in_order(where: str) -> tuple[int, str]:
+    """Sorts places of one file by their numbers: line 9 before line 10."""
+    return len(where), where
+
+
 def _repeated(rows: Sequence[Example]) -> list[tuple[Example, Example]]:
     """Each row of which an equal one, prompt and answer alike, stands before, after that one."""
     first: dict[tuple[str, str], Example] = {}
-    pairs = [(first.setdefault((row.prompt, row.completion), row), row) for row in rows]
+    in_order = sorted(rows, key=lambda row: _in_order(row.where))
+    pairs = [(first.setdefault((row.prompt, row.completion), row), row) for row in in_order]
     return [(earlier, row) for earlier, row in pairs if earlier is not row]
 
 

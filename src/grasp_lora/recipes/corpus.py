@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from grasp_lora.data.doubts import likely_slips
 from grasp_lora.data.files import DEMO_PREFIX, Table, read_file
 from grasp_lora.data.records import (
     FIELDS,
@@ -17,7 +18,6 @@ from grasp_lora.data.records import (
     check_labels,
     find_layout,
     is_blank,
-    likely_slips,
     make_pool,
 )
 from grasp_lora.data.tasks import TASKS
