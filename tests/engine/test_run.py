@@ -2,6 +2,7 @@
 
 import math
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -398,6 +399,21 @@ class TestOther:
             changed_data,
             "other was begun with other rows than the recipe's files hold now; put those back, or choose another",
         )
+
+    def test_of_other_rows_the_source_adapter_can_be_kept(self, finished_run: Path) -> None:
+        changed_data()
+        for place in ("run/source", r"run/store/source-\w+/adapter"):
+            with pytest.raises(
+                RecipeError, match=rf"or delete it\. .*: --set 'source\.adapters=\[\"{place}\"\]'$"
+            ) as error:
+                run_tiny()
+            shutil.rmtree("run/source", ignore_errors=True)  # as in a run that was stopped before its end
+        [option], recorder = shlex.split(str(error.value).partition("--set ")[2]), Recorder()
+        run_tiny(option, folder="other", progress=recorder)
+        assert "source" not in recorder.trained
+        shutil.rmtree("run/store")
+        with pytest.raises(RecipeError, match=r"or delete it$"):
+            run_tiny()
 
     def test_weights_of_a_given_adapter(self, other: Callable[..., None]) -> None:
         def change() -> None:

@@ -12,6 +12,7 @@ runs/NAME/
 
 import json
 import platform
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -24,7 +25,7 @@ from grasp_lora.data.splits import SPLITS, group_numbers, hash_of
 from grasp_lora.engine.results import Adapter, Finished, Learned, Measured, Prediction, Trained, read_if_there
 from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import TargetOn, computed_with, given_adapter
-from grasp_lora.engine.store import ADAPTER
+from grasp_lora.engine.store import ADAPTER, DONE
 from grasp_lora.errors import RecipeError
 from grasp_lora.method.rules import RatioEstimate
 from grasp_lora.models.adapters import restate_answers
@@ -33,7 +34,7 @@ from grasp_lora.recipes.recipe import Recipe, seen_from
 from grasp_lora.recipes.text import RECIPE_FILE, RUN_FILE, parse
 from grasp_lora.storage.claims import LOCK_FILE
 from grasp_lora.storage.processes import world_size
-from grasp_lora.storage.reading import reading
+from grasp_lora.storage.reading import is_folder, reading
 from grasp_lora.storage.writing import discard, sync, sync_all, write_json, write_jsonl, write_whole
 
 VERSION = 2  # of the folder
@@ -319,12 +320,22 @@ def begin(folder: Path, session: Session) -> RunInfo:
     elif changed:
         problem = f"was begun with other {' and '.join(changed)} than the recipe's files hold now; put those back, or "
     if problem:
-        raise RecipeError(f"{folder} {problem}choose another folder with --output, or delete it")
+        kept = _source_kept(folder) if changed == ["rows"] and not session.recipe.source.adapters else ""
+        raise RecipeError(f"{folder} {problem}choose another folder with --output, or delete it{kept}")
     if before.recipe_hash != now.recipe_hash:  # it hands over something else now
         before = replace(before, recipe_hash=now.recipe_hash)
         write_json(folder / RUN_FILE, asdict(before))
     write_whole(folder / RECIPE_FILE, session.recipe.to_yaml(folder))
     return before
+
+
+def _source_kept(folder: Path) -> str:
+    """How the next run need not train the source adapter of this one again; empty where it has none."""
+    steps = sorted((folder / STORE_FOLDER).glob(f"source-*/{DONE}"))
+    places = (place for place in (folder / "source", *(step.parent / ADAPTER for step in steps)) if is_folder(place))
+    trained = next(places, None)
+    option = shlex.quote(f'source.adapters=["{trained}"]')
+    return f". To another folder its source adapter can be taken along: --set {option}" if trained else ""
 
 
 def check_place(folder: Path) -> None:
