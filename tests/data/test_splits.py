@@ -140,6 +140,9 @@ def test_a_translation_has_a_mark_of_its_original_by_its_id_or_its_article_and_a
 
     assert marks("one", id="q1", title="Nairobi") & marks("moja", id="q1", title="Mji")
     assert marks("one", id="q1", title="Nairobi") & marks("moja", id="q2", title="nairobi")
+    assert marks("one", id="q1", title="a") & marks(
+        "moja", id=" q1\u00a0", title="b"
+    )  # as cells of a spreadsheet have it
     assert not marks("one", id="1", title="Nairobi") & marks("moja", id="1", title="Mji")
 
 

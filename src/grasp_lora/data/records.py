@@ -380,7 +380,7 @@ def _record(
     # An empty cell is fine, a missing field is not.
     if has_ids and (row.get("id") is None or not is_blank(row["id"])):
         identity = name_of(row.get("id"), "id")
-        keys.add("id:" + identity)
+        keys.add("id:" + same_text(identity))
     else:  # where both languages read columns of one file, its rows are translations
         identity = position
         keys.add("row:" + position)
