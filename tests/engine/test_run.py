@@ -235,10 +235,13 @@ class TestAgain:
             name: content for name, content in files_of(finished_run).items() if name not in REPORT
         }
 
-    def test_a_store_that_was_half_copied_is_mended_before_it_is_handed_over(self, finished_run: Path) -> None:
+    @pytest.mark.parametrize("name", [WEIGHTS, "grasp_lora.json", "adapter_config.json"])
+    def test_a_store_that_was_half_copied_is_mended_before_it_is_handed_over(
+        self, name: str, finished_run: Path
+    ) -> None:
         before = weights_in("run/adapter")
-        for weights in (finished_run / "store").glob(f"*/adapter/{WEIGHTS}"):
-            weights.write_bytes(weights.read_bytes()[:100])
+        for file in (finished_run / "store").glob(f"*/adapter/{name}"):
+            file.write_bytes(file.read_bytes()[:100])
         run_tiny()
         assert weights_in("run/adapter") == before
 

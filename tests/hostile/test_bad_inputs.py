@@ -116,7 +116,7 @@ def check_with(name: str = "tiny.yaml") -> tuple[str, ...]:
 
 
 def test_what_is_whole_passes_and_code_of_others_is_announced(workspace: Path, cli: Cli) -> None:
-    result = cli(*check_with(), "-s", "backbone.trust_remote_code=true")
+    result = cli(*check_with(), "-s", "backbone.trust_remote_code=true", "-s", f"seed={10**20}")
     assert result.status == 0, result.err
     assert "trust_remote_code is on: Python code that comes with tiny-llama" in result.err
 
@@ -169,6 +169,7 @@ WRITTEN = [
     "merge adapter -o PATH",
     "export adapter --gguf -o PATH",
     "init target.jsonl -l de -o PATH/new.yaml",
+    "predict adapter target.jsonl -o PATH.csv",
 ]
 LONG = "n" * 256
 CLOSED, SEALED = ("shut/adapter", "mute.jsonl", "loop/x", LONG), ("shut/x", "sealed/x", "mute.jsonl/x", LONG)

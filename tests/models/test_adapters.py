@@ -354,10 +354,16 @@ DAMAGED = {
         ({"target_modules": ["v_proj"]}, "leave out .*q_proj: .* does not name it in target_modules"),
         ({"exclude_modules": ["layers.0.self_attn.q_proj"]}, "leave out .*layers.0.self_attn.q_proj: .* excludes"),
         ({"layers_to_transform": [1]}, "leave out .*layers.0.* does not name it"),
+        ({"base_model_name_or_path": 5}, r"adapter_config\.json: base_model_name_or_path: .*valid string"),
+        ({"revision": ["main"]}, r"adapter_config\.json: revision: .*valid string"),
     ],
     edit_tensors: [
         (lambda t: t[KEY.format("A")].__setitem__((0, 0), float("nan")), "q_proj, .* holds NaN or infinity"),
         (lambda t: t.update({KEY.format("A"): t[KEY.format("A")].double() * 1e300}), "holds NaN or infinity"),
+        (
+            lambda t: t.update({KEY.format("A"): t[KEY.format("A")].to(torch.complex64)}),
+            r"q_proj\.lora_A.* no LoRA factor",
+        ),
         (lambda t: t.pop(KEY.format("B")), "q_proj have the shapes {'A': "),
         (lambda t: t.update({KEY.format("A"): t[KEY.format("A")][:3]}), "q_proj have the shapes .*says rank 4"),
         (lambda t: t.update({KEY.format("A"): t[KEY.format("A")][:, :, None]}), r"shape \(4, 32, 1\)"),
@@ -378,7 +384,13 @@ DAMAGED = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments:UserWarning")
+def test_a_setting_that_peft_does_not_know_is_told_in_one_line_with_the_adapters_name(folder, caplog):
+    edit_config(folder, {"use_magic": True})
+    read_adapter(folder)
+    [told] = caplog.messages
+    assert told.startswith(f"adapter {folder}: adapter_config.json: Unexpected keyword arguments ['use_magic']")
+
+
 @pytest.mark.parametrize(
     ("damage", "what", "message"),
     [(damage, what, message) for damage, rows in DAMAGED.items() for what, message in rows],

@@ -540,6 +540,7 @@ def test_an_existing_file_is_never_overwritten(start: Callable[..., Path]) -> No
         (completion(60), ("few.jsonl",), DataError, r"the source has 10 examples, .*at least 20 are needed"),
         (completion(FEWEST - 1), (), DataError, rf"t\.jsonl has {FEWEST - 1} examples; at least {FEWEST} are needed"),
         ([{"prompt": "a", "completion": ""}] * 60, (), DataError, r"line 1: completion is empty"),
+        ({"data": [{"title": "t", "paragraphs": []}]}, (), DataError, r"t\.json has 0 examples; at least"),
         (labelled(60, ["a"]), (), DataError, r"t\.jsonl: 1 labels, first a; a classification has 2 to 200"),
     ],
 )

@@ -26,7 +26,7 @@ from grasp_lora.models.backbone import backbone_of
 from grasp_lora.models.generation import generate, likeliest_labels
 from grasp_lora.models.model_settings import GenerationSettings
 from grasp_lora.recipes.load import backbone_of_run
-from grasp_lora.storage.reading import is_file, reading
+from grasp_lora.storage.reading import is_file, is_folder, is_there, reading
 from grasp_lora.storage.writing import write_whole
 from grasp_lora.text.display import SURROGATES, listed, quoted
 from grasp_lora.text.names import needs
@@ -275,8 +275,8 @@ def _check_output(output: Path) -> None:
     problem = ""
     if output.suffix.lower() not in _WRITERS:
         problem = f"has no name that ends with {', '.join(_WRITERS)}"
-    elif output.exists() or not output.absolute().parent.is_dir():
-        problem = "exists already" if output.exists() else "lies in a folder that is not there"
+    elif is_there(output) or not is_folder(output.absolute().parent):
+        problem = "exists already" if is_there(output) else "lies in a folder that is not there"
     if problem:
         raise RecipeError(f"{output} {problem}; choose another with --output")
     if output.suffix.lower() in WORKBOOKS:

@@ -321,7 +321,7 @@ def _measured(session: Session) -> list[Finding]:
     given = next(iter(session.given.values()), None)
     with (
         enough_memory("one training step", "take a smaller backbone, or lower data.max_tokens"),
-        fresh_adapter(model, recipe.lora, recipe.seed)
+        fresh_adapter(model, recipe.lora, recipe.seed_of("check"))
         if given is None
         else attached(model, given.weights) as adapted,  # whose modules need not be those of the recipe
     ):

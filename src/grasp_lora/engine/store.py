@@ -34,7 +34,7 @@ from safetensors import SafetensorError, safe_open
 from grasp_lora.engine.progress import Progress
 from grasp_lora.engine.results import RESULT, Finished, Result, Trained, read_if_there
 from grasp_lora.errors import DivergedError, GraspError
-from grasp_lora.models.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from grasp_lora.models.adapter_files import CONFIG_FILE, OUR_FILE, WEIGHTS_FILE
 from grasp_lora.storage.checkpoints import newest_checkpoint, remove_checkpoints, seconds_of
 from grasp_lora.storage.claims import Busy, Workplace, claim, make_folder, remove_lock
 from grasp_lora.storage.processes import on_first_process, world_size
@@ -187,8 +187,9 @@ def _is_whole(folder: Path, kind: type[Result]) -> bool:
         return (folder / RESULT).is_file()
     try:
         with safe_open(folder / ADAPTER / WEIGHTS_FILE, "pt"):
-            return (folder / RESULT).is_file() and (folder / ADAPTER / CONFIG_FILE).is_file()
-    except (OSError, SafetensorError):
+            facts = [json.loads((folder / ADAPTER / name).read_bytes()) for name in (CONFIG_FILE, OUR_FILE)]
+            return all(facts) and (folder / RESULT).is_file()
+    except (OSError, SafetensorError, ValueError):
         return False
 
 

@@ -5,7 +5,9 @@ Weights come from safetensors files only: a pickle can run any program. What is 
 """
 
 import json
+import logging
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +22,8 @@ from grasp_lora.models.model_settings import EMBEDDED_HUB_ID, EMBEDDED_NAME
 from grasp_lora.storage.network import no_network, not_there
 from grasp_lora.storage.reading import expanded, is_folder, reading, sha256_of
 from grasp_lora.text.display import escaped
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -152,9 +156,16 @@ def read_adapter(place: str | Path, *, offline: bool = False) -> LoadedAdapter:
 
     shown, local = escaped(str(place)), is_folder(expanded(place))
     folder = (expanded(place) if local else _download(str(place), offline)).absolute()
-    with reading(f"adapter {shown}: {CONFIG_FILE}", AdapterError):
+    with (
+        reading(f"adapter {shown}: {CONFIG_FILE}", AdapterError),
+        warnings.catch_warnings(record=True, action="always", category=UserWarning) as noted,
+    ):
         config: Any = PeftConfig.from_pretrained(str(folder))
         _refuse_more_than_factors(config)
+        names = {key: getattr(config, key) for key in ("base_model_name_or_path", "revision")}
+        base_model, revision = TypeAdapter(dict[str, str | None]).validate_python(names).values()
+    for note in noted:  # such as of keys that this PEFT does not know, and ignores
+        logger.warning("adapter %s: %s: %s", shown, CONFIG_FILE, note.message)
     info = _read_info(folder, shown)
     with reading(f"adapter {shown}: {WEIGHTS_FILE}", AdapterError):
         if not (folder / WEIGHTS_FILE).is_file():
@@ -166,7 +177,6 @@ def read_adapter(place: str | Path, *, offline: bool = False) -> LoadedAdapter:
     with reading(f"adapter {shown}: {CHAT_FILE}", AdapterError):
         template = (folder / CHAT_FILE).read_text(encoding="utf-8") if (folder / CHAT_FILE).is_file() else None
     name = escaped(folder.resolve().name) if local else shown
-    base_model, revision = config.base_model_name_or_path, config.revision
     return LoadedAdapter(AdapterWeights(pairs), name, base_model, digest, info, base, revision, template)
 
 
@@ -200,8 +210,7 @@ def read_base_model(folder: str) -> str | None:
     """
     with reading(f"adapter {escaped(folder)}: {CONFIG_FILE}", AdapterError):
         content = json.loads((expanded(folder) / CONFIG_FILE).read_text(encoding="utf-8"))
-        named: str | None = content.get("base_model_name_or_path")
-    return named
+        return TypeAdapter(str | None).validate_python(content.get("base_model_name_or_path"))
 
 
 def _to_load(base_model: str | None, info: AdapterInfo) -> str | None:
@@ -241,7 +250,8 @@ def _split(
     base: dict[str, torch.Tensor] = {}
     for key, tensor in tensors.items():
         module, _, factor = key.removeprefix(PREFIX).rpartition(".lora_")
-        if key.startswith(PREFIX) and module and factor in ("A.weight", "B.weight") and tensor.ndim == 2:
+        is_matrix = tensor.ndim == 2 and tensor.is_floating_point()
+        if key.startswith(PREFIX) and module and factor in ("A.weight", "B.weight") and is_matrix:
             factors.setdefault(module, {})[factor[0]] = tensor.float()
         elif key.startswith(PREFIX) and not module and key.endswith(".weight"):
             base[key.removeprefix(PREFIX).removesuffix(".weight").removesuffix(".base_layer")] = tensor

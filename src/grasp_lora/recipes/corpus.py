@@ -80,7 +80,7 @@ class Corpus:
     @property
     def longest_tokens(self) -> int:
         """Tokens of the longest example, about: prompt with its template, and answer."""
-        return max(self._bytes(record) for record in self.records) // BYTES
+        return max((self._bytes(record) for record in self.records), default=0) // BYTES
 
     @property
     def most_tokens(self) -> int:
