@@ -50,7 +50,7 @@ WAYS: dict[str, tuple[str, ...]] = {
     )),
     "compare": ("compare", "tiny.yaml", "--methods", "source_only,continued,grasp", "--seeds", "42"),
     "merge": ("merge", f"{GIVEN}/source", f"{GIVEN}/target"),
-    "evaluate": ("evaluate", "tiny.yaml", "--adapter", f"{GIVEN}/merged", "--adapter", f"{GIVEN}/source"),
+    "judge": ("judge", f"{GIVEN}/source", "backbone", "--rows", "fresh.jsonl", "--language", "de"),
     "export": ("export", f"{GIVEN}/merged", "--gguf"),
     "export, folded": ("export", f"{GIVEN}/merged", "--fold", "--dtype", "float32"),
     "init": ("init", "target.jsonl", "--language", "de", "--source", "source.jsonl"),
@@ -72,6 +72,8 @@ def main() -> None:
         build_tiny_model("llama").save_pretrained(backbone)
         build_tiny_tokenizer().save_pretrained(backbone)
         workspace = write_tiny_workspace(Path(folder) / "work", backbone).parent
+        rows = [{"prompt": f"fresh {number}?", "completion": f" {number}"} for number in range(8)]
+        (workspace / "fresh.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         found = kill_and_resume(workspace, arguments.kills, random.Random(arguments.seed))
     sys.stdout.write(json.dumps(found, indent=1) + "\n")
 

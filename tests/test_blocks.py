@@ -224,14 +224,16 @@ def test_adapters_are_merged_and_pruned_as_the_page_does(tiny_workspace):
 
 def test_a_metric_of_ones_own_is_scored_as_the_page_does(finished_run, cli):
     Path("mine.py").write_text(python_of(EXTEND), encoding="utf-8")
-    [command] = [one for one in commands(ROOT / "docs/method/extend.md") if one.startswith("grasp-lora evaluate")]
-    stand_ins = {"my-examples.yaml": "tiny.yaml", "runs/my-examples/adapter": "run/adapter"}
-    result = cli(*(stand_ins.get(word, word) for word in shlex.split(command)[1:]), "-o", "measured")
+    [command] = [one for one in commands(ROOT / "docs/method/extend.md") if one.startswith("grasp-lora compare")]
+    words = ["tiny.yaml" if word == "my-examples.yaml" else word for word in shlex.split(command)[1:]]
+    result = cli(*words, "-o", "run")
     assert result.status == 0, result.err
-    rows = read_rows(Path("measured/adapter.jsonl"))
+    assert "train" not in result.out  # all was done by the run
+    rows = read_rows(Path("run/evaluation/grasp.jsonl"))
     begun = [100.0 * any(row["prediction"][:1] == good[:1] for good in row["references"]) for row in rows]
-    scores = json.loads(Path("measured/metrics.json").read_text(encoding="utf-8"))["systems"]["adapter"]["metrics"]
-    assert scores["mine:first_letter"] == pytest.approx(sum(begun) / len(begun))
+    content = json.loads(Path("run/compare/compare.json").read_text(encoding="utf-8"))
+    [grasp] = [row for row in content["rows"] if row["method"] == "grasp"]
+    assert grasp["scores"]["mine:first_letter"]["mean"] == pytest.approx(sum(begun) / len(begun))
 
 
 @pytest.mark.filterwarnings("ignore")  # of optuna's own

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from grasp_lora.api import RunResult, compare, run
-    from grasp_lora.engine.comparison import Comparison
+    from grasp_lora.engine.judge import judge
     from grasp_lora.engine.progress import Progress
     from grasp_lora.errors import GraspError, RecipeError
     from grasp_lora.method.lora import AdapterWeights
@@ -29,7 +29,6 @@ __version__ = "0.2.0.dev0"
 
 _HOMES = {
     "AdapterWeights": "method.lora",
-    "Comparison": "engine.comparison",
     "Controller": "method.search",
     "Decision": "method.search",
     "GraspController": "training.controller",
@@ -50,6 +49,7 @@ _HOMES = {
     "Spread": "method.search",
     "attached": "models.adapters",
     "compare": "api",
+    "judge": "engine.judge",
     "load_recipe": "recipes.load",
     "merge": "method.merging",
     "preset": "method.search",
@@ -61,7 +61,6 @@ _HOMES = {
 }
 __all__ = [
     "AdapterWeights",
-    "Comparison",
     "Controller",
     "Decision",
     "GraspController",
@@ -82,6 +81,7 @@ __all__ = [
     "Spread",
     "attached",
     "compare",
+    "judge",
     "load_recipe",
     "merge",
     "preset",

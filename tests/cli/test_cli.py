@@ -27,7 +27,6 @@ from grasp_lora.__main__ import main as start
 from grasp_lora.cli import STOPPED, app
 from grasp_lora.cli.bars import TerminalProgress
 from grasp_lora.cli.comparisons import compare
-from grasp_lora.engine import single
 from grasp_lora.engine.comparison import ComparisonSettings
 from grasp_lora.engine.results import Prediction
 from grasp_lora.engine.session import Session
@@ -40,8 +39,10 @@ from grasp_lora.recipes.gone import GONE_COMMANDS
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.recipes.recipe import schema_text
 from grasp_lora.recipes.text import builtin_recipes
+from grasp_lora.report import judged
 from grasp_lora.training import probes
 
+JUDGE = ("judge", "adapter", "--rows", "target.jsonl", "--language", "de", "--backbone", "tiny-llama")
 COMMANDS = [
     "run",
     "demo",
@@ -51,7 +52,7 @@ COMMANDS = [
     "predict",
     "merge",
     "export",
-    "evaluate",
+    "judge",
     "compare",
 ]
 
@@ -225,7 +226,8 @@ COMPARE = ("compare", "tiny.yaml")
         (("merge", "adapter", "rank3", "-o", "out", "--rule", "ties"), "'ties' needs equal ranks", "use 'exact' or 'svd'"),
         (("merge", "adapter", "wide", "-o", "out"), "shape .*q_proj", "of the same backbone"),
         (("export", "adapter", "-o", "out"), "--fold", "--gguf"),
-        (("evaluate", "tiny.yaml", "-a", "adapter", "-o", "."), "not an empty folder", "another with --output"),
+        ((*JUDGE, "--save", "."), "not an empty folder", "another"),
+        (("judge", "gone", "--rows", "target.jsonl", "--language", "de"), "adapter gone", "."),
         (("recipes", "mlqa-xx"), "'mlqa-xx'", "there are: .*mlqa-ar"),
         (("init", "nothing.csv", "-l", "de"), r"nothing\.csv", "No such file"),
         (("init", "adapter", "-l", "de"), "adapter", r"suffix ''; allowed: \.json"),
@@ -381,10 +383,10 @@ def test_steps_work_one_by_one(cli: Cli, workspace: Path) -> None:
 
     assert "ranks [5]" in call("merge", "adapter", "rank3", "-o", "merged", "--backbone", "tiny-llama")
     shutil.copytree("merged", "other/merged")
-    table = call("evaluate", "recipes/tiny.yaml", "-a", "merged", "-a", "other/merged", "-o", "measured")
+    table = call(
+        "judge", "merged", "other/merged", "--rows", "target.jsonl", "--language", "de", "--backbone", "tiny-llama"
+    )
     assert "other/merged" in table  # two of one name are told apart
-    assert set(json.loads((workspace / "measured/metrics.json").read_text())["systems"]) == {"merged", "other/merged"}
-    assert {file.name for file in Path("measured").glob("*.jsonl")} == {"merged.jsonl", "other--merged.jsonl"}
     prompts = ("target 1: what?", "target 2: what?")
     assert call("predict", "merged", *prompts, "--backbone", "tiny-llama", "--max-new-tokens", "3").count("\n") == 2
     assert "-> exported" in call("export", "merged", "--gguf", "-o", "exported", "--backbone", "tiny-llama")
@@ -394,8 +396,8 @@ def test_a_full_disk_is_one_line_in_a_single_step(cli: Cli, workspace: Path, mon
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(single, "write_json", full)
-    line = refusal(cli("evaluate", "tiny.yaml", "-a", "adapter", "-o", "out"))
+    monkeypatch.setattr(judged, "write_json", full)
+    line = refusal(cli(*JUDGE, "--save", "out"), out=None)
     assert "cannot be written (No space left on device); make room" in line
     assert not Path("out").exists()
 

@@ -1,22 +1,19 @@
 """The single steps give what the whole run gives, and leave ordinary PEFT adapters."""
 
-import errno
 import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from recorder import read, rows_of, session_of
+from recorder import rows_of, session_of
 
-from grasp_lora.engine import store as store_module
 from grasp_lora.engine.check import check
 from grasp_lora.engine.predict import predict_texts
-from grasp_lora.engine.single import evaluate_folders, merge_folders
-from grasp_lora.errors import AdapterError, GraspError, RecipeError
+from grasp_lora.engine.single import merge_folders
+from grasp_lora.errors import AdapterError, GraspError
 from grasp_lora.method.merging import MergeSettings
 from grasp_lora.models.adapter_files import read_adapter
 from grasp_lora.models.export import export_folder
@@ -25,17 +22,12 @@ from grasp_lora.recipes.load import load_recipe
 EXACT = MergeSettings("exact")
 
 
-def test_merge_and_evaluate_give_what_the_run_gives(finished_run: Path) -> None:
+def test_merge_and_predict_give_what_the_run_gives(finished_run: Path) -> None:
     merge_folders(["run/source", "run/target"], Path("merged"), EXACT)
     merged = read_adapter("merged")
     assert merged.sha256 == read_adapter("run/merged").sha256
     assert merged.base_model == "tiny-llama"
-    _, signatures = evaluate_folders(session_of(), ["merged", "run/final"], Path("measured"))
-    metrics, written = read("run/metrics.json"), read("measured/metrics.json")
-    assert written["systems"] == {"merged": metrics["systems"]["merged"], "final": metrics["systems"]["grasp"]}
-    assert written["signatures"] == signatures == metrics["signatures"]
-    assert Path("measured/final.jsonl").read_bytes() == (finished_run / "evaluation/grasp.jsonl").read_bytes()
-    rows = rows_of("measured/final.jsonl")
+    rows = rows_of("run/evaluation/grasp.jsonl")
     prompts = {example.id: example.prompt for example in session_of().splits.test}
     answers = predict_texts("run/final", [prompts[row["id"]] for row in rows], None, "cpu", max_new_tokens=4)
     assert answers == [row["prediction"] for row in rows]
@@ -85,37 +77,10 @@ def test_a_svd_merge_has_the_rank_asked_for(finished_run: Path) -> None:
     assert facts == "merged 2 adapters by 'svd': 4 modules, ranks [3] -> merged"
 
 
-def test_without_a_test_set_there_is_no_score_but_a_dev_loss(finished_run: Path) -> None:
-    systems, _ = evaluate_folders(session_of("data.target.test=0"), ["run/adapter"], Path("measured"))
-    assert (systems["adapter"].test_loss, systems["adapter"].metrics) == (None, {})
-    assert (systems["adapter"].dev_loss or 0.0) > 0
-    assert read("measured/metrics.json")["test_examples"] == 0
-
-
-def test_measuring_never_writes_into_a_run_folder(finished_run: Path) -> None:
-    before = (finished_run / "metrics.json").read_bytes()
-    with pytest.raises(RecipeError, match="run exists and is not an empty folder; choose another with --output"):
-        evaluate_folders(session_of(), ["run/adapter"], Path("run"))
-    assert (finished_run / "metrics.json").read_bytes() == before
-
-
-def test_a_temporary_folder_that_is_full_is_one_line_and_nothing_is_written(
-    finished_run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(store_module, "write_json", full)
-    for output in (None, Path("out")):
-        with pytest.raises(GraspError, match="cannot be written \\(No space left on device\\)"):
-            evaluate_folders(session_of(), ["run/adapter"], output)
-    assert not Path("out").exists()
-
-
 def test_what_makes_scores_too_good_or_too_bad_is_said(finished_run: Path, caplog: pytest.LogCaptureFixture) -> None:
-    evaluate_folders(session_of(), ["run/adapter"], None)
+    check(session_of("source.adapters=[run/adapter]"))
     assert not caplog.messages
-    evaluate_folders(session_of('data.prompt={de: "Say {prompt}:"}'), ["run/adapter"], None)
+    check(session_of('data.prompt={de: "Say {prompt}:"}', "source.adapters=[run/adapter]"))
     assert "was trained on prompts of the form '{prompt}', and the recipe asks otherwise" in caplog.text
 
 
@@ -126,8 +91,6 @@ def test_an_adapter_that_was_trained_on_test_rows_is_refused_whatever_their_file
     other_splits = ("seed=7", "data.target.files=[renamed.jsonl]")
     for name in ("adapter", "merged", "final"):
         with pytest.raises(AdapterError, match=rf"adapter '{name}' was trained on \d+ of the \d+ test rows"):
-            evaluate_folders(session_of(*other_splits), [f"run/{name}"], None)
-        with pytest.raises(AdapterError, match="so its scores would be too high"):
             check(session_of(*other_splits, f"source.adapters=[run/{name}]"))
     check(session_of(*other_splits, "source.adapters=[run/source]"))
     assert not caplog.messages

@@ -16,6 +16,7 @@ from grasp_lora.errors import DataError
 from grasp_lora.evaluation.metrics import METRICS, score
 from grasp_lora.evaluation.statistics import (
     PairedComparison,
+    compare_all_pairs,
     compare_with_baselines,
     half_width,
     holm,
@@ -137,6 +138,31 @@ def test_many_equal_methods_seldom_look_different():
         results = compare_with_baselines(normal(40, 1000 * seed), baselines, resamples=1500, seed=seed)
         families += any(result.verdict != "no difference shown" for result in results.values())
     assert families <= 8  # 5 % of 60 is 3; without correction about 15 families would
+
+
+def test_systems_that_are_alike_get_a_verdict_in_at_most_one_of_twenty_judgements():
+    """Answers that are right, half right or wrong, in groups whose rows are alike; three systems, so three pairs."""
+    judgements, wrong = 200, 0
+    for seed in range(judgements):
+        draw = random.Random(seed)
+        hardness = [draw.random() for _ in range(20)]
+        values = {
+            name: [50.0 * sum(draw.random() > hardness[row // 3] for _ in range(2)) for row in range(60)]
+            for name in "abc"
+        }
+        results = compare_all_pairs(values, groups=[row // 3 for row in range(60)], resamples=400, seed=seed)
+        wrong += any(result.verdict != "no difference shown" for result in results.values())
+    assert wrong <= 0.05 * judgements
+
+
+def test_every_pair_has_the_interval_of_its_own_correction():
+    values = {name: normal(40, seed, 0.6 * seed) for seed, name in enumerate("abc")}
+    results = compare_all_pairs(values)
+    assert list(results) == [("a", "b"), ("a", "c"), ("b", "c")]
+    alone = compare_with_baselines(values["b"], {"c": values["c"]}, confidence=1 - 0.05 / 3)["c"]
+    assert (results["b", "c"].low, results["b", "c"].high) == (alone.low, alone.high)
+    assert results["a", "c"].verdict == "worse"
+    assert {result.comparisons for result in results.values()} == {3}
 
 
 @pytest.mark.parametrize(("examples", "most"), [(2, 7), (10, 7)])

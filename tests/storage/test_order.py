@@ -1,5 +1,6 @@
 """What a power cut leaves: nothing gets its name before all that it holds is on the disk."""
 
+import json
 import os
 import shutil
 import sys
@@ -83,7 +84,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
     ("command", "written"),
     [
         (("merge", "run/source", "run/target", "-o", "out"), "out"),
-        (("evaluate", "tiny.yaml", "-a", "run/adapter", "-o", "out"), "out"),
+        (("judge", "run/source", "--rows", "fresh.jsonl", "--language", "de", "--save", "out"), "out"),
         (("export", "run/adapter", "-o", "out", "--gguf"), "out"),
         (("export", "run/adapter", "-o", "out", "--fold", "--dtype", "bfloat16"), "out"),
         (("init", "target.jsonl", "-l", "de", "-o", "out"), "out"),
@@ -92,6 +93,8 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
 def test_a_result_is_on_the_disk_before_it_has_its_name(
     command: tuple[str, ...], written: str, finished_run: Path, cli: Callable[..., CliResult], disk: Disk
 ) -> None:
+    rows = [json.dumps({"prompt": f"fresh {number}?", "completion": f" {number}"}) for number in range(3)]
+    Path("fresh.jsonl").write_text("\n".join(rows), encoding="utf-8")
     result = cli(*command)
     assert result.status == 0, result.err
     assert disk.keeps_name(Path(written))

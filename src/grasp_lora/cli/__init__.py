@@ -13,7 +13,7 @@ from grasp_lora.cli.jobs import check, demo, run
 from grasp_lora.cli.options import UsageError
 from grasp_lora.cli.predicting import export, predict
 from grasp_lora.cli.recipes import init, recipes
-from grasp_lora.cli.single_steps import evaluate, merge
+from grasp_lora.cli.single_steps import judge, merge
 from grasp_lora.cli.terminal import error_console, print_error, say, set_up_outputs
 from grasp_lora.errors import BEFORE_IT_BEGAN, STOPPED, GraspError, Interrupted
 from grasp_lora.recipes.gone import GONE_COMMANDS
@@ -35,7 +35,7 @@ IN_SEVERAL_PROCESSES = ("run", "demo")
 TIME_TO_SPEAK = 3  # seconds: torchrun ends all processes when one has ended
 
 for command in (
-    run, demo, check, recipes, init, predict, merge, export, evaluate, compare,
+    run, demo, check, recipes, init, predict, judge, merge, export, compare,
 ):  # fmt: skip
     app.command()(command)
 

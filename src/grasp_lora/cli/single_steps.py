@@ -1,42 +1,78 @@
-"""The commands that work on adapters without a run: `evaluate`, `merge`."""
+"""The commands that work on adapters without a run: `judge`, `merge`."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from grasp_lora.cli.options import (
-    AllowCodeOption,
-    BackboneOption,
-    OptionsOf,
-    RecipeArgument,
-    RevisionOption,
-    SetOption,
-    StepOutput,
-    TrustOption,
-    VerboseOption,
-    session_of,
-)
-from grasp_lora.cli.terminal import log_to_terminal, print_scores, say
+from grasp_lora.cli.options import BackboneOption, OptionsOf, RevisionOption, StepOutput, TrustOption
+from grasp_lora.cli.terminal import console, loading, log_to_terminal, say, shown
 from grasp_lora.errors import RecipeError
 from grasp_lora.storage.reading import reading
 
 _merge = OptionsOf("grasp_lora.method.merging", "MergeSettings")
 
 
-def evaluate(
-    recipe: RecipeArgument,
-    adapter: Annotated[list[str], typer.Option("--adapter", "-a", help="PEFT adapter; may be repeated.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for predictions and metrics.")] = None,
-    overrides: SetOption = None,
-    allow_code: AllowCodeOption = False,
-    verbose: VerboseOption = False,
+def judge(
+    adapters: Annotated[
+        list[str],
+        typer.Argument(help="PEFT adapters of one backbone: folders or hub ids; `backbone` is the model alone."),
+    ],
+    rows: Annotated[str, typer.Option(help="A file of rows with answers, which none of the adapters was trained on.")],
+    language: Annotated[str, typer.Option(help="Code of the language of the rows, such as sw.")],
+    english: Annotated[
+        str | None, typer.Option(help="A file of English rows of the same task: what was forgotten.")
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Let the exact sum and the average of them compete, too.")
+    ] = False,
+    column: Annotated[
+        list[str] | None, typer.Option(help="A column of another name: FIELD=COLUMN. May be repeated.")
+    ] = None,
+    sheet: Annotated[
+        str | None, typer.Option(help="The sheet of a workbook. Default: the first that is not hidden.")
+    ] = None,
+    chat: Annotated[
+        bool | None, typer.Option(help="Put prompts into the chat template. Default: as each adapter was trained.")
+    ] = None,
+    backbone: BackboneOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    save: Annotated[
+        Path | None, typer.Option("--save", "--output", "-o", help="A new folder for page, JSON file and all answers.")
+    ] = None,
 ) -> None:
-    """Measure adapters on the recipe's dev and test splits."""
-    from grasp_lora.engine.single import evaluate_folders
-
-    log_to_terminal(verbose)
-    print_scores(*evaluate_folders(session_of(recipe, overrides, allow_code), adapter, output))
+    """Say which of several adapters is best on a file of rows, and whether the rows can tell. No recipe, no training."""
+    log_to_terminal(False)
+    with loading():
+        from grasp_lora.cli.bars import TerminalProgress
+        from grasp_lora.engine import judge as judging
+        from grasp_lora.recipes.corpus import parse_columns
+        from grasp_lora.report.judged import PAGE, print_judgement, write_judgement
+        from grasp_lora.storage.claims import refuse_existing
+    if save is not None:
+        refuse_existing(save)
+    with shown(TerminalProgress(console)) as progress:
+        judgement = judging.judge(
+            adapters,
+            rows,
+            language,
+            english=english,
+            merge=merge,
+            columns=parse_columns(column or []),
+            sheet=sheet,
+            chat=chat,
+            backbone=backbone,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            device=device,
+            progress=progress,
+        )
+    print_judgement(judgement, console)
+    if save is not None:
+        write_judgement(judgement, save)
+        say(f"page {save / PAGE}")
 
 
 def merge(

@@ -7,8 +7,9 @@ every method; how hard they happen to be cancels out.
 import math
 import statistics
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from scipy.special import ndtri, stdtrit
@@ -210,6 +211,46 @@ def compare_with_baselines(
             higher_is_better=higher_is_better,
         )
         for index, name in enumerate(others)
+    }
+
+
+def compare_all_pairs(
+    runs: Mapping[str, Runs], *, confidence: float = 0.95, resamples: int = 10_000, **settings: Any
+) -> dict[tuple[str, str], PairedComparison]:
+    """Compare each of several systems with each other one, so that all intervals hold at once (Bonferroni over the pairs).
+
+    Nobody has said beforehand which two matter: the best is found on the same examples. Corrected for all pairs, systems that are
+    alike come out with any verdict in at most one of 1 / (1 - confidence) judgements.
+
+    Args:
+        runs: at least two systems by name, as `compare_with_baselines` takes them.
+        confidence: of all intervals together, in (0, 1).
+        resamples: how many draws, at least 2 m / (1 - confidence) - 1 for m pairs.
+        settings: `groups`, `corpus_score`, `higher_is_better` and `seed` of `compare_with_baselines`.
+
+    Returns:
+        The first minus the second of each pair, in the order of the names.
+
+    >>> values = {"a": [3.0] * 6, "b": [1.0, 2.0, 1.0, 2.0, 2.0, 0.0], "c": [3.0] * 6}
+    >>> [comparison.verdict for comparison in compare_all_pairs(values).values()]
+    ['better', 'no difference shown', 'worse']
+    """
+    names, compared = list(runs), dict[tuple[str, str], PairedComparison]()
+    pairs = len(names) * (len(names) - 1) // 2
+    for place, name in enumerate(names[:-1], start=1):
+        each = compare_with_baselines(
+            runs[name],
+            {later: runs[later] for later in names[place:]},
+            together=(),
+            confidence=1 - (1 - confidence) / pairs,
+            resamples=resamples,
+            **settings,
+        )
+        compared |= {(name, later): comparison for later, comparison in each.items()}
+    p_values = holm([comparison.p_value for comparison in compared.values()])
+    return {
+        pair: replace(comparison, p_value=p_value, confidence=confidence, comparisons=pairs)
+        for (pair, comparison), p_value in zip(compared.items(), p_values, strict=True)
     }
 
 

@@ -47,6 +47,7 @@ GONE_KEYS: dict[str, str] = {  # the end of a dotted key
     "wait_minutes": "leave it out; torchrun ends the others where a process is lost",
 }
 GONE_COMMANDS: dict[str, str] = {
+    "evaluate": "grasp-lora judge ADAPTER ADAPTER --rows FILE --language CODE measures adapters on any file of rows",
     "finetune": "give both adapters and the ratio to run: source.adapters, target.adapter and final.prune_ratio",
     "learn": "give both adapters to run: source.adapters and target.adapter; a script has `GraspController`",
     "push": "use the hub's own client: hf upload ORG/NAME FOLDER --private",

@@ -9,7 +9,7 @@ An example comes with one mark per answer where the leading metric says right or
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from grasp_lora.engine.results import Prediction, main_metric
@@ -25,8 +25,8 @@ PROMPT_CHARACTERS_SHOWN = 3000
 class Answer(NamedTuple):
     """What one system answered; `verdict` is right, wrong or partly, or None where no score says."""
 
-    system: str
     title: str
+    chosen: bool
     text: str
     verdict: str | None
     mark: str
@@ -53,21 +53,38 @@ class Examples(NamedTuple):
 
 def examples_of(run: Run) -> Examples:
     """Return at most `MOST_SHOWN` test examples, those first whose answers differ most by the leading metric."""
-    titles, ids = titles_of(run), run.data.ids["test"]
-    metric = leading_metric([row for rows in run.predictions.values() for row in rows])
-    order = sorted(
-        range(len(ids)), key=lambda place: _likeness([rows[place] for rows in run.predictions.values()], metric)
-    )
+    titles = titles_of(run)
+    answers = {titles[name]: rows for name, rows in run.predictions.items()}
+    return differing(answers, run.prompts, run.data.ids["test"], titles.get(run.metrics.handed_over))
+
+
+def differing(
+    answers: Mapping[str, Sequence[Prediction]],
+    prompts: Sequence[str],
+    ids: Sequence[str],
+    chosen: str | None = None,
+    metric: str | None = None,
+) -> Examples:
+    """Return at most `MOST_SHOWN` examples with the answers of all systems, those first whose answers differ most.
+
+    Args:
+        answers: title of each system -> its answers, in the order of the prompts.
+        prompts, ids: of each example.
+        chosen: title of the system that is printed bold.
+        metric: that says how much they differ; None for the leading one of those that are finite.
+    """
+    metric = metric or leading_metric([row for rows in answers.values() for row in rows])
+    order = sorted(range(len(ids)), key=lambda place: _likeness([rows[place] for rows in answers.values()], metric))
     shown = []
     for place in order[:MOST_SHOWN]:
-        rows = {name: predictions[place] for name, predictions in run.predictions.items()}
-        answers = [
-            Answer(name, titles[name], _cut(row.prediction), *marked(row.scores.get(metric or ""), metric))
-            for name, row in rows.items()
+        rows = {title: predictions[place] for title, predictions in answers.items()}
+        of_systems = [
+            Answer(title, title == chosen, _cut(row.prediction), *marked(row.scores.get(metric or ""), metric))
+            for title, row in rows.items()
         ]
         references = [_cut(text) for text in next(iter(rows.values())).references]
-        prompt = _cut(run.prompts[place], PROMPT_CHARACTERS_SHOWN)
-        shown.append(Question(place + 1, ids[place], prompt, references, answers))
+        prompt = _cut(prompts[place], PROMPT_CHARACTERS_SHOWN)
+        shown.append(Question(place + 1, ids[place], prompt, references, of_systems))
     name = METRIC_NAMES.get(metric, metric) if metric else None
     return Examples(shown, len(ids), name, marked(0.0, metric)[0] is not None)
 

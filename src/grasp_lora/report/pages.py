@@ -191,15 +191,20 @@ def wide(console: Console) -> Console:
     return Console(file=console.file, width=FULL_WIDTH, quiet=console.quiet, emoji=False)
 
 
-def print_comparison(comparison: Comparison, console: Console) -> None:
-    """Print the table of a comparison."""
-    table, printed = tables.comparison_scores(comparison), Table()
+def print_table(table: tables.TextTable, console: Console) -> None:
+    """Print a table, the best of each column bold."""
+    printed = Table()
     for column in table.columns:
         printed.add_column(column, overflow="fold")  # a narrow terminal cuts no word off
     for row in table.rows:
         # A row that is short, since its text goes over several columns, is filled up.
         printed.add_row(*(Text(cell.text, style="bold" if cell.best else "") for cell in row))
     wide(console).print(printed)
+
+
+def print_comparison(comparison: Comparison, console: Console) -> None:
+    """Print the table of a comparison."""
+    print_table(tables.comparison_scores(comparison), console)
     for line in _choices(comparison):
         console.print(line, markup=False, soft_wrap=True)
     for warning in comparison.warnings:

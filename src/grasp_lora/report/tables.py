@@ -133,19 +133,19 @@ def scores_table(run: Run) -> TextTable:
     share = 1 - kept_share(run.sparsity)
     columns: list[list[Cell]] = [
         [Cell(titles[name], name == run.metrics.handed_over) for name in systems],
-        _column([score.test_loss for score in systems.values()], 3, min),
-        _column([score.dev_loss for score in systems.values()], 3, min),
+        column_of([score.test_loss for score in systems.values()], 3, min),
+        column_of([score.dev_loss for score in systems.values()], 3, min),
     ]
     for key in keys:
         values = [score.metrics.get(key) for score in systems.values()]
-        columns.append(_column(values, score_digits(key, values, 1), max, "unavailable"))
+        columns.append(column_of(values, score_digits(key, values, 1), max, "unavailable"))
     columns.append([Cell(percent(share, 1) if name in pruned else percent(0)) for name in systems])
     names = [f"{METRIC_NAMES.get(key, key)}\u00a0↑" for key in keys]
     heads = ["System", "Test loss\u00a0↓", "Dev loss\u00a0↓", *names, "Pruned"]
     return TextTable("Scores on the test set", heads, [list(row) for row in zip(*columns, strict=True)])
 
 
-def _column(
+def column_of(
     values: Sequence[float | None], digits: int, choose: Callable[[Iterable[float]], float], absent: str = "–"
 ) -> list[Cell]:
     """Cells of one column; all that print like the best one are best, where not all do."""
@@ -277,6 +277,15 @@ def score_notes(run: Run, against: Mapping[str, Difference], handed_over: Mappin
             "They say nothing about other seeds or other training examples."
         )
     return notes
+
+
+def interval_text(interval: PairedComparison, digits: int) -> str:
+    """A difference with its interval and verdict.
+
+    >>> interval_text(PairedComparison(2.0, 0.5, 3.5, 0.01, 0.95, 100, 1000), 1)
+    '+2.0 (+0.5 to +3.5): better'
+    """
+    return _signed(interval.difference, digits) + _sure(interval, digits).removeprefix(",")
 
 
 def _sure(interval: PairedComparison | None, digits: int) -> str:

@@ -1,0 +1,153 @@
+"""What a person reads of a judgement: the sentence, the table, a page.
+
+swahili-qa has the highest F1, 61.2. It is shown to be better than english-qa; no difference is shown to the sum.
+"""
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from grasp_lora.engine.judge import Judgement, Trial
+from grasp_lora.engine.results import TEST_LOSS, Prediction
+from grasp_lora.report.examples import differing
+from grasp_lora.report.pages import print_table, public_name, render
+from grasp_lora.report.tables import METRIC_NAMES, Cell, TextTable, column_of, interval_text, percent, scale_note
+from grasp_lora.storage.claims import new_folder
+from grasp_lora.storage.writing import write_json, write_jsonl, write_whole
+from grasp_lora.text.display import listed, one_line
+
+PAGE, FACTS, ANSWERS = "judge.html", "judge.json", "answers.jsonl"
+SHOWN = 3  # examples in the terminal
+CHARACTERS = 60  # of an answer in the terminal
+
+
+def sentence(trial: Trial) -> str:
+    """Which contestant has the best score, and from which others that is shown to set it apart."""
+    best, *others = trial.ranking
+    compared = {name: trial.against(best, name) for name in others}
+    beaten = [name for name, comparison in compared.items() if comparison and comparison.verdict == "better"]
+    level = [name for name in others if name not in beaten]
+    value, loss = trial.scores[best][trial.metric], trial.metric == TEST_LOSS
+    what = f"the lowest loss, {value:.3f}" if loss else f"the highest {_name(trial.metric)}, {value:.1f}"
+    text = f"{best} has {what} on {trial.examples} rows. "
+    if beaten:
+        text += f"It is shown to be better than {listed(beaten)}"
+        return text + (f"; no difference is shown to {listed(level)}." if level else ".")
+    return text + f"These rows show no difference between it and {listed(level)}."
+
+
+def scores_of(trial: Trial) -> TextTable:
+    """Losses and scores of every contestant, the best first, and by how much the best is ahead of it."""
+    names, metric = trial.ranking, trial.metric
+    metrics = list(trial.scores[names[0]])
+    columns = [[Cell(name) for name in names]]
+    for key in metrics:
+        values = [trial.scores[name][key] for name in names]
+        columns.append(column_of(values, 3 if key == TEST_LOSS else 1, min if key == TEST_LOSS else max, "unavailable"))
+    ahead = [trial.against(names[0], name) for name in names[1:]]
+    digits = 3 if metric == TEST_LOSS else 1
+    texts = ["unavailable" if comparison is None else interval_text(comparison, digits) for comparison in ahead]
+    columns.append([Cell("–"), *map(Cell, texts)])
+    heads = ["Adapter", *(f"{_name(key)}\u00a0{'↓' if key == TEST_LOSS else '↑'}" for key in metrics)]
+    heads.append(f"{_name(metric)}: {names[0]} minus it")
+    return TextTable(f"Scores on {trial.file}", heads, [list(row) for row in zip(*columns, strict=True)])
+
+
+def how(trial: Trial) -> str:
+    """Where the intervals come from."""
+    drawn = (
+        f"in their {trial.groups} groups of what belongs together" if trial.groups < trial.examples else "one by one"
+    )
+    pairs = len(trial.ranking) * (len(trial.ranking) - 1) // 2
+    joint = f"; they hold for all {pairs} pairs at once" if pairs > 1 else ""
+    confidence = percent(trial.pairs[0].comparison.confidence)
+    return (
+        f"Intervals: paired bootstrap over the {trial.examples} rows, drawn {drawn}, {confidence}{joint}. They say what other "
+        "rows of this kind would show."
+    )
+
+
+def print_judgement(judgement: Judgement, console: Console) -> None:
+    """Print tables and sentences, and the rows in which the two best differ most."""
+    for trial, title in _titled(judgement):
+        console.print(title, style="bold", markup=False, soft_wrap=True)
+        print_table(scores_of(trial), console)
+        for line in (sentence(trial), how(trial)):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+    trial = judgement.rows
+    pair = {name: trial.answers[name] for name in trial.ranking[:2]}
+    for question in differing(pair, trial.prompts, _ids(trial), metric=_orders(trial)).shown[:SHOWN]:
+        console.print(
+            f"row {question.number}, expected: {_short(question.references[0])}", markup=False, soft_wrap=True
+        )
+        for answer in question.answers:
+            console.print(f"  {answer.title}: {_short(answer.text)}  {answer.mark}", markup=False, soft_wrap=True)
+
+
+def write_judgement(judgement: Judgement, folder: Path) -> None:
+    """Write page, JSON and all answers into a folder that does not exist or is empty."""
+    trials = [
+        {
+            "title": title,
+            "sentence": sentence(trial),
+            "how": how(trial),
+            "table": scores_of(trial),
+            "language": trial.language.replace("_", "-"),
+            "examples": differing(trial.answers, trial.prompts, _ids(trial), trial.ranking[0], _orders(trial)),
+            "signatures": {_name(key): text for key, text in trial.signatures.items()},
+        }
+        for trial, title in _titled(judgement)
+    ]
+    page = render("judge.html.j2", {
+        "version": version("grasp-lora"), "backbone": public_name(judgement.backbone), "trials": trials,
+        "scale": scale_note(judgement.rows.signatures),
+    })  # fmt: skip
+    with new_folder(folder) as draft:
+        write_whole(draft / PAGE, page)
+        write_json(draft / FACTS, judgement.to_json())
+        write_jsonl(draft / ANSWERS, [row for trial, _ in _titled(judgement) for row in _rows(trial)])
+
+
+def _titled(judgement: Judgement) -> list[tuple[Trial, str]]:
+    titled = [(judgement.rows, f"On {judgement.rows.file}")]
+    if judgement.english is not None:
+        titled.append((judgement.english, f"In English, on {judgement.english.file}: what was forgotten"))
+    return titled
+
+
+def _rows(trial: Trial) -> list[dict[str, Any]]:
+    """Each row with what each contestant answered."""
+    first = next(iter(trial.answers.values()))
+    return [
+        {
+            "file": trial.file,
+            "id": row.id,
+            "references": list(row.references),
+            "answers": {name: _answer(rows[place]) for name, rows in trial.answers.items()},
+        }
+        for place, row in enumerate(first)
+    ]
+
+
+def _answer(row: Prediction) -> dict[str, Any]:
+    return {"answer": row.prediction, "loss": row.loss, "scores": dict(row.scores)}
+
+
+def _ids(trial: Trial) -> list[str]:
+    return [row.id for row in next(iter(trial.answers.values()))]
+
+
+def _orders(trial: Trial) -> str | None:
+    """The metric by which rows differ, None where only losses rank."""
+    return None if trial.metric == TEST_LOSS else trial.metric
+
+
+def _name(metric: str) -> str:
+    return "Loss" if metric == TEST_LOSS else METRIC_NAMES.get(metric, metric)
+
+
+def _short(text: str) -> str:
+    line = one_line(text)
+    return line if len(line) <= CHARACTERS else f"{line[:CHARACTERS]}…"

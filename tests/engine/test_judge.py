@@ -1,0 +1,183 @@
+"""Which of several adapters: scores as a run has them, strangers' folders, what is refused, what a person reads."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from recorder import read, rows_of, session_of
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import grasp_lora as gl
+from grasp_lora.engine.judge import Judgement
+from grasp_lora.errors import AdapterError, DataError
+from grasp_lora.method.merging import MergeSettings
+from grasp_lora.models.adapter_files import read_adapter
+from grasp_lora.report.judged import sentence
+
+ROWS = "fresh.jsonl"
+
+
+@pytest.fixture
+def judged(finished_run: Path) -> Callable[..., Judgement]:
+    """Judge adapters of the run on its own test rows, which none of them knows."""
+    write_rows([{"prompt": row.prompt, "completion": row.completion} for row in session_of().splits.test])
+
+    def call(*adapters: str, rows: str = ROWS, **settings: Any) -> Judgement:
+        return gl.judge(adapters, rows, "de", device="cpu", **settings)
+
+    return call
+
+
+def write_rows(rows: list[dict[str, str]], file: str = ROWS) -> None:
+    Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def test_scores_and_answers_are_those_of_the_run(judged: Callable[..., Judgement]) -> None:
+    trial = judged("run/source", "run/target", "run/final", "backbone").rows
+    systems = read("run/metrics.json")["systems"]
+    for name, of_run in (("source", "source"), ("target", "target"), ("final", "grasp"), ("backbone", "zero_shot")):
+        scores = dict(trial.scores[name])
+        assert scores.pop("test_loss") == pytest.approx(systems[of_run]["test_loss"], rel=1e-6)
+        assert scores == pytest.approx(systems[of_run]["metrics"])
+        answers = {row["references"][0]: row["prediction"] for row in rows_of(f"run/evaluation/{of_run}.jsonl")}
+        assert {row.references[0]: row.prediction for row in trial.answers[name]} == answers
+    assert len(trial.pairs) == 6 * 3  # of four, by the loss and two scores
+    assert {pair.comparison.comparisons for pair in trial.pairs} == {6}
+    assert trial.ranking[0] == max(trial.scores, key=lambda name: trial.scores[name]["exact_match"] or 0.0)
+    turned, straight = trial.against("target", "source", "test_loss"), trial.against("source", "target", "test_loss")
+    assert turned is not None
+    assert straight is not None
+    assert (turned.difference, turned.low, turned.high) == (-straight.difference, -straight.high, -straight.low)
+
+
+def test_one_adapter_is_judged_against_the_backbone_and_two_with_their_merges(judged: Callable[..., Judgement]) -> None:
+    assert list(judged("run/source").rows.scores) == ["source", "backbone"]
+    trial = judged("run/source", "run/target", merge=True).rows
+    assert list(trial.scores) == ["source", "target", "sum", "average"]
+    weights = [read_adapter(f"run/{name}").weights for name in ("source", "target")]
+    for name, settings in (("sum", MergeSettings("exact", (1.0, 1.0))), ("average", MergeSettings("exact"))):
+        gl.save_adapter(
+            Path(name),
+            gl.merge(weights, settings).together(),
+            AutoModelForCausalLM.from_pretrained("tiny-llama"),
+            backbone_name="tiny-llama",
+            dropout=0.0,
+        )
+    again = judged("run/source", "sum", "average").rows
+    for name in ("sum", "average"):
+        assert again.scores[name]["test_loss"] == pytest.approx(trial.scores[name]["test_loss"], rel=1e-5)
+
+
+def test_english_rows_say_what_was_forgotten(judged: Callable[..., Judgement]) -> None:
+    write_rows(
+        [{"prompt": f"fresh {number}: what?", "completion": f" {number}"} for number in range(4)], "english.jsonl"
+    )
+    judgement = judged("run/source", "run/final", english="english.jsonl")
+    assert judgement.english is not None
+    assert (judgement.english.examples, judgement.english.language) == (4, "en")
+
+
+def test_rows_that_an_adapter_knows_are_refused(judged: Callable[..., Judgement]) -> None:
+    known = session_of().splits.train[0]
+    write_rows([*rows_of(ROWS), {"prompt": known.prompt, "completion": known.completion}])
+    judged("run/source")
+    with pytest.raises(AdapterError, match=r"adapter 'target' was trained on 1 of the 9 rows of fresh\.jsonl"):
+        judged("run/source", "run/target")
+
+
+def test_what_cannot_be_judged_is_refused(judged: Callable[..., Judgement]) -> None:
+    for adapters, settings, told in (
+        (("backbone",), {}, "there is no adapter to judge"),
+        (("run/source",), {"merge": True}, "--merge takes at least two adapters"),
+    ):
+        with pytest.raises(AdapterError, match=told):
+            judged(*adapters, **settings)
+    write_rows([{"text": "red", "label": "a"}, {"text": "blue", "label": "b"}], "labels.jsonl")
+    with pytest.raises(DataError, match=r"labels\.jsonl is data for the task classification"):
+        judged("run/source", rows="labels.jsonl")
+    write_rows(rows_of(ROWS)[:1])
+    with pytest.raises(DataError, match="has 1 row; at least 2 are needed"):
+        judged("run/source")
+
+
+def test_page_table_and_files(judged: Callable[..., Judgement], cli: Callable[..., Any]) -> None:
+    asked = ("judge", "run/source", "run/final", "--rows", ROWS, "--language", "de")
+    result = cli(*asked, "--save", "verdict")
+    assert result.status == 0, result.err
+    trial = judged("run/source", "run/final").rows
+    assert sentence(trial) in result.out
+    facts = read("verdict/judge.json")
+    assert facts["rows"]["ranking"] == trial.ranking
+    assert facts["rows"]["scores"]["final"]["test_loss"] == pytest.approx(trial.scores["final"]["test_loss"])
+    assert [set(row["answers"]) for row in rows_of("verdict/answers.jsonl")] == [{"source", "final"}] * trial.examples
+    page = Path("verdict/judge.html").read_text(encoding="utf-8")
+    assert sentence(trial) in page
+    assert "<script" not in page
+    again = cli(*asked, "--save", "verdict")
+    assert (again.status, "verdict" in again.err) == (2, True)
+    assert cli("evaluate").err.startswith("error: evaluate is gone: grasp-lora judge")
+
+
+# Folders as other programs leave them: PEFT writes the weights of all, each puts other files and words beside them.
+STRANGERS = {
+    "trl": ({"target_modules": ["q_proj", "v_proj"]}, ("training_args.bin", "checkpoint-2/optimizer.pt")),
+    "axolotl": (
+        {"target_modules": "all-linear"},
+        ("config.json", "debug.log", "checkpoint-2/adapter_model.safetensors"),
+    ),
+    "llama-factory": (
+        {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+        ("all_results.json", "trainer_log.jsonl", "trainer_state.json", "train_results.json", "training_args.bin"),
+    ),
+    "unsloth": ({"target_modules": r"(?:.*?(?:self_attn|mlp).*?(?:q_proj|v_proj|up_proj).*?)"}, ()),
+}
+
+
+def strangers_folder(program: str) -> str:
+    """An adapter of random weights with its tokenizer, and what the program writes beside it."""
+    config, files = STRANGERS[program]
+    backbone = AutoModelForCausalLM.from_pretrained("tiny-llama")
+    model = get_peft_model(backbone, LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **config))
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(program)
+    AutoTokenizer.from_pretrained("tiny-llama").save_pretrained(program)
+    for file in files:
+        place = Path(program, file)
+        place.parent.mkdir(exist_ok=True)
+        place.write_bytes(b"{}")
+    if program == "unsloth":
+        stated = read(f"{program}/adapter_config.json")
+        mapping = {"base_model_class": "LlamaForCausalLM", "parent_library": "transformers", "unsloth_fixed": True}
+        stated |= {"auto_mapping": mapping, "base_model_name_or_path": "unsloth/tiny-llama-bnb-4bit"}
+        Path(program, "adapter_config.json").write_text(json.dumps(stated), encoding="utf-8")
+    return program
+
+
+@pytest.mark.parametrize("program", STRANGERS)
+def test_folders_of_other_programs_load_as_they_are(program: str, judged: Callable[..., Judgement]) -> None:
+    folder = strangers_folder(program)
+    trial = judged("run/source", folder).rows  # the first says in which number format it was trained
+    if program == "unsloth":  # PEFT would import what the mapping names
+        stated = read(f"{program}/adapter_config.json") | {"auto_mapping": None}
+        Path(program, "adapter_config.json").write_text(json.dumps(stated), encoding="utf-8")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("tiny-llama"), folder).eval()
+    losses = []
+    for row in session_of().splits.test:
+        ids = torch.tensor([[*row.prompt_ids, *row.completion_ids]])
+        labels = torch.where(torch.arange(ids.shape[1]) < len(row.prompt_ids), -100, ids)
+        with torch.no_grad():
+            losses.append(float(model(input_ids=ids, labels=labels).loss))
+    assert [row.loss for row in trial.answers[folder]] == pytest.approx(losses, rel=1e-5)
+
+
+def test_a_folder_of_a_checkpoint_is_an_adapter_too(judged: Callable[..., Judgement]) -> None:
+    shutil.copytree(strangers_folder("trl"), "out/checkpoint-3")
+    assert list(judged("out/checkpoint-3", "run/source").rows.scores) == ["checkpoint-3", "source"]
