@@ -21,7 +21,7 @@ from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.storage.claims import Workplace, working_in
 
 LAYERS = {"q v": "[q_proj, v_proj]", "all": "all-linear"}
-SOURCE_RATES = {"q v": (1e-4, 3e-4, 1e-3), "all": (5e-5, 1e-4, 2e-4)}
+SOURCE_RATES = {"q v": (1e-4, 3e-4), "all": (5e-5, 1e-4)}
 TARGET_RATES = {"q v": (1e-4, 3e-4), "all": (3e-5, 1e-4, 2e-4)}
 SETTINGS = {"tydiqa-sw": ["data.source.train=1000", "data.target.test=300"], "nusax-su": []}
 SEEDS = (42, 1337)
