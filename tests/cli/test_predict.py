@@ -104,15 +104,18 @@ def refusal(result: CliResult) -> str:
 def test_prompts_come_as_arguments_or_lines_or_json(
     cli: Cli, here: Path, asked: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    standard_input(monkeypatch, "one\nلغة\n".encode())
+    standard_input(monkeypatch, "one\r\nلغة\u2028more\n".encode())
     assert cli("predict", "talks", "--stop", "#", "--max-new-tokens", "3").out == "so\n" * 2
     prompts, settings, _ = asked[-1]
-    assert prompts == ["<bos>one", "<bos>لغة"]
+    assert prompts == ["<bos>one", "<bos>لغة\u2028more"]
     assert (settings.max_new_tokens, settings.stop) == (3, ("#",))
     standard_input(monkeypatch, b'"a\\nb"\n{"id": "7", "prompt": "<bos>c"}\n')
     assert cli("predict", "talks", "--jsonl").out == '"so"\n' * 2
     assert asked[-1][0] == ["<bos>a\nb", "<bos>c"]  # one BOS token each
     assert asked[-1][1].max_new_tokens == 4  # as in the recipe that trained it
+    for no_text in (b"null", b"7", b'{"prompt": ["a"]}'):
+        standard_input(monkeypatch, no_text)
+        assert "prompt must be a text, found" in refusal(cli("predict", "talks", "--jsonl"))
     monkeypatch.setattr(predicting, "generate", lambda *arguments, **more: ["لغة\n语言"] * 2)
     pipe = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")  # what Windows takes for a pipe's encoding
     monkeypatch.setattr("sys.stdout", pipe)

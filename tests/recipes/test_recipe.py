@@ -273,6 +273,7 @@ MISTAKES = {
     "a merge on the source": ("target: {on: source}\nmerge: {rule: svd}", r"target\.on is 'source', .* remove merge\.rule"),
     "a choice": ("final: {deliver: both}", r"final\.deliver: input should be 'best' or 'grasp' \(it is 'both'\)"),
     "code in a preset": ("controller: {preset: 'json:loads'}", r"controller\.preset is 'json:loads'; allowed: spread"),
+    "endless": ("final: {training: {epochs: 1.0e+9}}", r"epochs is 1000000000\.0; it must be above 0 and at most 10000"),
     "out of range": ("final: {training: {epochs: -1}}", r"final\.training: epochs is -1\.0; it must be above 0"),
     "no number": ("lora: {alpha: .nan}", r"lora\.alpha.*finite number"),
     "a key twice": ("seed: 1\nseed: 1", "the key 'seed' stands twice; remove one"),

@@ -122,12 +122,15 @@ def predict(
 
 def _prompts_on_standard_input(jsonl: bool) -> list[str]:
     """One prompt a line; with `jsonl` each is a JSON text, or an object with a key `prompt`."""
+    from grasp_lora.data.records import text_of
+
     with reading(f"standard input ({'a JSON text' if jsonl else 'a prompt in UTF-8'} a line)"):
-        lines = sys.stdin.buffer.read().decode("utf-8-sig").splitlines() if sys.stdin else []
+        text = sys.stdin.buffer.read().decode("utf-8-sig").replace("\r\n", "\n") if sys.stdin else ""
+        lines = text.removesuffix("\n").split("\n") if text else []  # U+2028 may stand in a prompt
         if not jsonl:
             return lines
         values = [json.loads(line) for line in lines if line.strip()]
-        return [str(value["prompt"] if isinstance(value, dict) else value) for value in values]
+        return [text_of(value["prompt"] if isinstance(value, dict) else value, "prompt") for value in values]
 
 
 def export(

@@ -24,13 +24,14 @@ def one_line(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    r"""Return the first line that an error says, or else its kind, without a full stop at its end.
+    r"""Return the first line that an error says, with the next where it ends in a colon; else its kind. No full stop ends it.
 
-    >>> first_line(ValueError("no such file.\nSee the manual.")), first_line(KeyboardInterrupt())
-    ('no such file', 'KeyboardInterrupt')
+    >>> first_line(ValueError("no such file.\nSee the manual.")), first_line(KeyError()), first_line(ValueError("size:\n 7"))
+    ('no such file', 'KeyError', 'size: 7')
     """
-    line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return one_line(line).rstrip(".")
+    lines = [*map(one_line, str(error).splitlines()), type(error).__name__]
+    first, *more = filter(None, lines)
+    return (f"{first} {more[0]}" if first.endswith(":") else first).rstrip(".")
 
 
 def escaped(text: str) -> str:

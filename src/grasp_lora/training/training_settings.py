@@ -8,6 +8,7 @@ from grasp_lora.text.checking import require
 
 TRAINED_AS_MEASURED = 2  # forward passes that a training example counts as: the frozen backbone has no weight gradients
 
+MOST_EPOCHS = 10_000  # the rounds of a run are planned one by one
 KEEP = ("best", "last")
 
 
@@ -16,7 +17,7 @@ class TrainingSettings:
     """How one adapter is trained.
 
     Args:
-        epochs: passes over the training examples, > 0, fractions allowed.
+        epochs: passes over the training examples, in (0, 10000], fractions allowed.
         batch_size: examples in one forward pass, >= 1.
         accumulation: forward passes for one optimizer step, >= 1.
         learning_rate: of AdamW, > 0.
@@ -51,7 +52,7 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         require(
             self,
-            epochs=(0.0 < self.epochs < math.inf, "be above 0"),
+            epochs=(0.0 < self.epochs <= MOST_EPOCHS, f"be above 0 and at most {MOST_EPOCHS}"),
             batch_size=(self.batch_size >= 1, "be at least 1"),
             accumulation=(self.accumulation >= 1, "be at least 1"),
             learning_rate=(0.0 < self.learning_rate < math.inf, "be above 0"),
