@@ -156,9 +156,9 @@ MISTAKES: dict[str, tuple[Mistake, str, str]] = {
     "missing data": (lambda folder: (folder / "target.jsonl").unlink(), r"'target\.jsonl' is missing", r"[Ss]et data\.root"),
     "long examples": (
         recipe(data__max_tokens=2000, data__prompt="{prompt}" + 510 * "x"),
-        r"source_train example \S+ has \d+ tokens and an answer .*512", r"lower data\.max_tokens \(now 2000\)",
+        r"source_train row source.jsonl, line \d+ has \d+ tokens and an answer .*512", r"lower data\.max_tokens \(now 2000\)",
     ),
-    "long answers": (recipe(generation__max_new_tokens=500), r"test example \S+ .*\d+ tokens.*500.*512", "lower"),
+    "long answers": (recipe(generation__max_new_tokens=500), r"test row target.jsonl, line \d+ .*\d+ tokens.*500.*512", "lower"),
     "overlapping splits": (overlapping_splits, r"test.* share \d+ ids", "remove the shared ones"),
     "adapter of another shape": (recipe(source__adapters=["wide"]), r"adapter .*q_proj.*shape .*\(\d+, \d+\)", "use an adapter"),
     "adapters of unequal ranks": (

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,11 @@ def test_all_that_a_run_needs_is_said_and_measured_and_nothing_is_written(check:
     assert len(numbers) >= 4
     assert " GB" in found["memory"]
     assert {file: file.read_bytes() for file in Path().rglob("*") if file.is_file()} == before
+
+
+def test_lines_come_as_they_are_found(tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grasp_lora.engine.preflight.generate", lambda *_: pytest.fail("the minutes come last"))
+    assert [finding.topic for finding in islice(preflight(session_of()), 3)] == ["backbone", "splits", "leaks"]
 
 
 def test_nothing_is_warned_of_where_all_is_usual(check: Check) -> None:

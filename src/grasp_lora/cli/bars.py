@@ -2,11 +2,14 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
+from rich.table import Column
+from rich.text import Text
 
 from grasp_lora.engine.progress import Progress
 from grasp_lora.engine.results import AnswerTexts, Finished, Learned, Prediction, Trained
@@ -29,6 +32,23 @@ _TITLES = {  # by the beginning of the step's name
 }
 
 
+class TimeLeft(ProgressColumn):
+    """The time left at the mean speed since the first report, counting down between reports, which may be minutes apart.
+
+    Rich's own column takes the speed of the last 30 seconds, so that slow steps never have one.
+    """
+
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        """Hours, minutes and seconds; nothing before a second report."""
+        began, done, reported = task.fields["reports"] or (0.0, 0.0, 0.0)
+        if task.total is None or task.completed <= done or task.elapsed is None:
+            return Text("")
+        left = (reported - began) * (task.total - task.completed) / (task.completed - done) - (task.elapsed - reported)
+        return Text(f"{timedelta(seconds=max(0, round(left)))} left")
+
+
 class TerminalProgress(Progress):
     """Shows what is being done, step, loss, current ratio and time left.
 
@@ -38,15 +58,17 @@ class TerminalProgress(Progress):
     """
 
     def __init__(self, console: Console, answers: int = 0) -> None:
-        facts = TextColumn("{task.fields[facts]}")
-        title, times = TextColumn("{task.description:<46}"), (TimeElapsedColumn(), TimeRemainingColumn())
-        columns = (title, BarColumn(bar_width=24), MofNCompleteColumn(), facts, *times)
+        title, facts = (
+            TextColumn(text, table_column=Column(no_wrap=False))
+            for text in ("{task.description}", "{task.fields[facts]}")
+        )
+        columns = (title, BarColumn(bar_width=16), MofNCompleteColumn(), facts, TimeElapsedColumn(), TimeLeft())
         self._console = console
         self._bars = Bars(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._task: TaskID | None = None
         self._ratio: float | None = None
         self._answers = answers
-        self._method = ""
+        self._method = self._system = ""
         self._shown: set[str] = set()
         self._began = time.monotonic()
 
@@ -69,10 +91,15 @@ class TerminalProgress(Progress):
         self._method = f"{title} ({number} of {total}{left})"
         self._begin(self._method)
 
+    def system(self, number: int, total: int) -> None:
+        """Say which system's answers come, and of how many."""
+        self._system = f", system {number} of {total}"
+
     def begin(self, step: str) -> None:
         """Start the bar of a step."""
         self._ratio = None
-        self._begin(f"{title_of(step)}{self._method and ': '}{self._method}")
+        system = self._system if step.startswith("answers") else ""
+        self._begin(f"{title_of(step)}{system}{self._method and ': '}{self._method}", step.startswith("answers"))
 
     def step(self, report: Mapping[str, float]) -> None:
         """Move the bar of a training."""
@@ -95,7 +122,8 @@ class TerminalProgress(Progress):
         if step.repeated and self._method:
             return
         took = "already done" if step.repeated else f"{step.seconds:.1f} s"
-        self._say(f"{title_of(step.name):<26} {took:>12}   {_facts(step.result)}".rstrip())
+        system = self._system if isinstance(step.result, AnswerTexts) else ""
+        self._say(f"{title_of(step.name):<26} {took:>12}   {_facts(step.result)}{system}")
 
     def scored(self, system: str, predictions: Sequence[Prediction]) -> None:
         """Print the first answers of a system, with what each is worth and what was expected."""
@@ -105,18 +133,23 @@ class TerminalProgress(Progress):
             answer, expected = (one_line(text)[:_ANSWER_SHOWN] for text in (row.prediction, row.references[0]))
             self._say(f"  {system:<12} {mark:<8} {answer}   (expected: {expected})")
 
-    def _begin(self, title: str) -> None:
+    def _begin(self, title: str, from_0: bool = False) -> None:
+        """Start a bar; `from_0` says that its work begins with it, where trainings may go on from a later step."""
         if self._task is not None:
             self._bars.remove_task(self._task)
         self._bars.start()
-        self._task = self._bars.add_task(title, total=None, facts="")
+        self._task = self._bars.add_task(title, total=None, facts="", reports=(0.0, 0.0, 0.0) if from_0 else None)
 
-    def _move(self, **changes: Any) -> None:
-        if self._task is not None:
-            self._bars.update(self._task, **changes)
+    def _move(self, completed: float, total: float, facts: str = "") -> None:
+        if self._task is None:
+            return
+        task = next(task for task in self._bars.tasks if task.id == self._task)
+        now = task.elapsed or 0.0
+        began, done, _ = task.fields["reports"] or (now, completed, now)
+        self._bars.update(self._task, completed=completed, total=total, facts=facts, reports=(began, done, now))
 
     def _say(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(text, highlight=False, markup=False, soft_wrap=not self._console.is_terminal)
 
 
 def title_of(step: str) -> str:

@@ -163,5 +163,5 @@ def export(
         revision=revision,
         trust_remote_code=trust_remote_code,
     ):
-        say(line)
+        say(line, copied=True)
     say(f"-> {output}")

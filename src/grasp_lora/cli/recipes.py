@@ -122,4 +122,4 @@ def init(
             style="yellow",
         )
         return
-    say(f"next: grasp-lora check {shlex.quote(str(file))}")
+    say(f"next: grasp-lora check {shlex.quote(str(file))}", copied=True)

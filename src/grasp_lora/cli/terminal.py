@@ -30,12 +30,12 @@ def set_up_outputs() -> None:
 
 
 @contextmanager
-def loading() -> Iterator[None]:
-    """Show, inside the context, that the libraries are being loaded."""
+def loading(what: str = "loading") -> Iterator[None]:
+    """Show, inside the context, that something is going on."""
     if not console.is_terminal:
         yield
         return
-    with console.status("loading", spinner="dots"):
+    with console.status(what, spinner="dots"):
         yield
 
 
@@ -48,14 +48,22 @@ def shown(display: "TerminalProgress") -> "Iterator[TerminalProgress]":
         display.stop()
 
 
-def say(text: str, style: str | None = None) -> None:
-    """Print one line as it is."""
-    console.print(one_line(text), style=style, markup=False, highlight=False, soft_wrap=True)
+def say(text: str | Text, style: str | None = None, *, copied: bool = False) -> None:
+    """Print one line as it is, in a terminal broken between words.
+
+    Args:
+        text: it may hold anything; one with styles of its own is one line already.
+        style: of all of it.
+        copied: it holds a command, which no line break may cut.
+    """
+    line = one_line(text) if isinstance(text, str) else text
+    console.print(line, style=style, markup=False, highlight=False, soft_wrap=copied or not console.is_terminal)
 
 
 def print_error(message: str, style: str = "red") -> None:
     """Print one line as it is where errors go; what a library or a file put into it may hold line breaks, or worse."""
-    error_console.print(one_line(message), style=style, markup=False, highlight=False, soft_wrap=True)
+    whole = not error_console.is_terminal
+    error_console.print(one_line(message), style=style, markup=False, highlight=False, soft_wrap=whole)
 
 
 def print_scores(
@@ -95,4 +103,7 @@ class _OneLine(logging.Formatter):
     """What a file or a model put into a message must not reach the terminal as control characters."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return one_line(super().format(record))
+        line = one_line(super().format(record))
+        if not error_console.is_terminal:
+            return line
+        return "\n".join(part.plain for part in Text(line).wrap(error_console, error_console.width))

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -58,20 +59,15 @@ class Finding:
     entry: tuple[str, ...] = ()
 
 
-def preflight(session: Session) -> list[Finding]:
-    """Load and check everything that a run needs and say what to expect; nothing is written.
+def preflight(session: Session) -> Iterator[Finding]:
+    """Load and check everything that a run needs; then say what to expect, line by line as it is found. Nothing is written.
 
     Raises:
         GraspError: something does not fit, so that a run would stop.
     """
     check(session)
-    return [
-        *_inputs(session),
-        *_doubts(session),
-        *(_labels(session) if session.splits.labels else _written_answers(session)),
-        *_plan(session),
-        *_measured(session),
-    ]
+    answers = _labels if session.splits.labels else _written_answers
+    return chain.from_iterable(lines(session) for lines in (_inputs, _doubts, answers, _plan, _measured))
 
 
 def _ok(topic: str, text: str) -> Finding:

@@ -19,6 +19,9 @@ class Progress:
     def method(self, title: str, number: int, total: int) -> None:
         """A row of a comparison begins: the `number`-th of `total`, counted from 1."""
 
+    def system(self, number: int, total: int) -> None:
+        """The `number`-th of `total` systems of a run is measured next, counted from 1."""
+
     def begin(self, step: str) -> None:
         """A step begins that is not on record."""
 

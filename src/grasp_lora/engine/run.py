@@ -106,8 +106,10 @@ def main_job(steps: Steps, info: RunInfo) -> Run:
     """Learn the ratio, make GRASP's result and its rivals, measure them, and choose which of them is handed over."""
     made = make(steps)
     parents, learned, rivals = made.parents, made.learned, made.systems
+    systems = {deliver.ALONE: steps.alone(), **rivals}
+    total = len(systems) + steps.recipe.final.all_rows
     measured = {
-        name: _measure(steps, name, system) for name, system in {deliver.ALONE: steps.alone(), **rivals}.items()
+        name: _measure(steps, name, system, number, total) for number, (name, system) in enumerate(systems.items(), 1)
     }
     delivered = made.choose(steps)
 
@@ -124,7 +126,7 @@ def main_job(steps: Steps, info: RunInfo) -> Run:
         all_rows, again, on_all_rows = train_again(steps, parents, delivered.name, rivals[delivered.name], made.ratio)
         if again is not None:
             adapters |= {ALL_ROWS: again, ADAPTER_FOLDER: again}
-            measured[ALL_ROWS] = _measure(on_all_rows, ALL_ROWS, again)
+            measured[ALL_ROWS] = _measure(on_all_rows, ALL_ROWS, again, total, total)
 
     test = steps.splits.test
     estimate = learned.result.estimate if learned else None
@@ -154,7 +156,8 @@ def main_job(steps: Steps, info: RunInfo) -> Run:
     )
 
 
-def _measure(steps: Steps, name: str, system: Adapter) -> Measured:
+def _measure(steps: Steps, name: str, system: Adapter, number: int, total: int) -> Measured:
+    steps.session.progress.system(number, total)
     measured = steps.measure(system)
     steps.session.progress.scored(name, measured.predictions(steps.splits.test))
     return measured

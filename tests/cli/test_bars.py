@@ -1,0 +1,67 @@
+"""What the live bar of a terminal says: whole words at 100 columns, the system, and the time left though steps are slow."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from grasp_lora.cli.bars import TerminalProgress
+
+
+class Screen:
+    """A terminal of 100 columns, whose clock is set."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        terminal = {"width": 100, "force_terminal": True, "color_system": None}
+        console = Console(file=io.StringIO(), get_time=lambda: self.now, **terminal)
+        self.progress = TerminalProgress(console)
+
+    def bar(self) -> str:
+        """The words of the bar as it stands now."""
+        shown = Console(file=io.StringIO(), width=100, color_system=None)
+        shown.print(self.progress._bars.get_renderable())
+        return " ".join(shown.file.getvalue().split())
+
+
+@pytest.fixture
+def screen():
+    screen = Screen()
+    yield screen
+    screen.progress.stop()
+
+
+def test_the_time_left_is_there_after_two_slow_steps_and_counts_down_between_reports(screen: Screen) -> None:
+    screen.progress.begin("source")
+    for number, now in ((41, 100.0), (42, 300.0)):  # a training that goes on from its 40th step
+        assert " left" not in screen.bar()
+        screen.now = now
+        screen.progress.step({"step": number, "steps": 50, "loss": 1.25})
+    assert screen.bar().endswith("0:26:40 left")
+    screen.now = 400.0
+    assert screen.bar().endswith("0:06:40 0:25:00 left")
+    screen.now = 4000.0
+    assert screen.bar().endswith("0:00:00 left")
+
+
+def test_answers_say_which_system_gives_them_and_have_a_time_left_after_the_first_batch(screen: Screen) -> None:
+    screen.progress.system(2, 5)
+    screen.progress.begin("answers")
+    screen.now = 60.0
+    screen.progress.answered(10, 40)
+    assert screen.bar().startswith("answer the test prompts, system 2 of 5 ")
+    assert screen.bar().endswith("10/40 0:01:00 0:03:00 left")
+    screen.progress.begin("dev-losses")
+    assert screen.bar().startswith("measure dev losses ")
+
+
+def test_no_word_of_the_bar_is_cut_at_100_columns(screen: Screen) -> None:
+    screen.progress.method("GRASP, the recipe's own final runs, and their grid", 3, 12)
+    screen.progress.begin("controller")
+    screen.progress.round({"ratio": 0.4125})
+    screen.now = 10.0
+    screen.progress.step({"step": 1, "steps": 5000, "loss": 1.25})
+    shown = screen.bar()
+    assert "…" not in shown
+    for word in ("learn", "recipe's", "grid", "loss", "1.250", "ratio", "0.412", "1/5000"):
+        assert word in shown.split()
