@@ -5,6 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
+from grasp_lora.cli import terminal
 from grasp_lora.cli.bars import TerminalProgress
 
 
@@ -65,3 +66,14 @@ def test_no_word_of_the_bar_is_cut_at_100_columns(screen: Screen) -> None:
     assert "…" not in shown
     for word in ("learn", "recipe's", "grid", "loss", "1.250", "ratio", "0.412", "1/5000"):
         assert word in shown.split()
+
+
+def test_a_terminal_breaks_lines_between_words_and_leaves_commands_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = Console(file=io.StringIO(), width=40, force_terminal=True, color_system=None)
+    monkeypatch.setattr(terminal, "console", shown)
+    terminal.say("measured words " * 10)
+    terminal.say("next: grasp-lora run " + "x" * 60, copied=True)
+    *prose, command = shown.file.getvalue().splitlines()
+    assert len(prose) > 3
+    assert {word for line in prose for word in line.split()} == {"measured", "words"}
+    assert command == "next: grasp-lora run " + "x" * 60

@@ -292,3 +292,11 @@ def test_cuda_where_there_is_none(tiny_backbone_folder):
     with pytest.raises(GraspError, match="sees no CUDA GPU"):
         load(tiny_backbone_folder, device="cuda")
     assert load(tiny_backbone_folder, device="auto").model.device.type == "cpu"
+
+
+def test_no_bar_of_the_library_is_drawn_while_a_model_is_loaded(tiny_backbone_folder, capfd, monkeypatch):
+    monkeypatch.setattr("transformers.utils.logging._tqdm_active", True)  # as in a terminal
+    load_backbone(BackboneSettings(str(tiny_backbone_folder)))
+    assert "Loading weights" not in capfd.readouterr().err
+    AutoModelForCausalLM.from_pretrained(tiny_backbone_folder)
+    assert "Loading weights" in capfd.readouterr().err

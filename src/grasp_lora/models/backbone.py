@@ -103,7 +103,7 @@ def load_backbone(settings: BackboneSettings) -> Backbone:
     if settings.trust_remote_code and not is_embedded:
         text = "trust_remote_code is on: Python code that comes with %s will run on this machine"
         logger.warning(text, one_line(name))
-    with _explained(name, settings):
+    with _explained(name, settings), _without_bars():
         model, tokenizer = _load(location, settings, device)
         stop_ids = find_stop_ids(model, tokenizer)
         if tokenizer.eos_token_id is None:
@@ -123,6 +123,21 @@ def load_backbone(settings: BackboneSettings) -> Backbone:
     total = weight_sum(model) if commit is None and not is_embedded else None
     facts = (commit, settings.quantise, settings.revision, total)
     return Backbone(model, tokenizer, without_place(name), fingerprint(model), stop_ids, *facts)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """No bar of transformers inside the context: it would be drawn through ours. Those of downloads stay."""
+    from transformers.utils import logging as library
+
+    def hidden(bar: Any, arguments: Any, options: Any) -> Any:
+        return bar(*arguments, **{**options, "disable": True})
+
+    before = library.set_tqdm_hook(hidden)
+    try:
+        yield
+    finally:
+        library.set_tqdm_hook(before)
 
 
 def backbone_of(
