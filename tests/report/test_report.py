@@ -27,13 +27,13 @@ from made_runs import (
 )
 
 from grasp_lora.engine.run_folder import Run, SystemScores
-from grasp_lora.evaluation.statistics import compare_with_baselines
+from grasp_lora.evaluation.statistics import PairedComparison, compare_with_baselines
 from grasp_lora.report.card import write_model_card
-from grasp_lora.report.delivered import next_steps
+from grasp_lora.report.delivered import gain, next_steps
 from grasp_lora.report.examples import examples_of
 from grasp_lora.report.figures import figures_of
 from grasp_lora.report.pages import write_report
-from grasp_lora.report.tables import compare_grasp, kept_share, percent, scores_table
+from grasp_lora.report.tables import Difference, compare_before, compare_grasp, kept_share, percent, scores_table
 
 
 def text_of(record: Run, folder: Path) -> str:
@@ -419,3 +419,41 @@ def test_what_can_be_done_next_names_what_it_costs(run: Run, tmp_path: Path) -> 
     given = with_recipe(run, target={"adapter": "owner/lora"})
     assert "three seeds, about three times" in next_steps(given, "tiny.yaml", [], tmp_path, False)[0]
     assert next_steps(replace(run, learned=None), "tiny.yaml", [], tmp_path, False) == [rows, grasp]
+
+
+@pytest.mark.parametrize(
+    ("source", "backbone", "told"),
+    [
+        (
+            "better",
+            "better",
+            r"It answers better than the source adapter: F1 61.0 against 49.0, \+12.0 \(\+6.0 to \+18.0\),",
+        ),
+        (
+            "no difference",
+            "better",
+            "It answers better than the backbone alone: .* No gain on the source adapter is shown.",
+        ),
+        (
+            "no difference",
+            "no difference",
+            "better than neither the source adapter nor the backbone alone: F1 61.0 against",
+        ),
+    ],
+)
+def test_the_first_line_says_over_what_there_is_a_gain(run: Run, source: str, backbone: str, told: str) -> None:
+    def of(verdict: str) -> Difference:
+        low = 6.0 if verdict == "better" else -6.0
+        return Difference("f1", 61.0, 49.0, PairedComparison(12.0, low, 18.0, 0.01, 0.95, 100, 1000), None)
+
+    text = gain(run, {"source": of(source), "zero_shot": of(backbone)})
+    assert re.search(told, (text or "").replace("\u2212", "-"))
+    assert gain(run, {}) is None
+
+
+def test_the_gain_stands_first_in_the_report(whole_run: tuple[Run, Path]) -> None:
+    run, folder = whole_run
+    text = gain(run, compare_before(run))
+    assert text is not None
+    page = write_report(run, folder).read_text(encoding="utf-8")
+    assert page.index("<h1>") < page.index(text.split(":")[0]) < page.index("<h2>")

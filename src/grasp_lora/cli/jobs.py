@@ -5,13 +5,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.text import Text
 
 from grasp_lora.cli.options import AllowCodeOption, OutputOption, RecipeArgument, SetOption, VerboseOption, session_of
 from grasp_lora.cli.terminal import console, loading, log_to_terminal, print_scores, say, shown
 from grasp_lora.recipes.text import line_of
 from grasp_lora.storage.processes import leave
-from grasp_lora.text.display import one_line
 
 
 def run(
@@ -48,20 +46,19 @@ def check(
 ) -> None:
     """Check a recipe before running it: files, adapters, label masks, lengths, splits, leaks, rounds and cost."""
     log_to_terminal(verbose)
-    warnings = 0
-    with loading("checking: the model and the data are loaded, and two steps are trained to tell the time"):
-        from grasp_lora.engine.preflight import preflight
+    from grasp_lora.engine.preflight import preflight
 
-        for finding in preflight(session_of(recipe, overrides, allow_code)):
-            warnings += finding.level != "ok"
-            line = line_of(recipe, finding.entry) if finding.entry else None
-            place = f" (line {line} of {recipe})" if line else ""
-            mark = (f"{finding.level:<8}", "green" if finding.level == "ok" else "yellow")
-            say(Text.assemble(mark, (f"{finding.topic:<10} ", "bold"), one_line(finding.text + place)))
+    warnings = 0
+    for finding in preflight(session_of(recipe, overrides, allow_code)):
+        warnings += finding.level != "ok"
+        mark = "[green]ok     [/green]" if finding.level == "ok" else "[yellow]warning[/yellow]"
+        console.print(f"{mark} [bold]{finding.topic:<10}[/bold]", end=" ")
+        line = line_of(recipe, finding.entry) if finding.entry else None
+        say(finding.text + (f" (line {line} of {recipe})" if line else ""))
     changes = [part for override in overrides or [] for part in ("--set", override)]
     command = shlex.join(["grasp-lora", "run", recipe, *changes, *["--allow-code"] * allow_code])
     summary = f"{warnings} warning{'' if warnings == 1 else 's'} above" if warnings else "nothing stands in the way"
-    say(f"{summary}; next: {command}", copied=True)
+    say(f"{summary}; next: {command}")
 
 
 def _run(recipe: str, overrides: list[str], output: Path | None, allow_code: bool, answers: int = 0) -> None:
@@ -70,11 +67,14 @@ def _run(recipe: str, overrides: list[str], output: Path | None, allow_code: boo
         from grasp_lora.cli.bars import TerminalProgress
         from grasp_lora.engine.run_folder import CARD_FILE, DISCARDED, FINAL_FOLDER, PROMPT_FILE, REPORT_FILE
         from grasp_lora.report import delivered as words
+        from grasp_lora.report.tables import compare_before
     with shown(TerminalProgress(console, answers)) as progress:
         result = api.run(recipe, overrides, output, progress, allow_code=allow_code)
     record, metrics, folder = result.record, result.metrics, result.folder
     print_scores(metrics.systems, metrics.signatures, metrics.handed_over)
     say(words.verdict(record), style="bold")
+    if gain := words.gain(record, compare_before(record)):
+        say(gain, style="bold")
     say(words.reason(record))
     if again := words.trained_again(record):
         say(again)
@@ -91,11 +91,11 @@ def _run(recipe: str, overrides: list[str], output: Path | None, allow_code: boo
         say(DISCARDED, style="yellow")
     say(f"adapter {result.adapter}   report {folder / REPORT_FILE}")
     if (folder / PROMPT_FILE).is_file():
-        say(f"try it: {words.predict_command(folder)}", copied=True)
+        say(f"try it: {words.predict_command(folder)}")
     if command := words.command_for_texts(record, folder):
-        say(f"with a text of your own: {command}", copied=True)
-    say(f"to the hub: {words.upload_command(folder)}", copied=True)
+        say(f"with a text of your own: {command}")
+    say(f"to the hub: {words.upload_command(folder)}")
     say(f"in your own program: {result.adapter / CARD_FILE} holds the lines of Python")
     for step in words.next_steps(record, recipe, overrides, folder, allow_code):
-        say(f"next: {step}", copied=True)
+        say(f"next: {step}")
     leave()

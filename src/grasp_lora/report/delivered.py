@@ -12,7 +12,7 @@ from grasp_lora.engine.results import main_metric
 from grasp_lora.engine.run_folder import ADAPTER_FOLDER, ALL_ROWS, FINAL_FOLDER, PROMPT_FILE, Run
 from grasp_lora.engine.steps import TargetOn
 from grasp_lora.report.examples import best_guess
-from grasp_lora.report.tables import METRIC_NAMES, Difference, percent, score_digits
+from grasp_lora.report.tables import METRIC_NAMES, Difference, gain_text, percent, score_digits
 
 MADE = {
     "continued": "a source adapter was trained on in the target language",
@@ -47,6 +47,26 @@ def reason(run: Run) -> str:
     """Why that one was chosen; its losses are those before a last training on all rows."""
     why = run.metrics.delivered.why
     return f"Chosen before that: {why[0].lower()}{why[1:]}" if run.metrics.handed_over == ALL_ROWS and why else why
+
+
+def gain(run: Run, compared: Mapping[str, Difference]) -> str | None:
+    """What is handed over against what its user had before: shown to be better than the source adapter, the backbone, or neither.
+
+    Args:
+        compared: what it is compared with, the source adapters first.
+    """
+    names = {name: "the backbone alone" if name == "zero_shot" else "the source adapter" for name in compared}
+    verdicts = {name: each.score.verdict for name, each in compared.items() if each.score}
+    if not verdicts:
+        return None
+    better = next((name for name, verdict in verdicts.items() if verdict == "better"), None)
+    first = better or next(iter(verdicts))
+    text = f"{gain_text(compared[first])}, of {run.metrics.test_examples} test rows."
+    if better:
+        text = f"It answers better than {names[better]}: {text}"
+        left = dict.fromkeys(names[name] for name in verdicts if verdicts[name] != "better")
+        return text + (f" No gain on {' and '.join(left)} is shown." if left else "")
+    return f"It is shown to be better than neither {' nor '.join(dict.fromkeys(names.values()))}: {text}"
 
 
 def headline(run: Run, compared: Mapping[str, Difference]) -> str:

@@ -87,6 +87,7 @@ def view_of(run: Run, folder: Path) -> dict[str, Any]:
         "target_on": delivered.where_trained(choice, len(run.recipe.source.adapters)) if choice else None,
         "warning": delivered.warning_of(run),
         "headline": delivered.headline(run, against),
+        "gain": delivered.gain(run, tables.compare_before(run)),
         "predict": 'grasp-lora predict adapter "..."' if in_chat else delivered.predict_command(),
         "predict_texts": delivered.command_for_texts(run),
         "facts": _facts(run),

@@ -196,6 +196,12 @@ def compare_handed_over(run: Run) -> dict[str, Difference]:
     return {} if ours == "grasp" else _differences(run, ours, [name for name in before if name != ours])
 
 
+def compare_before(run: Run) -> dict[str, Difference]:
+    """What is handed over against what its user had: the source adapters and the backbone alone."""
+    had = (*names_of(len(run.recipe.source.adapters)), "zero_shot")
+    return _differences(run, run.metrics.handed_over, [name for name in had if name != run.metrics.handed_over])
+
+
 def _differences(run: Run, ours: str, rivals: Sequence[str]) -> dict[str, Difference]:
     """One system against others by the leading metric; the intervals hold for all of them together."""
     names = [ours, *(name for name in rivals if name in run.metrics.systems)]
@@ -277,6 +283,19 @@ def score_notes(run: Run, against: Mapping[str, Difference], handed_over: Mappin
             "They say nothing about other seeds or other training examples."
         )
     return notes
+
+
+def gain_text(difference: Difference) -> str:
+    """Two scores with the interval of their difference.
+
+    >>> sure = PairedComparison(12.0, 6.0, 18.0, 0.01, 0.95, 100, 1000)
+    >>> gain_text(Difference("f1", 61.0, 49.0, sure, None))
+    'F1 61.0 against 49.0, +12.0 (+6.0 to +18.0)'
+    """
+    digits, gap = difference.digits, difference.ours - difference.theirs
+    sure = _sure(difference.score, digits).rpartition(": ")[0]
+    scores = f"{difference.ours:.{digits}f} against {difference.theirs:.{digits}f}"
+    return f"{difference.name} {scores}, {_signed(gap, digits)}{sure}"
 
 
 def interval_text(interval: PairedComparison, digits: int) -> str:
