@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from grasp_lora.cli.options import AllowCodeOption, OutputOption, RecipeArgument, SetOption, VerboseOption, session_of
 from grasp_lora.cli.terminal import console, loading, log_to_terminal, print_scores, say, shown
 from grasp_lora.recipes.text import line_of
 from grasp_lora.storage.processes import leave
+from grasp_lora.text.display import one_line
 
 
 def run(
@@ -46,19 +48,20 @@ def check(
 ) -> None:
     """Check a recipe before running it: files, adapters, label masks, lengths, splits, leaks, rounds and cost."""
     log_to_terminal(verbose)
-    from grasp_lora.engine.preflight import preflight
-
     warnings = 0
-    for finding in preflight(session_of(recipe, overrides, allow_code)):
-        warnings += finding.level != "ok"
-        mark = "[green]ok     [/green]" if finding.level == "ok" else "[yellow]warning[/yellow]"
-        console.print(f"{mark} [bold]{finding.topic:<10}[/bold]", end=" ")
-        line = line_of(recipe, finding.entry) if finding.entry else None
-        say(finding.text + (f" (line {line} of {recipe})" if line else ""))
+    with loading("checking: the model and the data are loaded, and two steps are trained to tell the time"):
+        from grasp_lora.engine.preflight import preflight
+
+        for finding in preflight(session_of(recipe, overrides, allow_code)):
+            warnings += finding.level != "ok"
+            line = line_of(recipe, finding.entry) if finding.entry else None
+            place = f" (line {line} of {recipe})" if line else ""
+            mark = (f"{finding.level:<8}", "green" if finding.level == "ok" else "yellow")
+            say(Text.assemble(mark, (f"{finding.topic:<10} ", "bold"), one_line(finding.text + place)))
     changes = [part for override in overrides or [] for part in ("--set", override)]
     command = shlex.join(["grasp-lora", "run", recipe, *changes, *["--allow-code"] * allow_code])
     summary = f"{warnings} warning{'' if warnings == 1 else 's'} above" if warnings else "nothing stands in the way"
-    say(f"{summary}; next: {command}")
+    say(f"{summary}; next: {command}", copied=True)
 
 
 def _run(recipe: str, overrides: list[str], output: Path | None, allow_code: bool, answers: int = 0) -> None:
@@ -91,11 +94,11 @@ def _run(recipe: str, overrides: list[str], output: Path | None, allow_code: boo
         say(DISCARDED, style="yellow")
     say(f"adapter {result.adapter}   report {folder / REPORT_FILE}")
     if (folder / PROMPT_FILE).is_file():
-        say(f"try it: {words.predict_command(folder)}")
+        say(f"try it: {words.predict_command(folder)}", copied=True)
     if command := words.command_for_texts(record, folder):
-        say(f"with a text of your own: {command}")
-    say(f"to the hub: {words.upload_command(folder)}")
+        say(f"with a text of your own: {command}", copied=True)
+    say(f"to the hub: {words.upload_command(folder)}", copied=True)
     say(f"in your own program: {result.adapter / CARD_FILE} holds the lines of Python")
     for step in words.next_steps(record, recipe, overrides, folder, allow_code):
-        say(f"next: {step}")
+        say(f"next: {step}", copied=True)
     leave()
