@@ -461,6 +461,13 @@ def test_quick_commands_do_without_torch_and_shells_complete_recipes(tiny_worksp
     assert {*builtin_recipes(), "tiny.yaml"} <= set(done.stdout.partition("offered:")[2].splitlines())
 
 
+def test_the_end_of_a_run_names_systems_and_metrics_as_the_report_does(cli: Cli, finished_run: Path) -> None:
+    shown = output(cli("run", "tiny.yaml", "--output", finished_run))
+    for name in ("Backbone alone", "Merged, not pruned", "Exact match", "Take this adapter: GRASP's result."):
+        assert name in shown
+    assert "exact_match" not in shown
+
+
 def test_the_first_answers_of_a_system_are_printed_as_they_come() -> None:
     rows = [
         Prediction("1", "six\x1b[31m years", ("six years",), 1.0, {"f1": 50.0}, {}),

@@ -74,7 +74,7 @@ def _run(recipe: str, overrides: list[str], output: Path | None, allow_code: boo
     with shown(TerminalProgress(console, answers)) as progress:
         result = api.run(recipe, overrides, output, progress, allow_code=allow_code)
     record, metrics, folder = result.record, result.metrics, result.folder
-    print_scores(metrics.systems, metrics.signatures, metrics.handed_over)
+    print_scores(record)
     say(words.verdict(record), style="bold")
     if gain := words.gain(record, compare_before(record)):
         say(gain, style="bold")

@@ -3,7 +3,7 @@
 import io
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from grasp_lora.text.display import one_line
 
 if TYPE_CHECKING:
     from grasp_lora.cli.bars import TerminalProgress
-    from grasp_lora.engine.run_folder import SystemScores
+    from grasp_lora.engine.run_folder import Run
 
 console = Console(quiet=not is_first(), emoji=False)  # of processes that torchrun started one speaks
 error_console = Console(stderr=True, emoji=False)
@@ -66,23 +66,22 @@ def print_error(message: str, style: str = "red") -> None:
     error_console.print(one_line(message), style=style, markup=False, highlight=False, soft_wrap=whole)
 
 
-def print_scores(
-    systems: "Mapping[str, SystemScores]", signatures: Mapping[str, str], handed_over: str | None = None
-) -> None:
+def print_scores(run: "Run") -> None:
     """Print losses and scores of every system, the one that is handed over bold."""
     from grasp_lora.report.pages import wide
-    from grasp_lora.report.tables import score_digits
+    from grasp_lora.report.tables import METRIC_NAMES, score_digits, titles_of
 
-    scores = {name: [system.metrics.get(name) for system in systems.values()] for name in signatures}
+    titles, systems, names = titles_of(run), run.metrics.systems, list(run.metrics.signatures)
+    scores = {name: [system.metrics.get(name) for system in systems.values()] for name in names}
     digits = {name: score_digits(name, values, 1) for name, values in scores.items()}
     table = Table()
-    for column in ("system", "dev loss", "test loss", *scores):
+    for column in ("system", "dev loss", "test loss", *(METRIC_NAMES.get(name, name) for name in names)):
         table.add_column(column, overflow="fold")  # a narrow terminal cuts no word off
     for number, (name, system) in enumerate(systems.items()):
         losses = ("-" if loss is None else f"{loss:.4f}" for loss in (system.dev_loss, system.test_loss))
         values = {metric: column[number] for metric, column in scores.items()}
         texts = ("unavailable" if value is None else f"{value:.{digits[metric]}f}" for metric, value in values.items())
-        table.add_row(Text(one_line(name)), *losses, *texts, style="bold" if name == handed_over else "")
+        table.add_row(titles[name], *losses, *texts, style="bold" if name == run.metrics.handed_over else "")
     wide(console).print(table)
 
 
