@@ -29,7 +29,7 @@ from made_runs import (
 from grasp_lora.engine.run_folder import Run, SystemScores
 from grasp_lora.evaluation.statistics import PairedComparison, compare_with_baselines
 from grasp_lora.report.card import write_model_card
-from grasp_lora.report.delivered import gain, next_steps
+from grasp_lora.report.delivered import gain, next_steps, warning_of
 from grasp_lora.report.examples import examples_of
 from grasp_lora.report.figures import figures_of
 from grasp_lora.report.pages import write_report
@@ -195,7 +195,18 @@ def test_answers_that_are_no_better_than_one_label_have_a_warning(
     warning = "It answers 37.5 % of the 8 test rows right, and nzuri every time would have 37.5 %."
     for text in (text_of(run, tmp_path), card(run, tmp_path)):
         assert (warning in text) is warned
+        assert not warned or "What helps most: a larger backbone" in text
         assert "What is handed over answers: nzuri 8, mbaya 0." in text
+
+
+@pytest.mark.parametrize(("score", "weak"), [(24.9, True), (25.0, False), (math.nan, False), (None, False)])
+def test_a_model_that_is_weak_at_its_task_is_told_of_with_what_helps(
+    run: Run, tmp_path: Path, score: float | None, weak: bool
+) -> None:
+    run = with_scores(run, grasp={"exact_match": 13.0, "f1": score})
+    text = "The model is weak at this task: test F1 24.9 of 100. What helps most: a larger backbone (backbone.name), and more"
+    assert (text in (warning_of(run) or "")) is weak
+    assert (text in text_of(run, tmp_path)) is weak
 
 
 def test_every_one_of_several_sources_has_its_row(run: Run, tmp_path: Path) -> None:

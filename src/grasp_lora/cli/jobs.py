@@ -82,7 +82,7 @@ def _run(recipe: str, overrides: list[str], output: Path | None, allow_code: boo
     if again := words.trained_again(record):
         say(again)
     if warning := words.warning_of(record):
-        say(warning, style="yellow")
+        say(warning, style="bold yellow")
     learned = not result.delivered.nothing_learned
     if metrics.handed_over != "grasp":
         say(f"GRASP's own result lies in {folder / FINAL_FOLDER}{':' if learned else ''}")

@@ -26,6 +26,8 @@ MADE_ON_SOURCE = MADE | {  # with `target.on`
     "grasp": "a target adapter was trained on top of a source adapter, and their sum was pruned by a share and fine-tuned",
 }
 FEW_ROWS, FOLDS = 200, 4  # of all target rows: below that a test split alone tells little
+WEAK = 25  # points of the main metric, below which most answers are no use
+IN_POINTS = ("f1", "accuracy", "rougeL", "exact_match")  # where full marks are 100, and good answers come near
 NOTHING_LEARNED = "No adapter is shown to be better than the backbone alone."
 
 
@@ -132,12 +134,20 @@ def warning_of(run: Run) -> str | None:
     """What has to be known before the adapter is taken, as sentences; None where there is nothing."""
     metrics, guess = run.metrics, best_guess(run)
     warnings = [metrics.delivered.warning] if metrics.delivered.warning else []
-    right = metrics.systems[metrics.handed_over].metrics.get("accuracy")
+    scores = metrics.systems[metrics.handed_over].metrics
+    right, main = scores.get("accuracy"), main_metric(list(scores))
+    score, weak = scores.get(main), False
+    if main in IN_POINTS and score is not None and score < WEAK:
+        weak = True
+        warnings.append(f"The model is weak at this task: test {METRIC_NAMES[main]} {score:.1f} of 100.")
     if right is not None and guess is not None and right <= guess[1]:
+        weak = True
         warnings.append(
             f"It answers {right:.1f} % of the {metrics.test_examples} test rows right, and {guess[0]} every time would "
             f"have {guess[1]:.1f} %. Take it only if more test rows show that it is better."
         )
+    if weak:
+        warnings.append("What helps most: a larger backbone (backbone.name), and more rows.")
     return " ".join(warnings) or None
 
 
