@@ -1,5 +1,7 @@
 """The jobs as functions, for a script as for the command line."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from grasp_lora.engine.session import Session
 from grasp_lora.errors import RecipeError
 from grasp_lora.method.rules import RatioEstimate
 from grasp_lora.recipes.load import Overrides, explain, load_recipe
+from grasp_lora.report.bars import listener_of
 from grasp_lora.report.card import write_model_card
 from grasp_lora.report.pages import write_comparison, write_report
 from grasp_lora.storage.claims import working_in
@@ -59,7 +62,7 @@ def run(
     recipe: str | Path,
     overrides: Overrides = (),
     folder: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
     *,
     allow_code: bool = False,
 ) -> RunResult:
@@ -71,15 +74,16 @@ def run(
         recipe: a file, or the name of a built-in recipe.
         overrides: changes of the recipe, such as `{"data.root": "data"}` or `["data.root=data"]`.
         folder: of the run; None takes runs/NAME.
-        progress: told of the steps; None is silent.
+        progress: told of the steps. True shows a bar where stderr is a terminal or a notebook; False is silent.
         allow_code: whether code that the recipe names by import path may be imported.
 
     Raises:
         GraspError: something does not fit; one line says what. What is done stays.
         Interrupted: SIGTERM or SIGINT came.
     """
-    session, place = _opened(recipe, overrides, folder, progress, allow_code)
-    result = RunResult(running.run(session, place), place)
+    with _told(progress) as listener:
+        session, place = _opened(recipe, overrides, folder, listener, allow_code)
+        result = RunResult(running.run(session, place), place)
 
     def report() -> None:
         with working_in(place) as work:
@@ -95,7 +99,7 @@ def compare(
     recipe: str | Path,
     overrides: Overrides = (),
     folder: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
     *,
     allow_code: bool = False,
     **settings: Any,
@@ -116,12 +120,23 @@ def compare(
         chosen = ComparisonSettings(**settings)
     except ValidationError as error:
         raise RecipeError(explain(error, list(ComparisonSettings.model_fields))) from error
-    session, place = _opened(recipe, overrides, folder, progress, allow_code)
-    return place / COMPARE_FOLDER, comparing.compare(session, place, chosen, write_comparison)
+    with _told(progress) as listener:
+        session, place = _opened(recipe, overrides, folder, listener, allow_code)
+        return place / COMPARE_FOLDER, comparing.compare(session, place, chosen, write_comparison)
+
+
+@contextmanager
+def _told(progress: Progress | bool) -> Iterator[Progress]:
+    """Who is told of the steps; what is live on the screen goes at the end of the context."""
+    listener = listener_of(progress)
+    try:
+        yield listener
+    finally:
+        listener.stop()
 
 
 def _opened(
-    recipe: str | Path, overrides: Overrides, folder: str | Path | None, progress: Progress | None, allow_code: bool
+    recipe: str | Path, overrides: Overrides, folder: str | Path | None, progress: Progress, allow_code: bool
 ) -> tuple[Session, Path]:
     loaded, base = load_recipe(recipe, overrides, allow_code=allow_code)
     return Session(loaded, base, progress), Path("runs") / loaded.name if folder is None else expanded(folder)

@@ -25,7 +25,6 @@ from safetensors.torch import load_file, save_file
 
 from grasp_lora.__main__ import main as start
 from grasp_lora.cli import STOPPED, app
-from grasp_lora.cli.bars import TerminalProgress
 from grasp_lora.cli.comparisons import compare
 from grasp_lora.engine.comparison import ComparisonSettings
 from grasp_lora.engine.results import Prediction
@@ -40,6 +39,7 @@ from grasp_lora.recipes.load import load_recipe
 from grasp_lora.recipes.recipe import schema_text
 from grasp_lora.recipes.text import builtin_recipes
 from grasp_lora.report import judged
+from grasp_lora.report.bars import TerminalProgress
 from grasp_lora.training import probes
 
 JUDGE = ("judge", "adapter", "--rows", "target.jsonl", "--language", "de", "--backbone", "tiny-llama")

@@ -208,8 +208,8 @@ def _watch(folder: Path, moments: dict[int, str]) -> None:
     """Count the events of this process, write them to file descriptor 3, and let happen what is to happen."""
     from torch.optim import optimizer
 
-    from grasp_lora.cli.bars import TerminalProgress
     from grasp_lora.method.masks import MaskSet
+    from grasp_lora.report.bars import TerminalProgress
 
     places = (str(folder), str(folder.with_name(f".{folder.name}")))  # with the draft beside it
     count, busy, step = 0, False, "begin"

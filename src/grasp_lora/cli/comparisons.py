@@ -48,8 +48,8 @@ def compare(
     log_to_terminal(verbose)
     with loading():
         from grasp_lora import api
-        from grasp_lora.cli.bars import TerminalProgress
         from grasp_lora.cli.on_ray import share
+        from grasp_lora.report.bars import TerminalProgress
         from grasp_lora.report.pages import COMPARISON_TABLES_FILE, print_comparison
     settings: dict[str, Any] = {"reference": reference, "folds": folds}
     if methods is not None:

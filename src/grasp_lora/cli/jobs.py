@@ -67,9 +67,9 @@ def check(
 def _run(recipe: str, overrides: list[str], output: Path | None, allow_code: bool, answers: int = 0) -> None:
     with loading():
         from grasp_lora import api
-        from grasp_lora.cli.bars import TerminalProgress
         from grasp_lora.engine.run_folder import CARD_FILE, DISCARDED, FINAL_FOLDER, PROMPT_FILE, REPORT_FILE
         from grasp_lora.report import delivered as words
+        from grasp_lora.report.bars import TerminalProgress
         from grasp_lora.report.tables import compare_before
     with shown(TerminalProgress(console, answers)) as progress:
         result = api.run(recipe, overrides, output, progress, allow_code=allow_code)

@@ -46,9 +46,9 @@ def judge(
     """Say which of several adapters is best on a file of rows, and whether the rows can tell. No recipe, no training."""
     log_to_terminal(False)
     with loading():
-        from grasp_lora.cli.bars import TerminalProgress
         from grasp_lora.engine import judge as judging
         from grasp_lora.recipes.corpus import parse_columns
+        from grasp_lora.report.bars import TerminalProgress
         from grasp_lora.report.judged import PAGE, print_judgement, write_judgement
         from grasp_lora.storage.claims import refuse_existing
     if save is not None:

@@ -15,8 +15,8 @@ from grasp_lora.storage.processes import is_first
 from grasp_lora.text.display import one_line
 
 if TYPE_CHECKING:
-    from grasp_lora.cli.bars import TerminalProgress
     from grasp_lora.engine.run_folder import Run
+    from grasp_lora.report.bars import TerminalProgress
 
 console = Console(quiet=not is_first(), emoji=False)  # of processes that torchrun started one speaks
 error_console = Console(stderr=True, emoji=False)

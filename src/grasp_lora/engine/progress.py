@@ -1,4 +1,4 @@
-"""What an experiment tells while it works: a silent listener here, the terminal's in `cli/bars.py`."""
+"""What an experiment tells while it works: a silent listener here, the terminal's in `report/bars.py`."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any

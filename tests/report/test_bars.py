@@ -1,12 +1,30 @@
-"""What the live bar of a terminal says: whole words at 100 columns, the system, and the time left though steps are slow."""
+"""What the live bar says: whole words at 100 columns, the system, and the time left though steps are slow."""
 
 import io
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
+from grasp_lora import api
 from grasp_lora.cli import terminal
-from grasp_lora.cli.bars import TerminalProgress
+from grasp_lora.report.bars import TerminalProgress
+
+
+@pytest.mark.parametrize(
+    ("seen", "progress", "shows"), [(True, True, True), (True, False, False), (False, True, False)]
+)
+def test_a_script_shows_a_bar_where_a_person_sees_it(
+    seen: bool, progress: bool, shows: bool, finished_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: seen)
+    monkeypatch.setenv("TERM", "xterm")
+    api.run("tiny.yaml", folder=finished_run, progress=progress)
+    shown = capsys.readouterr()
+    assert ("learn the prune ratio" in shown.err) == shows
+    assert shown.out == ""
 
 
 class Screen:

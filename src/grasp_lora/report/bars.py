@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from importlib.util import find_spec
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +15,7 @@ from rich.text import Text
 from grasp_lora.engine.progress import Progress
 from grasp_lora.engine.results import AnswerTexts, Finished, Learned, Prediction, Trained
 from grasp_lora.report.examples import leading_metric, marked
+from grasp_lora.storage.processes import is_first
 from grasp_lora.text.display import one_line
 
 _ANSWER_SHOWN = 60  # characters
@@ -53,7 +55,7 @@ class TerminalProgress(Progress):
     """Shows what is being done, step, loss, current ratio and time left.
 
     Args:
-        console: where to; a live bar only if it is a terminal.
+        console: where to; a live bar only if it is a terminal, or a notebook with ipywidgets.
         answers: how many answers of each system are printed as they come.
     """
 
@@ -64,7 +66,9 @@ class TerminalProgress(Progress):
         )
         columns = (title, BarColumn(bar_width=16), MofNCompleteColumn(), facts, TimeElapsedColumn(), TimeLeft())
         self._console = console
-        self._bars = Bars(*columns, console=console, transient=True, disable=not console.is_terminal)
+        # Rich draws in a notebook by ipywidgets, and warns where they are not there.
+        live = console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
+        self._bars = Bars(*columns, console=console, transient=True, disable=not live)
         self._task: TaskID | None = None
         self._ratio: float | None = None
         self._answers = answers
@@ -150,6 +154,14 @@ class TerminalProgress(Progress):
 
     def _say(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=not self._console.is_terminal)
+
+
+def listener_of(progress: Progress | bool) -> Progress:
+    """Who is told of the steps of a script: the one given, or for True a bar on stderr where a person sees it, else nobody."""
+    if isinstance(progress, Progress):
+        return progress
+    console = Console(stderr=True, quiet=not is_first(), emoji=False)
+    return TerminalProgress(console) if progress and (console.is_terminal or console.is_jupyter) else Progress()
 
 
 def title_of(step: str) -> str:
