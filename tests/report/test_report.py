@@ -33,7 +33,15 @@ from grasp_lora.report.delivered import gain, next_steps, warning_of
 from grasp_lora.report.examples import examples_of
 from grasp_lora.report.figures import figures_of
 from grasp_lora.report.pages import write_report
-from grasp_lora.report.tables import Difference, compare_before, compare_grasp, kept_share, percent, scores_table
+from grasp_lora.report.tables import (
+    Difference,
+    compare_before,
+    compare_grasp,
+    confusion,
+    kept_share,
+    percent,
+    scores_table,
+)
 
 
 def text_of(record: Run, folder: Path) -> str:
@@ -197,6 +205,25 @@ def test_answers_that_are_no_better_than_one_label_have_a_warning(
         assert (warning in text) is warned
         assert not warned or "What helps most: a larger backbone" in text
         assert "What is handed over answers: nzuri 8, mbaya 0." in text
+
+
+@pytest.mark.parametrize(("more", "shown"), [(0, True), (10, True), (11, False)])
+def test_labels_have_a_table_of_what_was_answered_to_each(run: Run, tmp_path: Path, more: int, shown: bool) -> None:
+    labels = {name: {"train": 5} for name in ("nzuri", "mbaya", *(f"label {number}" for number in range(more)))}
+    run = with_report(run, labels=labels, prompt="Text: {text}")
+    run = answered(
+        run,
+        run.metrics.handed_over,
+        lambda place: {"references": ("nzuri" if place < 3 else "mbaya",), "prediction": ("nzuri", "mbaya")[place % 2]},
+    )
+    table = confusion(run)
+    assert ("by the answer of what is handed over" in text_of(run, tmp_path)) is shown
+    assert (table is not None) is shown
+    if table:
+        assert table.columns[:3] == ["True label", "nzuri", "mbaya"]
+        assert [[cell.text for cell in row[:3]] for row in table.rows[:2]] == [["nzuri", "2", "1"], ["mbaya", "2", "3"]]
+        assert [[cell.best for cell in row[1:3]] for row in table.rows[:2]] == [[True, False], [False, True]]
+    assert confusion(with_report(run, labels={})) is None
 
 
 @pytest.mark.parametrize(("score", "weak"), [(24.9, True), (25.0, False), (math.nan, False), (None, False)])

@@ -108,6 +108,7 @@ def view_of(run: Run, folder: Path) -> dict[str, Any]:
         "signatures": {METRIC_NAMES.get(key, key): text for key, text in metrics.signatures.items()},
         "scale": tables.scale_note(metrics.signatures),
         "notes": [*label_note(run), *tables.score_notes(run, against, tables.compare_handed_over(run))],
+        "confusion": tables.confusion(run),
         "examples": examples_of(run) if metrics.test_examples else None,
         "losses": tables.losses_table(run),
         "sparsity_note": tables.sparsity_note(run),

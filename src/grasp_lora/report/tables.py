@@ -8,6 +8,7 @@ Beside the scores stand the paired intervals of `evaluation.statistics`: a diffe
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ METRIC_NAMES = {
 BELOW_ZERO = ("similarity", "bertscore")  # the metrics whose scores may be
 SAME_EVERYWHERE = "the same in every draw"  # and so no interval says what other examples would show
 CHOSEN_ON = {None: "–", "dev": "dev", "micro_dev": "micro-dev", "both": "micro-dev and dev"}
+MOST_LABELS_SHOWN = 12  # in a table with a row and a column for each
 GRIDS = ("grid", "grid_paper")  # the first of them that was run is what speed-ups refer to
 
 
@@ -122,6 +124,17 @@ def titles_of(run: Run) -> dict[str, str]:
         "grasp": "GRASP",
         ALL_ROWS: "The chosen one, on all rows",
     }
+
+
+def confusion(run: Run) -> TextTable | None:
+    """Of a classification with few labels, how often what is handed over answers each label (columns) to rows of each (rows)."""
+    labels, rows = list(run.data.report.get("labels") or {}), run.predictions[run.metrics.handed_over]
+    if not rows or not 0 < len(labels) <= MOST_LABELS_SHOWN:
+        return None
+    counts = Counter((row.references[0], row.prediction) for row in rows)
+    table = [[Cell(true), *(Cell(f"{counts[true, name]}", name == true) for name in labels)] for true in labels]
+    caption = "Test rows by their label (rows) and by the answer of what is handed over (columns)"
+    return TextTable(caption, ["True label", *labels], table)
 
 
 def scores_table(run: Run) -> TextTable:
