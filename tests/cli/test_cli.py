@@ -402,6 +402,15 @@ def test_a_full_disk_is_one_line_in_a_single_step(cli: Cli, workspace: Path, mon
     assert not Path("out").exists()
 
 
+def test_a_working_folder_that_is_gone_is_one_line(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rows.csv").write_text("prompt,completion\n" + "a,b\n" * 40)
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    result = cli("init", "../rows.csv", "-l", "de")
+    assert (result.status, result.err) == (2, "error: [Errno 2] No such file or directory\n")
+
+
 def test_no_print_fails_where_the_output_lacks_a_letter(tmp_path: Path) -> None:
     """A redirected output on Windows is often cp1252, which has no Arabic, no tick and no box."""
     code = (

@@ -87,7 +87,7 @@ def _status() -> int:
         else:
             time.sleep(TIME_TO_SPEAK)
         return STOPPED
-    except GraspError as error:
+    except (GraspError, OSError) as error:  # the second of the terminal, the working folder or a network
         if not is_first():  # mostly the first process has the same to say, and torchrun ends this one before it does
             time.sleep(TIME_TO_SPEAK)
         print_error(f"error: {error}")
