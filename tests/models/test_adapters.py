@@ -379,6 +379,11 @@ DAMAGED = {
             "q_proj have the shapes .*says rank 4, grasp_lora.json 2",
         ),
         ({"segments": {FIRST_Q: [["source"]]}}, r"delete that file.*segments.*q_proj.*Field required"),
+        (
+            {"answers": {"max_new_tokens": 0}},
+            r"grasp_lora\.json .*answers\.max_new_tokens: .*greater than or equal to 1",
+        ),
+        ({"answers": {"stop": [""]}}, r"grasp_lora\.json .*answers\.stop\.0: .*at least 1 character"),
         ({"backbone_dtype": "fp8"}, r"delete that file.*backbone_dtype: .*'bfloat16', 'float16' or 'float32'"),
     ],
 }

@@ -11,10 +11,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
@@ -61,13 +61,13 @@ class Answers:
         allow_empty: whether an answer may be empty.
     """
 
-    max_new_tokens: int = 64
-    stop: tuple[str, ...] = ("\n",)
+    max_new_tokens: Annotated[int, Field(ge=1)] = 64
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ("\n",)
     chat_template: bool = False
     task: str | None = None
     prompt: str | None = None
     columns: dict[str, str] = field(default_factory=dict)
-    max_document_tokens: int | None = None
+    max_document_tokens: Annotated[int, Field(ge=1)] | None = None
     labels: tuple[str, ...] = ()
     completion: str | None = None
     allow_empty: bool = False
