@@ -13,6 +13,7 @@ from grasp_lora.engine import store as module
 from grasp_lora.engine.results import Losses, Trained
 from grasp_lora.engine.store import Store, key_of
 from grasp_lora.errors import DivergedError, GraspError, RecipeError
+from grasp_lora.models.adapter_files import CONFIG_FILE, OUR_FILE, WEIGHTS_FILE
 from grasp_lora.storage.checkpoints import complete
 from grasp_lora.storage.claims import Busy, claim
 
@@ -73,7 +74,7 @@ def test_a_kill_between_result_and_done_does_the_step_again(tmp_path: Path, monk
 
 
 @pytest.mark.parametrize(
-    "lost", ["result.json", "adapter/adapter_model.safetensors", "adapter/adapter_config.json", "cut off"]
+    "lost", ["result.json", *(f"adapter/{name}" for name in (WEIGHTS_FILE, CONFIG_FILE, OUR_FILE)), "cut off"]
 )
 def test_a_training_of_which_a_file_is_gone_is_done_again(lost: str, tmp_path: Path) -> None:
     """As after a copy that was broken off: what is handed over would be half an adapter."""
@@ -83,7 +84,8 @@ def test_a_training_of_which_a_file_is_gone_is_done_again(lost: str, tmp_path: P
         tries.append(folder)
         (folder / "adapter").mkdir(parents=True, exist_ok=True)
         save_file({"w": torch.ones(9)}, folder / "adapter/adapter_model.safetensors")
-        (folder / "adapter/adapter_config.json").write_text("{}")
+        for name in (CONFIG_FILE, OUR_FILE):
+            (folder / "adapter" / name).write_text("{}")
         return TRAINED
 
     made = Store(tmp_path).step("step", INPUTS, Trained, train)

@@ -188,7 +188,7 @@ def _is_whole(folder: Path, kind: type[Result]) -> bool:
     try:
         with safe_open(folder / ADAPTER / WEIGHTS_FILE, "pt"):
             facts = [json.loads((folder / ADAPTER / name).read_bytes()) for name in (CONFIG_FILE, OUR_FILE)]
-            return all(facts) and (folder / RESULT).is_file()
+            return all(isinstance(part, dict) for part in facts) and (folder / RESULT).is_file()
     except (OSError, SafetensorError, ValueError):
         return False
 
