@@ -183,7 +183,7 @@ def read_adapter(place: str | Path, *, offline: bool = False) -> LoadedAdapter:
 def _refuse_more_than_factors(config: Any) -> None:
     used = next((name for key, name in REFUSED.items() if getattr(config, key, None)), None)
     if config.peft_type != "LORA":
-        used = "another method than LoRA"
+        used = f"another method than LoRA ({str(config.peft_type).rpartition('.')[2]})"
     elif config.bias not in ("none", None):
         used = "trained biases (bias)"
     elif str(config.init_lora_weights).lower().startswith(_CHANGES_BACKBONE):
