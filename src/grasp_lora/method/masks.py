@@ -442,7 +442,7 @@ class MaskSet:
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
-        """Zero the gradients of masked weights, so that their optimizer moments stay zero too."""
+        """Zero the gradients of masked weights; where they are masked from the start, their optimizer moments stay zero, too."""
         for block in self._blocks:
             gradients = {key: weight.grad for key, weight in block.weights.items() if weight.grad is not None}
             if gradients:

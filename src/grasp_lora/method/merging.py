@@ -41,7 +41,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Space:
-    """Where a rule works: on the factors, on whole updates, or on rank-one components side by side.
+    """Where a rule works: on the factors, or on rank-one components side by side.
 
     Args:
         merge: merges the parts of one module.

@@ -8,8 +8,8 @@ them; losses of one round are. Three rules, from plain to careful:
     surrogate     a Gaussian process over ratio and time; the ratio whose loss gets lowest at any moment (the default)
 
 Example: rounds that measured 0.2, 0.4 and 0.6 at losses 1.1, 1.0 and 1.3, with noise, give a `RatioEstimate` such as
-ratio 0.37, low 0.25, high 0.46. The interval comes from resampling the probed examples; it is the whole range where they
-say nothing.
+ratio 0.37, low 0.25, high 0.46. The interval comes from resampling examples, rounds or both, as the rule says; it is the
+whole range where they say nothing.
 """
 
 import itertools
@@ -48,6 +48,7 @@ RATIOS = 57  # on which the process is read, at so many moments
 TIMES = 11
 
 _TIME_LENGTH = 0.5  # of the run
+_OF_ROUND = 0.1  # of the variance: what all losses of one round have in common
 _LENGTHS = (0.25, 0.5, 1.0)  # in -ln(1 - p)
 _SCALES = (1.0, 4.0, 16.0)  # variance of the curve over that of the probes within a round
 _NOISES = (1e-4, 1e-3, 1e-2, 1e-1)  # variance of a probe over that of the probes within a round
@@ -450,7 +451,7 @@ class Surrogate:
         """Choose lengths, scale and noise, and prepare the mean that is read off."""
         best, probes = (-torch.inf, 0.0, 0.0, 0.0), (self._places, self._times)
         same = (self._number[:, None] == self._number).double()
-        trend = self._level * (_near(self._times, self._times, _TIME_LENGTH) + 0.1 * same)
+        trend = self._level * (_near(self._times, self._times, _TIME_LENGTH) + _OF_ROUND * same)
         for length, scale, noise in itertools.product(_LENGTHS, _SCALES, _NOISES):
             kernel = trend + self._curve(probes, probes, length, scale)
             root = _root(kernel + self._noise(noise))

@@ -31,11 +31,12 @@ from grasp_lora.text.names import find
 Regime = Literal["held", "each_step"]
 GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, fill [0, 1] evenly at any length
 Pool = Literal["micro_dev", "dev", "both"]
+# The splits whose rows each pool has.
 PROBE_SPLITS: dict[Pool, tuple[str, ...]] = {
     "micro_dev": ("micro_dev",),
     "dev": ("dev",),
     "both": ("micro_dev", "dev"),
-}  # of each pool
+}
 if TYPE_CHECKING:
     Spacing = int | Literal["epoch"]
 else:

@@ -6,7 +6,8 @@ Every few optimizer steps `GraspController` runs a round (`run_round`, one scree
     ask         the search gives candidate ratios, say 0.31 and 0.66
     probe       the loss of the same examples under the mask of each; afterwards every weight is what it was
     tell        the search takes all losses, and says whether the current ratio moves
-    commit      the current ratio moves; where it is held, its mask comes on, and what that takes is stashed for a lower ratio
+    commit      the current ratio moves and its mask comes on, until the next step where each has one of its own; what it takes is
+                stashed for a lower ratio
 
 Two regimes say under which mask the steps between rounds train. `Held` (the paper): that of the current ratio. `EachStep` (preset
 `spread`, the default): each step under a ratio of its own, so that no ratio is favoured by what the network has healed around.
@@ -88,7 +89,7 @@ class Held:
 class EachStep(Held):
     """A mask for each step. The weights are ranked once, before training, so that all masks nest."""
 
-    order: Ranking
+    order: Ranking  # None until `begin`, or until a checkpoint gives it back
 
     def begin(self, masks: MaskSet) -> None:
         """Rank the weights once."""
@@ -122,8 +123,9 @@ class GraspController(PrunedTraining):
     """Learn one global prune ratio while an adapter trains.
 
     Args:
-        micro_dev: the examples on which candidates are probed, 16 in the paper, all of them whatever `rounds.in_turn` says; or a
-            pool of which rounds take a few in turn (`ProbesInTurn`; `from_rows` makes one where the rounds ask for it).
+        micro_dev: the examples on which candidates are probed, of whatever pool (by default the dev set; 16 in the paper): all of
+            them, whatever `rounds.in_turn` says; or a pool of which rounds take a few in turn (`ProbesInTurn`; `from_rows` makes
+            one where the rounds ask for it).
         settings: policy, rounds and rule; None takes preset `spread`.
         mask: the score.
         segments: module name -> origin of its rank-one components, as `segments_of` gives it.
@@ -155,6 +157,7 @@ class GraspController(PrunedTraining):
         self._round_end = 0.0
         self._spacing = 1
         self._start_anew()
+        # "hold" is the mode of masks, not the regime: the mask of the moment stays on through a step in both regimes.
         super().__init__(self.search.current_ratio, micro_dev.at(0), mask, "hold", segments)
 
     @classmethod
@@ -220,7 +223,8 @@ class GraspController(PrunedTraining):
             ProbeError: a loss is not a finite number.
         """
         masks, search, number = self.masks, self.search, len(self.search.history)
-        # Candidates are compared on the few examples whose turn it is. Where rounds are compared, too, the baseline needs all.
+        # Candidates are compared on the few examples whose turn it is. Where rounds are compared, too, the baseline needs all,
+        # and `places` finds the few in it.
         few = self.micro_dev.at(number)
         compared = self.settings.compares_rounds
         whole, places = (self.micro_dev.whole, self.micro_dev.places(number)) if compared else (few, None)
@@ -239,7 +243,9 @@ class GraspController(PrunedTraining):
         decision = search.tell(measured)
         if decision.committed:
             self.regime.commit(masks, decision.ratio, order, optimizer)
-            self.prune_ratio = decision.ratio
+            self.prune_ratio = (
+                decision.ratio
+            )  # the base class's name for the current ratio; `masks.ratio` is what is on now
         return decision.to_json(measured, search.mean, search.std, masks.sparsity())
 
     # In a training
@@ -261,7 +267,7 @@ class GraspController(PrunedTraining):
         super().on_train_begin(args, state, control, **kwargs)
         if not state.global_step:
             self.regime.begin(self.masks)
-        self._write_records(state)
+        self._write_records(state)  # without the rounds that a resume has cut off
         self._round_end = time.perf_counter()
 
     def on_step_begin(
@@ -278,6 +284,7 @@ class GraspController(PrunedTraining):
             self._round(state, control, kwargs["model"], kwargs.get("optimizer"))
         if self._settled:
             control.should_training_stop = True
+        # Asked for by the Trainer; `Saving` of `finetune` comes later and saves under the mask of the step, which resumes alike.
         if control.should_evaluate or control.should_save:
             self.regime.rest(self.masks, self.search)
 

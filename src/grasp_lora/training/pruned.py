@@ -3,7 +3,7 @@
 What happens when, in any Trainer:
 
     on_train_begin           prune at the ratio, or take up the masks of the checkpoint that training resumes from
-    on_pre_optimizer_step    mode `hold`: masked weights get no gradient, so that their moments stay zero
+    on_pre_optimizer_step    mode `hold`: masked weights get no gradient; with one ratio their moments stay zero, too
     on_optimizer_step        put the mask back on (`hold`), or choose it anew (`reselect`)
     on_save                  masks and stash go beside the checkpoint of the Trainer
 

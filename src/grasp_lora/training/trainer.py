@@ -5,11 +5,13 @@ learning rate that falls each epoch, and checkpoints that count only when they a
 over all its examples, also under gradient accumulation. What else happens in a training are callbacks, in this order:
 
     _Watch            progress, and an end where the loss is not finite
+    GradientCheck     an end where a gradient is not finite
     PrunedTraining    or GraspController: the masks
     BestOnDev         the dev loss, the best adapter, early stopping
     Saving            checkpoints, and the stop that a signal asks for
 
-A fine-tune that was interrupted goes on from its newest whole checkpoint, to the same bits as an uninterrupted one.
+A fine-tune that was interrupted goes on from its newest whole checkpoint, to the same bits as an uninterrupted one. The Trainer
+puts back weights, optimizer, schedule and random state, and skips the rows that were seen; each callback puts back its own.
 """
 
 import importlib
@@ -113,7 +115,7 @@ def finetune(
         settings: epochs, batch, learning rate and the rest.
         pad_id: token id for padding.
         seed: of dropout and the order of examples.
-        folder: `history.jsonl` is written there, by the first process only.
+        folder: of the step, its `work/`; `history.jsonl` is written there, by the first process only.
         callbacks: such as `PrunedTraining`; they and the controller act before the dev loss is measured.
         controller: a `GraspController`, registered with the trainer so that trackers see its rounds.
         report_to: trackers of transformers, none by default.
