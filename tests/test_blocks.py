@@ -4,6 +4,7 @@ In the gate: the command line takes every command, every program that is not run
 In `make slow`: the commands of a page run one after the other, in the folder of a newcomer.
 """
 
+import ast
 import importlib
 import json
 import re
@@ -72,6 +73,8 @@ sys.path.insert(0, {source!r})
 from grasp_lora.cli import main
 words = [{stand_ins!r}.get(word, word) for word in sys.argv[1:]]
 added = [] if "tiny-chat" in words else {added!r}.get(words[0], [])
+if words[0] == "init" and "--source" not in words:  # english-qa, which is no adapter of the tiny model
+    added = [*added, "--source", "english.jsonl"]
 sys.argv[1:] = words + added
 main()
 """
@@ -156,7 +159,7 @@ def write_adapter(name: str, seed: int = 0) -> None:
 def test_a_spreadsheet_becomes_a_checked_recipe(newcomer, cli):
     install, init, check, *_ = commands(ROOT / "docs" / "how-to" / "spreadsheet.md")
     assert install.startswith("pip install")
-    assert cli(*shlex.split(init)[1:], *ADDED["init"]).status == 0
+    assert cli(*shlex.split(init, comments=True)[1:], *ADDED["init"], "--source", "english.jsonl").status == 0
     result = cli(*shlex.split(check)[1:])
     assert result.status == 0, result.err
     shown = (ROOT / "docs" / "how-to" / "spreadsheet.md").read_text(encoding="utf-8")
@@ -181,15 +184,27 @@ def test_every_page_with_python_is_run():
     assert found == {"README.md", "script.md", "search-settings.md", "serve.md"}
     script = "guide/script.md"
     headings = re.findall(r"^##+ (.+)$", (ROOT / "docs" / script).read_text(encoding="utf-8"), re.MULTILINE)
-    run = ["The whole job", "The final run", "Merge, prune, save"]
+    run = ["The whole job", "In your own training", "The final run", "Merge, prune, save"]
     assert [heading for heading in headings if python_of(script, heading)] == run
 
 
-def test_the_readme_learns_a_ratio_and_the_guide_trains_at_it(tiny_workspace, capsys):
+def test_the_readme_runs_and_judges(tiny_workspace, capsys):
+    shutil.copy("tiny.yaml", "my-examples.yaml")
+    write_adapter("first-adapter")
+    rows = [f"fresh {number}: what?, {number}" for number in range(4)]
+    Path("test.csv").write_text("\n".join(["prompt,completion", *rows]), encoding="utf-8")
+    exec(compile(python_of("../README.md"), "README.md", "exec"), {})
+    title, ratio, ranking, *_ = capsys.readouterr().out.splitlines()
+    assert title.endswith("adapter")
+    assert "prune" in ratio
+    assert set(ast.literal_eval(ranking)) == {"first-adapter", "adapter"}
+
+
+def test_the_guide_learns_a_ratio_and_trains_at_it(tiny_workspace, capsys):
     write_adapter("merged")
     rows = [{"prompt": f"question {number}:", "completion": f" answer {number % 3}"} for number in range(8)]
     names: dict[str, Any] = {"BACKBONE": "tiny-llama", "train": Dataset.from_list(rows), "dev_rows": rows[:4]}
-    exec(compile(without_gpu(python_of("../README.md")), "README.md", "exec"), names)
+    exec(compile(without_gpu(python_of("guide/script.md", "In your own training")), "script.md", "exec"), names)
     assert "RatioEstimate(ratio=" in capsys.readouterr().out
     final = python_of("guide/script.md", "The final run")
     exec(compile(without_gpu(final), "script.md", "exec"), names)

@@ -15,6 +15,7 @@ from grasp_lora.engine.preflight import preflight
 from grasp_lora.engine.session import Session
 from grasp_lora.errors import AdapterError, DataError, GraspError, RecipeError
 from grasp_lora.method.search import PRESETS
+from grasp_lora.models.adapter_files import read_adapter
 from grasp_lora.recipes.init import FEWEST, write_recipe
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.recipes.recipe import schema_text
@@ -385,6 +386,27 @@ def test_without_a_source_the_check_says_so(start: Callable[..., Path]) -> None:
     assert "A SOURCE IS STILL MISSING" in file.read_text()
     with pytest.raises(RecipeError, match=r"there is no source: give data\.source"):
         preflight(Session(*load_recipe(file)))
+
+
+def test_questions_on_the_embedded_model_have_a_source_that_comes_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"context": f"Asha {i} lives in town {i}.", "question": f"Where {i}?", "answer": f"town {i}"} for i in range(60)
+    ]
+    file, _ = write_recipe(write(Path("q.jsonl"), rows), "sw", None, [], "en")
+    recipe, _ = load_recipe(file)
+    assert (recipe.source.adapters, recipe.data.source, recipe.backbone.name) == (("english-qa",), None, "gemma3-270m")
+    assert "comes along" in file.read_text(encoding="utf-8")
+    other, _ = write_recipe(Path("q.jsonl"), "sw", Path("other.yaml"), [], "en", "tiny-llama")
+    assert load_recipe(other)[0].source.adapters == ()
+    adapter = read_adapter("english-qa")
+    assert (adapter.name, adapter.backbone, adapter.info.answers and adapter.info.answers.task) == (
+        "english-qa", "gemma3-270m", "qa"
+    )  # fmt: skip
+    assert len(adapter.info.rows) >= 2000
+    assert all(pair.acts for pair in adapter.weights.values())
 
 
 def test_names_of_files_and_languages_of_every_kind(

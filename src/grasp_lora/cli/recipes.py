@@ -55,7 +55,8 @@ def init(
         list[str] | None,
         typer.Option(
             "--source",
-            help="Data file of the rich language, or a PEFT adapter folder or hub id trained on it. May be repeated.",
+            help="Data file of the rich language, or a PEFT adapter folder or hub id trained on it. May be repeated. Default for "
+            "questions on the embedded model: english-qa, which comes along.",
         ),
     ] = None,
     source_language: Annotated[str, typer.Option(help="Language of the source data, a code like that.")] = "en",
@@ -115,9 +116,8 @@ def init(
     ):
         say(f"advice: {sentence}")
     if recipe.data.source is None and not recipe.source.adapters:
-        built_in = " such as --source demo:en.json, 180 built-in questions," if recipe.data.task == "qa" else ""
         say(
-            f"no source yet: remove {file} and give the same command with --source FILE or ADAPTER,{built_in} or name one in the "
+            f"no source yet: remove {file} and give the same command with --source FILE or ADAPTER, or name one in the "
             "recipe, where it says that a source is missing",
             style="yellow",
         )

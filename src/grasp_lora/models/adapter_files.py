@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,7 +19,7 @@ from pydantic import Field, TypeAdapter
 
 from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
-from grasp_lora.models.model_settings import EMBEDDED_HUB_ID, EMBEDDED_NAME
+from grasp_lora.models.model_settings import EMBEDDED_ADAPTER, EMBEDDED_HUB_ID, EMBEDDED_NAME
 from grasp_lora.storage.network import no_network, not_there
 from grasp_lora.storage.reading import expanded, is_folder, reading, sha256_of
 from grasp_lora.text.display import escaped
@@ -145,7 +146,7 @@ class LoadedAdapter:
 
 
 def read_adapter(place: str | Path, *, offline: bool = False) -> LoadedAdapter:
-    """Read a LoRA adapter from a PEFT folder or a hub id.
+    """Read a LoRA adapter from a PEFT folder or a hub id, or the one that comes along, `english-qa`.
 
     Raises:
         AdapterError: it is missing, no safetensors LoRA, holds what cannot be merged right, does not agree with its own config,
@@ -154,8 +155,8 @@ def read_adapter(place: str | Path, *, offline: bool = False) -> LoadedAdapter:
     from peft import PeftConfig
     from peft.utils import load_peft_weights
 
-    shown, local = escaped(str(place)), is_folder(expanded(place))
-    folder = (expanded(place) if local else _download(str(place), offline)).absolute()
+    shown, here = escaped(str(place)), _on_this_machine(place)
+    folder = (here or _download(str(place), offline)).absolute()
     with (
         reading(f"adapter {shown}: {CONFIG_FILE}", AdapterError),
         warnings.catch_warnings(record=True, action="always", category=UserWarning) as noted,
@@ -176,8 +177,15 @@ def read_adapter(place: str | Path, *, offline: bool = False) -> LoadedAdapter:
         digest = sha256_of(folder / WEIGHTS_FILE)
     with reading(f"adapter {shown}: {CHAT_FILE}", AdapterError):
         template = (folder / CHAT_FILE).read_text(encoding="utf-8") if (folder / CHAT_FILE).is_file() else None
-    name = escaped(folder.resolve().name) if local else shown
+    name = escaped(folder.resolve().name) if here else shown
     return LoadedAdapter(AdapterWeights(pairs), name, base_model, digest, info, base, revision, template)
+
+
+def _on_this_machine(place: str | Path) -> Path | None:
+    """The folder of an adapter, or None for a hub id."""
+    if is_folder(expanded(place)):
+        return expanded(place)
+    return Path(str(files("grasp_lora.demo"))) / EMBEDDED_ADAPTER if str(place) == EMBEDDED_ADAPTER else None
 
 
 def _refuse_more_than_factors(config: Any) -> None:
@@ -198,7 +206,7 @@ def read_backbone(place: str) -> str | None:
     Raises:
         AdapterError: there is no such adapter, or its config cannot be used.
     """
-    folder = expanded(place) if is_folder(expanded(place)) else _download(place, False, [CONFIG_FILE, OUR_FILE])
+    folder = _on_this_machine(place) or _download(place, False, [CONFIG_FILE, OUR_FILE])
     return _to_load(read_base_model(str(folder)), _read_info(folder, escaped(place)))
 
 

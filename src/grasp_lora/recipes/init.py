@@ -21,7 +21,7 @@ from grasp_lora.data.tasks import FALLBACK_LANGUAGE, TASKS, TEMPLATES, built_in_
 from grasp_lora.errors import AdapterError, DataError, RecipeError
 from grasp_lora.method.search import WITH_DEV, WITHOUT_DEV, preset
 from grasp_lora.models.adapter_files import CONFIG_FILE, read_backbone
-from grasp_lora.models.model_settings import EMBEDDED_NAME
+from grasp_lora.models.model_settings import EMBEDDED_ADAPTER, EMBEDDED_NAME
 from grasp_lora.recipes.corpus import CUT_DOCUMENT, Corpus, parse_columns, read_corpus, relative
 from grasp_lora.recipes.load import backbone_of_run, validate
 from grasp_lora.recipes.recipe import schema_text
@@ -80,7 +80,8 @@ def write_recipe(
         data: CSV, TSV, XLSX, JSON, JSONL, parquet or SQuAD JSON of the target language, at least 30 examples.
         language: its language, such as `ar`.
         output: the recipe file; None for the name of the data with `.yaml`, in the working folder.
-        source: data files of the rich language, or PEFT adapters (folders or hub ids) trained on it; may be empty.
+        source: data files of the rich language, or PEFT adapters trained on it (folders, hub ids, or `english-qa`, which comes
+            along); empty takes `english-qa` for questions on the embedded backbone, and else leaves it to the reader.
         source_language: language of the source data.
         backbone: hub id, folder or `gemma3-270m`; None for the one that the adapters in `source` name, or else `gemma3-270m`.
         columns: such as `question=Swali`: columns of the data that are not called as the field.
@@ -109,6 +110,8 @@ def write_recipe(
         option="--column",
         skip_unanswered=skip_unanswered,
     )
+    if not source and target.task == "qa" and source_language == "en" and backbone in (None, EMBEDDED_NAME):
+        source = [EMBEDDED_ADAPTER]
     files, adapters = _sort_out([str(expanded(place)) if place.startswith("~") else place for place in source])
     backbone = backbone or _backbone_of(adapters)
     sources = [
@@ -162,6 +165,8 @@ def _sort_out(source: Sequence[str]) -> tuple[list[str], list[str]]:
     files = [place for place in source if is_file(Path(place)) or place.startswith(DEMO_PREFIX)]
     adapters = [place for place in source if place not in files]
     for place in adapters:
+        if place == EMBEDDED_ADAPTER:
+            continue
         hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", place) and Path(place).suffix.lower() not in READERS
         if files or not (is_file(Path(place) / CONFIG_FILE) if is_folder(Path(place)) else hub_id):
             raise RecipeError(
@@ -222,6 +227,7 @@ def _render(
         cut_document=CUT_DOCUMENT,
         template=None if builtin else TEMPLATES[target.task][FALLBACK_LANGUAGE],
         separates=_lacks_separator(target, sources),
+        embedded_adapter=EMBEDDED_ADAPTER,
         unanswered=sum(corpus.unanswered for corpus in (target, *sources)),
         several_lines=any("\n" in record.answer.strip() for record in target.records),
         **facts,
