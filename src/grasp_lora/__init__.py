@@ -7,8 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from grasp_lora.api import RunResult, compare, run
-    from grasp_lora.engine.judge import judge
+    from grasp_lora.api import RunResult, compare, judge, run
     from grasp_lora.engine.progress import Progress
     from grasp_lora.errors import GraspError, RecipeError
     from grasp_lora.method.lora import AdapterWeights
@@ -49,7 +48,7 @@ _HOMES = {
     "Spread": "method.search",
     "attached": "models.adapters",
     "compare": "api",
-    "judge": "engine.judge",
+    "judge": "api",
     "load_recipe": "recipes.load",
     "merge": "method.merging",
     "preset": "method.search",

@@ -1,6 +1,6 @@
 """The jobs as functions, for a script as for the command line."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +9,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from grasp_lora.engine import compare as comparing
+from grasp_lora.engine import judge as judging
 from grasp_lora.engine import run as running
 from grasp_lora.engine.comparison import Comparison, ComparisonSettings
+from grasp_lora.engine.judge import Judgement
 from grasp_lora.engine.progress import Progress
 from grasp_lora.engine.run_folder import ADAPTER_FOLDER, COMPARE_FOLDER, Delivered, Metrics, Run
 from grasp_lora.engine.session import Session
@@ -123,6 +125,29 @@ def compare(
     with _told(progress) as listener:
         session, place = _opened(recipe, overrides, folder, listener, allow_code)
         return place / COMPARE_FOLDER, comparing.compare(session, place, chosen, write_comparison)
+
+
+def judge(
+    adapters: Sequence[str | Path],
+    rows: str | Path,
+    language: str,
+    progress: Progress | bool = True,
+    **settings: Any,
+) -> Judgement:
+    """Say which of several PEFT adapters is best on a file of rows, with paired intervals between all of them.
+
+    Args:
+        adapters: of one backbone, folders or hub ids; `backbone` is the backbone alone.
+        rows: a file of rows with answers, which none of the adapters was trained on.
+        language: code of the rows, such as `sw`.
+        progress: as of `run`.
+        settings: `english`, `merge`, `columns` and what else `grasp_lora.engine.judge.judge` takes.
+
+    Raises:
+        GraspError: an adapter does not fit, or the rows cannot be used, or an adapter was trained on them.
+    """
+    with _told(progress) as listener:
+        return judging.judge(adapters, rows, language, progress=listener, **settings)
 
 
 @contextmanager
