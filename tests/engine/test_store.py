@@ -176,9 +176,13 @@ def test_seconds_of_all_attempts_count(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("result.json", "{", "Invalid JSON"),
-        ("result.json", '{"losses": ["x"]}', r"losses.0: "),
+        ("done.json", "{", "Invalid JSON"),
         ("done.json", "[]", "Input should be"),
+        (
+            "done.json",
+            '{"step": "a", "key": "b", "inputs": {}, "seconds": NaN, "made_with": {}, "version": 2}',
+            "seconds: ",
+        ),
     ],
 )
 def test_a_damaged_file_is_named(file: str, content: str, message: str, tmp_path: Path) -> None:
@@ -187,6 +191,16 @@ def test_a_damaged_file_is_named(file: str, content: str, message: str, tmp_path
     place.write_text(content)
     with pytest.raises(RecipeError, match=f"{place}: {message}"):
         Store(tmp_path).step("step", INPUTS, Losses, never)
+
+
+@pytest.mark.parametrize("content", ["{", '{"losses": []}', '{"losses": [0.5]}'])
+def test_a_result_that_is_not_as_it_was_written_is_done_again(
+    content: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Store(tmp_path).step("step", INPUTS, Losses, lambda folder: LOSSES)
+    (tmp_path / FOLDER / "result.json").write_text(content)
+    assert Store(tmp_path).step("step", INPUTS, Losses, lambda folder: LOSSES).result == LOSSES
+    assert caplog.text.count("it is done again") == 1
 
 
 def test_a_step_whose_inputs_were_edited_is_done_again(tmp_path: Path) -> None:

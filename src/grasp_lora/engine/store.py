@@ -23,12 +23,13 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
 from grasp_lora.engine.progress import Progress
@@ -38,6 +39,7 @@ from grasp_lora.models.adapter_files import CONFIG_FILE, OUR_FILE, WEIGHTS_FILE
 from grasp_lora.storage.checkpoints import newest_checkpoint, remove_checkpoints, seconds_of
 from grasp_lora.storage.claims import Busy, Workplace, claim, make_folder, remove_lock
 from grasp_lora.storage.processes import on_first_process, world_size
+from grasp_lora.storage.reading import sha256_of
 from grasp_lora.storage.writing import sync_all, write_json
 
 VERSION = 2  # of this layout and of the keys; a store of another version is done anew
@@ -52,14 +54,18 @@ R = TypeVar("R", bound=Result)
 
 @dataclass(frozen=True)
 class Done:
-    """done.json: a step is finished. `inputs` decided it, `made_with` are versions, processor or GPU, and threads."""
+    """done.json: a step is finished. `inputs` decided it, `made_with` are versions, processor or GPU, and threads.
+
+    `result` is the SHA-256 of result.json: what was changed or cut off since is done again.
+    """
 
     step: str
     key: str
     inputs: dict[str, Any]
-    seconds: float
+    seconds: Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
     made_with: Mapping[str, str]
     version: int
+    result: str = ""
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,10 @@ class Store:
                 if finished is None:
                     if failure := self._failure(key, folder):
                         raise failure
+                    if (folder / DONE).is_file():
+                        logger.warning(
+                            "%s has files that are gone or not as they were written; it is done again", folder
+                        )
                     self._progress.begin(name)
                     if self._work:
                         self._work.place = f"at the step {name}"
@@ -138,7 +148,9 @@ class Store:
 
     def _read(self, name: str, key: str, folder: Path, kind: type[R]) -> Finished[R] | None:
         done = on_first_process(lambda: read_if_there(folder / DONE, Done))
-        if done is None or key_of(name, done.inputs) != key or not on_first_process(lambda: _is_whole(folder, kind)):
+        if done is None or key_of(name, done.inputs) != key:
+            return None
+        if not on_first_process(lambda: _is_whole(folder, kind, done.result)):
             return None
         on_first_process(lambda: _tidy(folder))
         return Finished(name, key, folder, kind.read(folder), done.seconds, done.made_with, repeated=True)
@@ -171,7 +183,7 @@ def _complete(folder: Path, result: Result, done: Done) -> None:
     """Write a result, and `done.json` when all else is on the disk; until then the checkpoints stay, should it be killed."""
     result.write(folder)
     sync_all(folder)
-    write_json(folder / DONE, asdict(done))
+    write_json(folder / DONE, asdict(replace(done, result=sha256_of(folder / RESULT))))
     _tidy(folder)
 
 
@@ -181,14 +193,16 @@ def _tidy(folder: Path) -> None:
     remove_lock(folder)
 
 
-def _is_whole(folder: Path, kind: type[Result]) -> bool:
-    """Whether a finished step still has its files: one may have been deleted, or cut off in a copy."""
+def _is_whole(folder: Path, kind: type[Result], result: str) -> bool:
+    """Whether a finished step still has its files: one may have been deleted, cut off in a copy, or changed by hand."""
+    if not (folder / RESULT).is_file() or sha256_of(folder / RESULT) != result:
+        return False
     if kind is not Trained:
-        return (folder / RESULT).is_file()
+        return True
     try:
         with safe_open(folder / ADAPTER / WEIGHTS_FILE, "pt"):
             facts = [json.loads((folder / ADAPTER / name).read_bytes()) for name in (CONFIG_FILE, OUR_FILE)]
-            return all(isinstance(part, dict) for part in facts) and (folder / RESULT).is_file()
+            return all(isinstance(part, dict) for part in facts)
     except (OSError, SafetensorError, ValueError):
         return False
 
