@@ -184,8 +184,8 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def _untimed(content: dict[str, Any]) -> dict[str, Any]:
-    """An object less its seconds, and what was made of them."""
-    return {key: value for key, value in content.items() if "seconds" not in key and key != "timings"}
+    """An object less its seconds, and what was made of them: timings, and the hash of a result that has them."""
+    return {key: value for key, value in content.items() if "seconds" not in key and key not in ("timings", "result")}
 
 
 def call(arguments: Sequence[str]) -> int:
