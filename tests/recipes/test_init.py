@@ -557,7 +557,7 @@ def test_an_existing_file_is_never_overwritten(start: Callable[..., Path]) -> No
             completion(60),
             ("demo:en.json",),
             DataError,
-            r"data for the task qa by its columns, but the target's task is completion",
+            r"data for the task qa by its columns, and the task is completion",
         ),
         (completion(60), ("few.jsonl",), DataError, r"the source has 10 examples, .*at least 20 are needed"),
         (completion(FEWEST - 1), (), DataError, rf"t\.jsonl has {FEWEST - 1} examples; at least {FEWEST} are needed"),
