@@ -158,8 +158,8 @@ def read_corpus(
         renamed = {}  # the reader knows them
     if task not in (None, data_task):
         raise DataError(
-            f"{name} is data for the task {data_task} by its columns, and the task is {task}; give it the columns of that, or name "
-            "them with --column and --source-column"
+            f"{name} is data for the task {data_task} by its columns, and the task is {task}; give it the columns of that, or "
+            "name them with --column and --source-column"
         )
     written = name if name.startswith(DEMO_PREFIX) else relative(name, folder)
     pool = make_pool([table], data_task, renamed, skip_unanswered=skip_unanswered)
