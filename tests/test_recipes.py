@@ -85,6 +85,12 @@ def arguments(
         changes = [f"backbone.name={tiny_backbone_folder}", "backbone.dtype=float32", "generation.max_new_tokens=4"]
         for role, counts in COUNTS.items():
             corpus = getattr(recipe.data, role)
+            if corpus is None:  # english-qa, which is no adapter of the tiny model
+                Path("demo").mkdir(exist_ok=True)
+                Path("demo/en.json").write_text(json.dumps(as_squad(question_answering("en"))), encoding="utf-8")
+                rows = {"language": "en", "files": ["demo/en.json"], **counts}
+                changes += ["source.adapters=[]", f"data.source={json.dumps(rows)}"]
+                continue
             changes += [f"data.{role}.{split}={count}" for split, count in counts.items()]
             if recipe.data.task == "classification":
                 for file in corpus.all_files:

@@ -1,6 +1,9 @@
-"""A method of `compare` from outside the package, in one file: the source adapter and half the target adapter, not trained."""
+"""A method of `compare` from outside the package, in one file: the source adapter and half the target adapter, not trained.
 
-from grasp_lora.engine.methods import METHODS, Method, Outcome
+A script adds it by `grasp_lora.engine.methods.METHODS["half_merged"] = HALF_MERGED`.
+"""
+
+from grasp_lora.engine.methods import Method, Outcome
 from grasp_lora.engine.steps import Steps
 from grasp_lora.method.merging import MergeSettings
 
@@ -11,4 +14,4 @@ def _half_merged(steps: Steps) -> Outcome:
     return Outcome(steps.merge("half", tuple(parents.named.values()), tuple(parents.named), half), parents=parents)
 
 
-METHODS["half_merged"] = Method("half the target adapter, not trained", _half_merged)
+HALF_MERGED = Method("half the target adapter, not trained", _half_merged)

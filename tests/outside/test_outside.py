@@ -48,8 +48,7 @@ def test_a_recipe_runs_with_them(kind: str, tiny_workspace: Path, cli: Callable[
 
 
 def test_a_method_is_a_row_of_the_comparison(tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(METHODS, "half_merged", METHODS["merged"])  # taken out again when the test ends
-    runpy.run_path(str(HERE / "half_merged.py"))
+    monkeypatch.setitem(METHODS, "half_merged", runpy.run_path(str(HERE / "half_merged.py"))["HALF_MERGED"])
     settings = ComparisonSettings(
         methods=("merged", "half_merged"), reference="half_merged", seeds=(1,), grid=(0.2,), resamples=1000
     )
@@ -60,8 +59,7 @@ def test_a_method_is_a_row_of_the_comparison(tiny_workspace: Path, monkeypatch: 
 
 
 def test_a_kind_of_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(READERS, ".ini", READERS[".json"])
-    runpy.run_path(str(HERE / "ini_rows.py"))
+    monkeypatch.setitem(READERS, ".ini", runpy.run_path(str(HERE / "ini_rows.py"))["ini_rows"])
     path = tmp_path / "rows.ini"
     path.write_text("[first]\nprompt = Who?\ncompletion = Asha\n[second]\nprompt = Where?\ncompletion = Pangani\n")
     rows = read_file("rows.ini", path).rows

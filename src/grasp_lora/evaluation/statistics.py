@@ -231,7 +231,7 @@ def compare_all_pairs(
     Returns:
         The first minus the second of each pair, in the order of the names.
 
-    >>> values = {"a": [3.0] * 6, "b": [1.0, 2.0, 1.0, 2.0, 2.0, 0.0], "c": [3.0] * 6}
+    >>> values = {"a": [3.0] * 8, "b": [1.0, 2.0, 1.0, 2.0, 2.0, 0.0, 1.0, 2.0], "c": [3.0] * 8}
     >>> [comparison.verdict for comparison in compare_all_pairs(values).values()]
     ['better', 'no difference shown', 'worse']
     """
