@@ -209,8 +209,8 @@ MUTATIONS = (
     ),
     Mutation(
         "records: settings need not give the key",
-        "if done is None or key_of(name, done.inputs) != key or not",
-        "if done is None or not",
+        "if done is None or key_of(name, done.inputs) != key:",
+        "if done is None:",
         ("engine/test_store.py",),
         "a record that was edited counts",
     ),
