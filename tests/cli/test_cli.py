@@ -227,7 +227,7 @@ COMPARE = ("compare", "tiny.yaml")
         (("merge", "adapter", "wide", "-o", "out"), "shape .*q_proj", "of the same backbone"),
         (("export", "adapter", "-o", "out"), "--fold", "--gguf"),
         ((*JUDGE, "--save", "."), "not an empty folder", "another"),
-        (("judge", "gone", "--rows", "target.jsonl", "--language", "de"), "adapter gone", "."),
+        (("judge", "gone", "--rows", "target.jsonl", "--language", "de"), "adapter gone", "check the name"),
         (("recipes", "mlqa-xx"), "'mlqa-xx'", "there are: .*mlqa-ar"),
         (("init", "nothing.csv", "-l", "de"), r"nothing\.csv", "No such file"),
         (("init", "adapter", "-l", "de"), "adapter", r"suffix ''; allowed: \.json"),

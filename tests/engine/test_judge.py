@@ -97,6 +97,12 @@ def test_what_cannot_be_judged_is_refused(judged: Callable[..., Judgement]) -> N
     ):
         with pytest.raises(AdapterError, match=told):
             judged(*adapters, **settings)
+    shutil.copytree("run/source", "many")
+    said = read("many/grasp_lora.json")
+    said["answers"]["labels"] = [str(number) for number in range(100_000)]  # a stranger's, which would take hours
+    Path("many/grasp_lora.json").write_text(json.dumps(said), encoding="utf-8")
+    with pytest.raises(DataError, match="adapter many: "):
+        judged("many")
     write_rows([{"text": "red", "label": "a"}, {"text": "blue", "label": "b"}], "labels.jsonl")
     with pytest.raises(DataError, match=r"labels\.jsonl is data for the task classification"):
         judged("run/source", rows="labels.jsonl")

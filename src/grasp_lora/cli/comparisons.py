@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from grasp_lora.cli.options import AllowCodeOption, OptionsOf, RecipeArgument, SetOption, VerboseOption
-from grasp_lora.cli.terminal import console, loading, log_to_terminal, say, shown
+from grasp_lora.cli.terminal import console, loading, log_to_terminal, say
 from grasp_lora.errors import GraspError, RecipeError
 
 _compare = OptionsOf("grasp_lora.engine.comparison", "ComparisonSettings")
@@ -66,13 +66,16 @@ def compare(
             f"--on is {on}; allowed: ray, which --workers, --address and --gpus-per-worker are for; without it start this "
             "command several times"
         )
-    with shown(TerminalProgress(console)) as progress:
-        if on:
+    progress = TerminalProgress(console)
+    if on:
+        try:
             folder, comparison = share(
                 progress, arguments, workers=workers or 1, address=address, gpus_per_worker=gpus_per_worker
             )
-        else:
-            folder, comparison = api.compare(progress=progress, **arguments)
+        finally:
+            progress.stop()
+    else:
+        folder, comparison = api.compare(progress=progress, **arguments)
     print_comparison(comparison, console)
     say(f"tables {folder / COMPARISON_TABLES_FILE}")
     failed = [f"{row.title} {row.unavailable}" for row in comparison.rows if row.failed]

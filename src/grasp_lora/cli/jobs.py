@@ -8,7 +8,7 @@ import typer
 from rich.text import Text
 
 from grasp_lora.cli.options import AllowCodeOption, OutputOption, RecipeArgument, SetOption, VerboseOption, session_of
-from grasp_lora.cli.terminal import console, loading, log_to_terminal, print_scores, say, shown
+from grasp_lora.cli.terminal import console, loading, log_to_terminal, print_scores, say
 from grasp_lora.recipes.text import line_of
 from grasp_lora.storage.processes import leave
 from grasp_lora.text.display import one_line
@@ -71,8 +71,7 @@ def _run(recipe: str, overrides: list[str], output: Path | None, allow_code: boo
         from grasp_lora.report import delivered as words
         from grasp_lora.report.bars import TerminalProgress
         from grasp_lora.report.tables import compare_before
-    with shown(TerminalProgress(console, answers)) as progress:
-        result = api.run(recipe, overrides, output, progress, allow_code=allow_code)
+    result = api.run(recipe, overrides, output, TerminalProgress(console, answers), allow_code=allow_code)
     record, metrics, folder = result.record, result.metrics, result.folder
     print_scores(record)
     say(words.verdict(record), style="bold")

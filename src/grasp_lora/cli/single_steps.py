@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from grasp_lora.cli.options import BackboneOption, OptionsOf, RevisionOption, StepOutput, TrustOption
-from grasp_lora.cli.terminal import console, loading, log_to_terminal, say, shown
+from grasp_lora.cli.terminal import console, loading, log_to_terminal, say
 from grasp_lora.errors import RecipeError
 from grasp_lora.storage.reading import reading
 
@@ -46,29 +46,28 @@ def judge(
     """Say which of several adapters is best on a file of rows, and whether the rows can tell. No recipe, no training."""
     log_to_terminal(False)
     with loading():
-        from grasp_lora.engine import judge as judging
+        from grasp_lora import api
         from grasp_lora.recipes.corpus import parse_columns
         from grasp_lora.report.bars import TerminalProgress
         from grasp_lora.report.judged import PAGE, print_judgement, write_judgement
         from grasp_lora.storage.claims import refuse_existing
     if save is not None:
         refuse_existing(save)
-    with shown(TerminalProgress(console)) as progress:
-        judgement = judging.judge(
-            adapters,
-            rows,
-            language,
-            english=english,
-            merge=merge,
-            columns=parse_columns(column or []),
-            sheet=sheet,
-            chat=chat,
-            backbone=backbone,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            device=device,
-            progress=progress,
-        )
+    judgement = api.judge(
+        adapters,
+        rows,
+        language,
+        english=english,
+        merge=merge,
+        columns=parse_columns(column or []),
+        sheet=sheet,
+        chat=chat,
+        backbone=backbone,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        device=device,
+        progress=TerminalProgress(console),
+    )
     print_judgement(judgement, console)
     if save is not None:
         write_judgement(judgement, save)

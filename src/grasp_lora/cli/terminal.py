@@ -16,7 +16,6 @@ from grasp_lora.text.display import one_line
 
 if TYPE_CHECKING:
     from grasp_lora.engine.run_folder import Run
-    from grasp_lora.report.bars import TerminalProgress
 
 console = Console(quiet=not is_first(), emoji=False)  # of processes that torchrun started one speaks
 error_console = Console(stderr=True, emoji=False)
@@ -37,15 +36,6 @@ def loading(what: str = "loading") -> Iterator[None]:
         return
     with console.status(what, spinner="dots"):
         yield
-
-
-@contextmanager
-def shown(display: "TerminalProgress") -> "Iterator[TerminalProgress]":
-    """Remove a live display at the end of the context, before an error is shown."""
-    try:
-        yield display
-    finally:
-        display.stop()
 
 
 def say(text: str | Text, style: str | None = None, *, copied: bool = False) -> None:

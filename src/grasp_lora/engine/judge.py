@@ -19,6 +19,7 @@ from typing import Any
 from grasp_lora.data.encode import Encoder, Example, Tally, check_tokenizer, encode_labels
 from grasp_lora.data.files import resolve_file
 from grasp_lora.data.groups import join_groups, keys_with_turns
+from grasp_lora.data.records import check_labels
 from grasp_lora.data.tasks import FALLBACK_LANGUAGE, built_in_template, resolve_template, task_fields
 from grasp_lora.engine.progress import Progress
 from grasp_lora.engine.results import TEST_LOSS, Prediction, main_metric
@@ -242,6 +243,9 @@ def _corpus(
 def _contestants(read: Mapping[str, LoadedAdapter], merge: bool) -> list[Contestant]:
     names = [adapter.name for adapter in read.values()]
     names = names if len(set(names)) == len(names) else list(read)
+    for name, adapter in zip(names, read.values(), strict=True):
+        if adapter.info.answers and adapter.info.answers.labels:
+            check_labels(adapter.info.answers.labels, f"adapter {name}")
     contestants = [
         Contestant(
             name,
@@ -266,17 +270,16 @@ def _contestants(read: Mapping[str, LoadedAdapter], merge: bool) -> list[Contest
 
 def _form(said: Answers, other: Answers | None, corpus: Corpus) -> Answers:
     """How a contestant is asked, and how long its answers may be."""
-    form = said if said.task is not None else other or Answers(corpus.answer_tokens, _stops(corpus))
+    form = (
+        said
+        if said.task is not None
+        else other or Answers(corpus.answer_tokens, () if corpus.several_lines else ("\n",))
+    )
     if form.task not in (None, corpus.task):
         raise AdapterError(
             f"an adapter was trained for the task {form.task}, and the rows are of the task {corpus.task}"
         )
     return form
-
-
-def _stops(corpus: Corpus) -> tuple[str, ...]:
-    """A line break, unless answers have several lines."""
-    return () if any("\n" in text for record in corpus.records for text in record.references) else ("\n",)
 
 
 def _trial(

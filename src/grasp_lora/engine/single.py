@@ -1,6 +1,5 @@
 """Merge adapters in folders, without a run around it."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +11,6 @@ from grasp_lora.models.adapters import check_fits, save_adapter
 from grasp_lora.models.backbone import backbone_of
 from grasp_lora.recipes.load import backbone_of_run
 from grasp_lora.storage.claims import new_folder, refuse_existing
-
-logger = logging.getLogger(__name__)
 
 
 def merge_folders(

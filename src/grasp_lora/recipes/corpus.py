@@ -78,6 +78,11 @@ class Corpus:
         return max(32, min(512, 16 * math.ceil(longest / BYTES / 16)))
 
     @property
+    def several_lines(self) -> bool:
+        """Whether an answer has several, so that a line break ends none."""
+        return any("\n" in record.answer.strip() for record in self.records)
+
+    @property
     def longest_tokens(self) -> int:
         """Tokens of the longest example, about: prompt with its template, and answer."""
         return max((self._bytes(record) for record in self.records), default=0) // BYTES

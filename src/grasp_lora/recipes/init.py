@@ -229,7 +229,7 @@ def _render(
         separates=_lacks_separator(target, sources),
         embedded_adapter=EMBEDDED_ADAPTER,
         unanswered=sum(corpus.unanswered for corpus in (target, *sources)),
-        several_lines=any("\n" in record.answer.strip() for record in target.records),
+        several_lines=target.several_lines,
         **facts,
     )
 

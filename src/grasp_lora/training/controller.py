@@ -243,9 +243,8 @@ class GraspController(PrunedTraining):
         decision = search.tell(measured)
         if decision.committed:
             self.regime.commit(masks, decision.ratio, order, optimizer)
-            self.prune_ratio = (
-                decision.ratio
-            )  # the base class's name for the current ratio; `masks.ratio` is what is on now
+            # The base class's name for the current ratio; `masks.ratio` is what is on now.
+            self.prune_ratio = decision.ratio
         return decision.to_json(measured, search.mean, search.std, masks.sparsity())
 
     # In a training
