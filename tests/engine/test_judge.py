@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from recorder import read, rows_of, session_of
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import grasp_lora as gl
 from grasp_lora.engine.judge import Judgement
@@ -129,9 +130,9 @@ def test_page_table_and_files(judged: Callable[..., Judgement], cli: Callable[..
     assert cli("evaluate").err.startswith("error: evaluate is gone: grasp-lora judge")
 
 
-# Folders as other programs leave them: PEFT writes the weights of all, each puts other files and words beside them.
+# Folders as other programs leave them: TRL writes its own; for others PEFT writes the weights, and files like theirs are added.
 STRANGERS = {
-    "trl": ({"target_modules": ["q_proj", "v_proj"]}, ("training_args.bin", "checkpoint-2/optimizer.pt")),
+    "trl": ({"target_modules": ["q_proj", "v_proj"]}, ()),
     "axolotl": (
         {"target_modules": "all-linear"},
         ("config.json", "debug.log", "checkpoint-2/adapter_model.safetensors"),
@@ -145,10 +146,13 @@ STRANGERS = {
 
 
 def strangers_folder(program: str) -> str:
-    """An adapter of random weights with its tokenizer, and what the program writes beside it."""
-    config, files = STRANGERS[program]
+    """An adapter that TRL trained, or one of random weights with its tokenizer, and what the program writes beside it."""
+    more, files = STRANGERS[program]
     backbone = AutoModelForCausalLM.from_pretrained("tiny-llama")
-    model = get_peft_model(backbone, LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **config))
+    config = LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **more)
+    if program == "trl":
+        return train_with_trl(backbone, config)
+    model = get_peft_model(backbone, config)
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -167,6 +171,23 @@ def strangers_folder(program: str) -> str:
     return program
 
 
+def train_with_trl(backbone: PreTrainedModel, config: LoraConfig) -> str:
+    """One step of TRL's trainer, saved by it, its checkpoint within."""
+    from trl import SFTConfig, SFTTrainer
+
+    settings = {"max_steps": 1, "save_steps": 1, "learning_rate": 0.1, "bf16": False, "activation_checkpointing": False}
+    trainer = SFTTrainer(
+        backbone,
+        SFTConfig("trl", report_to="none", disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False, **settings),
+        train_dataset=Dataset.from_list(rows_of("source.jsonl")),
+        processing_class=AutoTokenizer.from_pretrained("tiny-llama"),
+        peft_config=config,
+    )
+    trainer.train()
+    trainer.save_model()
+    return "trl"
+
+
 @pytest.mark.parametrize("program", STRANGERS)
 def test_folders_of_other_programs_load_as_they_are(program: str, judged: Callable[..., Judgement]) -> None:
     folder = strangers_folder(program)
@@ -182,8 +203,10 @@ def test_folders_of_other_programs_load_as_they_are(program: str, judged: Callab
         with torch.no_grad():
             losses.append(float(model(input_ids=ids, labels=labels).loss))
     assert [row.loss for row in trial.answers[folder]] == pytest.approx(losses, rel=1e-5)
+    with model.disable_adapter(), torch.no_grad():
+        assert abs(float(model(input_ids=ids, labels=labels).loss) - losses[-1]) > 1e-3  # so that the adapter counts
 
 
 def test_a_folder_of_a_checkpoint_is_an_adapter_too(judged: Callable[..., Judgement]) -> None:
-    shutil.copytree(strangers_folder("trl"), "out/checkpoint-3")
-    assert list(judged("out/checkpoint-3", "run/source").rows.scores) == ["checkpoint-3", "source"]
+    strangers_folder("trl")
+    assert list(judged("trl/checkpoint-1", "run/source").rows.scores) == ["checkpoint-1", "source"]
