@@ -100,6 +100,17 @@ def with_info(run: Run, **facts: Any) -> Run:
     return replace(run, info=replace(run.info, **facts))
 
 
+def with_discarded(run: Run, *folders: str) -> Run:
+    """Trainings of which no step was kept, by their folders; one that is missing is made up of the final run."""
+    adapters = dict(run.adapters)
+    for name in folders:
+        adapter = adapters.get(name, adapters["final"])
+        assert adapter.made is not None
+        made = replace(adapter.made, result=adapter.made.result.model_copy(update={"best_step": 0}))
+        adapters[name] = replace(adapter, made=made)
+    return with_metrics(replace(run, adapters=adapters), **{"best_step": 0} if "final" in folders else {})
+
+
 def with_kept(run: Run, change: Callable[[dict[str, Any]], Mapping[str, Any]]) -> Run:
     """Other counts of kept weights in GRASP's result, from each row of them."""
     final = run.adapters["final"]

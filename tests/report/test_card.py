@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from made_runs import fixture_run, fixture_whole_run, with_delivered, with_info, with_metrics, with_recipe, with_report  # noqa: F401
+from made_runs import (  # noqa: F401
+    fixture_run,
+    fixture_whole_run,
+    with_delivered,
+    with_discarded,
+    with_estimate,
+    with_info,
+    with_metrics,
+    with_recipe,
+    with_report,
+)  # fmt: skip
 
 from grasp_lora.engine.run_folder import AllRows, GivenAdapter, Parent, Run, SystemScores
 from grasp_lora.report.card import write_model_card
@@ -59,7 +69,7 @@ def test_the_card_says_what_the_adapter_is_and_holds_no_path(run: Run, folder: P
     ]
     assert "| **GRASP** | **0.857** | **0.822** | **43.2** |" in body
     prompt = "".join(f"    {line}\n" for line in asked.split("\n"))
-    assert "It was trained on prompts of this form:\n\n" + prompt in body
+    assert "It was measured on prompts of this form:\n\n" + prompt in body
     assert body.rstrip().endswith("`hf upload ORG/NAME adapter --private`")
 
 
@@ -102,6 +112,52 @@ def test_the_card_names_what_the_adapter_was_made_of_and_trained_on_alone(
     for side, words in facts.items():
         for word in words:
             assert (word in body) == (side in sides), word
+
+
+MERGED = "a source and a target adapter were merged"
+ON_SOURCE = "a target adapter was trained on top of a source adapter and added to it"
+
+
+@pytest.mark.parametrize(
+    ("name", "ratio", "discarded", "made"),
+    [
+        ("source", 0.4, "", "it is the source adapter as it is"),
+        ("target", 0.4, "", "it was trained on the target data alone"),
+        ("target", 0.4, "target", "it was trained on the target data alone, but no step of that was kept"),
+        ("continued", 0.4, "", "a source adapter was trained further on the target rows"),
+        ("continued", 0.4, "continued", "a source adapter was trained further on the target rows, but no step of that was kept"),
+        ("merged", 0.4, "final", f"{MERGED}, and nothing was trained after that"),
+        ("grasp", 0.4, "", f"{MERGED}, a share of that was pruned, and the rest was fine-tuned"),
+        ("grasp", 0.4, "final", f"{MERGED}, a share of that was pruned, and the fine-tuning was discarded"),
+        ("grasp", 0.0, "", f"{MERGED}, nothing was pruned, and the whole was fine-tuned"),
+        ("grasp", 0.0, "final", f"{MERGED}, nothing was pruned, and the fine-tuning was discarded"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("on_all_rows", [False, True])
+@pytest.mark.parametrize("on_source", [False, True])
+def test_every_sentence_of_the_card_is_true_of_what_is_handed_over(
+    run: Run, folder: Path, tmp_path: Path, name: str, ratio: float, discarded: str, made: str, on_all_rows: bool,
+    on_source: bool,
+) -> None:  # fmt: skip
+    run = with_recipe(with_discarded(run, *filter(None, [discarded])), final={"deliver": "best"})
+    run = with_estimate(replace(run, target_alone=not on_source), ratio=ratio)
+    systems = {**run.metrics.systems, "continued": run.metrics.systems["source"]}
+    again = AllRows("Once more.", 20, {name: 5}) if on_all_rows else None
+    if on_all_rows:
+        systems["all_rows"] = run.metrics.systems["grasp"]
+    run = replace(run, predictions=dict.fromkeys(systems, run.predictions["source"]))
+    run = with_metrics(with_delivered(run, name=name, title="this one"), systems=systems, all_rows=again)
+    text = card(run, folder, tmp_path)
+    first = text.split("\n# ")[1].split("\n")[2]
+    assert first.partition("2601.06702): ")[2] == f"{made.replace(MERGED, ON_SOURCE) if on_source else made}."
+    gone = bool(discarded) and name != "merged"
+    assert text.count("no step lowered the dev loss, so this training was discarded") == gone
+    assert ("It is: this one, its training discarded (best step 0)." in text) == (gone and not on_all_rows)
+    assert ("It is: this one, trained once more on all rows." in text) == on_all_rows
+    assert ("Prune ratio: " in text) == (name == "grasp")
+    assert not re.search(r"[Ii]t was (trained and|made|pruned)|trained on (prompts|the weights|a model)", text)
+    languages = {"source": ["en"], "target": ["de"], "continued": ["en"] if gone else ["de", "en"]}
+    assert ModelCard(text).data.to_dict()["language"] == languages.get(name, ["de", "en"])
 
 
 def test_after_a_training_on_all_rows_the_first_target_adapter_is_no_part(

@@ -17,13 +17,13 @@ from huggingface_hub import EvalResult, ModelCardData
 from grasp_lora.data.data_settings import CorpusSettings
 from grasp_lora.data.splits import SPLITS
 from grasp_lora.data.tasks import options_of
-from grasp_lora.engine.run_folder import ALL_ROWS, CARD_FILE, Run
+from grasp_lora.engine.run_folder import ALL_ROWS, CARD_FILE, FINAL_FOLDER, TRAINED, Run
 from grasp_lora.engine.steps import names_of
 from grasp_lora.models.adapter_files import WEIGHTS_FILE
 from grasp_lora.models.embedded import PUBLIC_NAME
 from grasp_lora.models.model_settings import EMBEDDED_HUB_ID, EMBEDDED_LICENCE
 from grasp_lora.recipes.recipe import TEXTS
-from grasp_lora.report.delivered import headline, made_of, reason, upload_command, verdict
+from grasp_lora.report.delivered import discarded, headline, made_of, reason, upload_command, verdict
 from grasp_lora.report.pages import languages_of, public_name, render, sizes_of, view_of
 from grasp_lora.report.tables import METRIC_NAMES
 from grasp_lora.storage.reading import sha256_of
@@ -50,7 +50,8 @@ def write_model_card(run: Run, folder: Path, adapter_folder: Path) -> Path:
     kind = name.partition("_")[0]
     sides, borrowed = PARTS.get(kind, ("source", "target")), _borrowed(run, name)
     trained_on = [side for side in sides if not borrowed[side]]
-    if kind in ("continued", "grasp") and "target" not in trained_on:
+    continued = kind == "continued" and not discarded(run, kind)
+    if (continued or kind == "grasp") and "target" not in trained_on:
         trained_on.append("target")
     corpora = [corpus for side in trained_on if (corpus := getattr(run.recipe.data, side))]
     sides_of = {split: "source" if split.startswith("source") else "target" for split in SPLITS}
@@ -62,6 +63,9 @@ def write_model_card(run: Run, folder: Path, adapter_folder: Path) -> Path:
         "why": reason(run),
         "pruned": kind == "grasp",
         "parts": sides,
+        "discarded": [
+            TRAINED.get(part, TRAINED[FINAL_FOLDER]) for part in dict.fromkeys([*sides, kind]) if discarded(run, part)
+        ],
         "base": _base(run, backbone),
         "base_model_name": backbone,
         "parents": _parents(run, folder, backbone, sides, borrowed),

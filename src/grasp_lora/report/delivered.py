@@ -14,16 +14,14 @@ from grasp_lora.engine.steps import TargetOn
 from grasp_lora.report.examples import best_guess
 from grasp_lora.report.tables import METRIC_NAMES, Difference, gain_text, percent, score_digits
 
-MADE = {
-    "continued": "a source adapter was trained on in the target language",
+MADE = {  # the adapter that GRASP prunes and fine-tunes: by itself it is "merged"
+    "continued": "a source adapter was trained further on the target rows",
     "source": "it is the source adapter as it is",
     "target": "it was trained on the target data alone",
-    "merged": "a source and a target adapter were merged, and nothing was trained after that",
-    "grasp": "a source and a target adapter were merged, a share of the merge was pruned, and the rest was fine-tuned",
+    "merged": "a source and a target adapter were merged",
 }
 MADE_ON_SOURCE = MADE | {  # with `target.on`
-    "merged": "a target adapter was trained on top of a source adapter, and this is their sum",
-    "grasp": "a target adapter was trained on top of a source adapter, and their sum was pruned by a share and fine-tuned",
+    "merged": "a target adapter was trained on top of a source adapter and added to it"
 }
 FEW_ROWS, FOLDS = 200, 4  # of all target rows: below that a test split alone tells little
 WEAK = 25  # points of the main metric, below which most answers are no use
@@ -39,7 +37,11 @@ def is_chosen(run: Run) -> bool:
 def verdict(run: Run) -> str:
     """Say which adapter to take."""
     delivered = run.metrics.delivered
-    taken = delivered.title + (", trained once more on all rows" if run.metrics.handed_over == ALL_ROWS else "")
+    taken = delivered.title
+    if run.metrics.handed_over == ALL_ROWS:
+        taken += ", trained once more on all rows"
+    elif discarded(run, delivered.name):
+        taken += ", its training discarded (best step 0)"
     if delivered.nothing_learned:
         return f"{NOTHING_LEARNED} Handed over all the same: {taken}."
     return f"Take this adapter: {taken}."
@@ -103,11 +105,27 @@ def headline(run: Run, compared: Mapping[str, Difference]) -> str:
     return " ".join(sentences)
 
 
+def discarded(run: Run, name: str) -> bool:
+    """Whether no step of the training that made a system lowered the dev loss, so that it is as it was before."""
+    adapter = run.adapters.get(FINAL_FOLDER if name == "grasp" else name)
+    return adapter is not None and adapter.made is not None and adapter.made.result.best_step == 0
+
+
 def made_of(kind: str, run: Run, *, given_target: bool) -> str:
     """How an adapter was made, as a part of a sentence; of several source adapters it is their mean that counts."""
     if kind == "target" and given_target:
         return "it is the target adapter that was given, as it is"
-    made, sources = (MADE if run.target_alone else MADE_ON_SOURCE)[kind], len(run.recipe.source.adapters)
+    made = (MADE if run.target_alone else MADE_ON_SOURCE)["merged" if kind == "grasp" else kind]
+    none_kept, pruned = discarded(run, kind), run.metrics.prune_ratio > 0.0
+    if kind == "merged":
+        made += ", and nothing was trained after that"
+    elif kind == "grasp":
+        made += ", a share of that was pruned" if pruned else ", nothing was pruned"
+        made += f", and {'the fine-tuning was discarded' if none_kept else 'the rest' if pruned else 'the whole'}"
+        made += "" if none_kept else " was fine-tuned"
+    elif none_kept:
+        made += ", but no step of that was kept"
+    sources = len(run.recipe.source.adapters)
     if sources > 1 and kind != "source":
         made = made.replace("a source and a target adapter", f"{sources} source adapters and a target adapter")
         made = made.replace("a source adapter", f"the mean of {sources} source adapters")

@@ -93,7 +93,6 @@ def view_of(run: Run, folder: Path) -> dict[str, Any]:
         "facts": _facts(run),
         "ratio": percent(metrics.prune_ratio, 1),
         "learned": run.learned is not None,
-        "discarded": DISCARDED if metrics.best_step == 0 else None,
         "rule": estimate.rule,
         "rounds": len(run.learned.result.rounds) if run.learned else 0,
         "each_step": run.recipe.controller.policy.regime == "each_step",
