@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import plotly.graph_objects as go
@@ -29,14 +30,13 @@ from made_runs import (
 from grasp_lora.engine.run_folder import Run, SystemScores
 from grasp_lora.evaluation.statistics import PairedComparison, compare_with_baselines
 from grasp_lora.report.card import write_model_card
-from grasp_lora.report.delivered import gain, next_steps, warning_of
+from grasp_lora.report.delivered import gain, next_steps, verdict, warning_of
 from grasp_lora.report.examples import examples_of
 from grasp_lora.report.figures import figures_of
 from grasp_lora.report.pages import write_report
 from grasp_lora.report.tables import (
     Difference,
-    compare_before,
-    compare_grasp,
+    compare_handed_over,
     confusion,
     kept_share,
     percent,
@@ -133,7 +133,9 @@ def test_what_a_difference_shows_is_said(run: Run, tmp_path: Path, gains: list[f
         run = answered(run, name, lambda place, values=values: {"scores": {"f1": values[place]}})
     theirs = sum(scores["target"]) / 8
     page = text_of(with_scores(run, target={"f1": theirs}, grasp={"f1": 40.0}), tmp_path)
-    assert f"Test F1 40.0 against {theirs:.1f} for the target adapter alone: {verdict}.</h1>" in page
+    assert f"Test F1 40.0 against {theirs:.1f} for the target adapter alone: {verdict}." in page
+    better = "The test rows show another to be better, target only: F1 40.0 against 42.0, -2.0 ("
+    assert page.partition("</h1>")[0].count(better) == (verdict == "worse")
     if gains == [0]:
         assert "GRASP against target only: F1 +0.0 points, the same in every draw;" in page
         return
@@ -141,7 +143,7 @@ def test_what_a_difference_shows_is_said(run: Run, tmp_path: Path, gains: list[f
     assert shown is not None
     expected = compare_with_baselines(scores.pop("grasp"), scores)["target"]
     assert [float(bound) for bound in shown.groups()] == pytest.approx([expected.low, expected.high], abs=0.051)
-    assert "95 % for all 3 rows together" in page
+    assert "95 % for all 3 comparisons together" in page
 
 
 def test_losses_are_compared_where_scores_are_not_there_by_example(run: Run, tmp_path: Path) -> None:
@@ -156,9 +158,9 @@ def test_losses_are_compared_where_scores_are_not_there_by_example(run: Run, tmp
 
 def test_rows_of_one_group_are_drawn_together(run: Run, tmp_path: Path) -> None:
     run = answered(run, "grasp", lambda place: {"loss": 1.0 + place})
-    alone = compare_grasp(run)["target"].loss
+    alone = compare_handed_over(run)["target"].loss
     together = replace(run, data=replace(run.data, test_groups=[0, 0, 0, 0, 1, 1, 1, 1]))
-    grouped = compare_grasp(together)["target"].loss
+    grouped = compare_handed_over(together)["target"].loss
     assert alone is not None
     assert grouped is not None
     assert grouped.high - grouped.low > alone.high - alone.low
@@ -178,16 +180,40 @@ def test_a_score_of_the_whole_set_has_its_interval(run: Run, tmp_path: Path) -> 
 
 
 def test_what_is_handed_over_is_compared_with_what_there_was_before(run: Run, tmp_path: Path) -> None:
+    """Each difference once, with one interval, for all comparisons together: the line of the gain has those of the notes."""
     assert "What is handed over against" not in text_of(run, tmp_path)  # it is GRASP's result
-    run = with_delivered(run, name="target")
+    run = with_delivered(with_recipe(run, final={"deliver": "best"}), name="target", title="the target adapter")
     for name in SYSTEMS:
-        gain = 2.0 * (name == "target")
-        run = answered(run, name, lambda place, gain=gain: {"scores": {"f1": 30.0 + gain + place % 2}})
+        f1 = [40.0 + place % 3 + (4.0 + place % 2) * (name == "target") for place in range(8)]
+        run = answered(run, name, lambda place, f1=f1: {"scores": {"f1": f1[place]}})
+        run = with_scores(run, **{name: {"f1": fmean(f1)}})
     page = text_of(run, tmp_path)
-    assert "What is handed over against source only: F1 -3.1 points (+2.0 to +2.0): better; test loss" in page
-    assert page.index("What is handed over against") < page.index("GRASP against")
-    assert "95 % and for all 3 rows together" in page or "95 % for all 3 rows together" in page
+    [interval] = set(re.findall(r"\(\+3\.\S+ to \+5\.\S+\)", page))
+    assert f"It answers better than the source adapter: F1 45.4 against 40.9, +4.5 {interval}, of 8 test rows." in page
+    assert f"What is handed over against source only: F1 +4.5 points {interval}: better; test loss" in page
+    assert f"What is handed over against GRASP: F1 +4.5 points {interval}: better; test loss" in page
+    assert "Test F1 40.9 against 45.4 for what is handed over: worse." in page
+    assert page.count("95 % for all 3 comparisons together") == 1
     assert "What is handed over against target only" not in page
+    assert "show another to be better" not in page
+
+
+@pytest.mark.parametrize("deliver", ["best", "grasp"])
+def test_the_first_line_says_that_the_test_rows_show_another_system_to_be_better(
+    run: Run, tmp_path: Path, deliver: str
+) -> None:
+    run = with_delivered(with_recipe(run, final={"deliver": deliver}), title="this one")
+    for name in SYSTEMS:
+        f1 = [40.0 + place % 3 + (4.0 + place % 2) * (name == "merged") for place in range(8)]
+        run = answered(run, name, lambda place, f1=f1: {"scores": {"f1": f1[place]}})
+        run = with_scores(run, **{name: {"f1": fmean(f1)}})
+    sentence = "The test rows show another to be better, merged, not pruned: F1 40.9 against 45.4, -4.5 (-5."
+    assert sentence in text_of(run, tmp_path).partition("</h1>")[0]
+    assert sentence in verdict(run, compare_handed_over(run)).replace("\u2212", "-")  # the terminal's first line
+    assert sentence in card(run, tmp_path).replace("\u2212", "-")
+    run = with_scores(run, merged={"f1": 40.9})
+    run = replace(run, predictions={**run.predictions, "merged": run.predictions["grasp"]})
+    assert "show another to be better" not in text_of(run, tmp_path)
 
 
 @pytest.mark.parametrize(("right", "warned"), [(37.5, True), (50.0, False)])
@@ -491,7 +517,7 @@ def test_the_first_line_says_over_what_there_is_a_gain(run: Run, source: str, ba
 
 def test_the_gain_stands_first_in_the_report(whole_run: tuple[Run, Path]) -> None:
     run, folder = whole_run
-    text = gain(run, compare_before(run))
+    text = gain(run, compare_handed_over(run))
     assert text is not None
     page = write_report(run, folder).read_text(encoding="utf-8")
     assert page.index("<h1>") < page.index(text.split(":")[0]) < page.index("<h2>")

@@ -70,12 +70,13 @@ def _run(recipe: str, overrides: list[str], output: Path | None, allow_code: boo
         from grasp_lora.engine.run_folder import CARD_FILE, DISCARDED, FINAL_FOLDER, PROMPT_FILE, REPORT_FILE
         from grasp_lora.report import delivered as words
         from grasp_lora.report.bars import TerminalProgress
-        from grasp_lora.report.tables import compare_before
+        from grasp_lora.report.tables import compare_handed_over
     result = api.run(recipe, overrides, output, TerminalProgress(console, answers), allow_code=allow_code)
     record, metrics, folder = result.record, result.metrics, result.folder
+    compared = compare_handed_over(record)
     print_scores(record)
-    say(words.verdict(record), style="bold")
-    if gain := words.gain(record, compare_before(record)):
+    say(words.verdict(record, compared), style="bold")
+    if gain := words.gain(record, compared):
         say(gain, style="bold")
     say(words.reason(record))
     if again := words.trained_again(record):

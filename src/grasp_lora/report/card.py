@@ -23,7 +23,7 @@ from grasp_lora.models.adapter_files import WEIGHTS_FILE
 from grasp_lora.models.embedded import PUBLIC_NAME
 from grasp_lora.models.model_settings import EMBEDDED_HUB_ID, EMBEDDED_LICENCE
 from grasp_lora.recipes.recipe import TEXTS
-from grasp_lora.report.delivered import discarded, headline, made_of, reason, upload_command, verdict
+from grasp_lora.report.delivered import discarded, headline, made_of, upload_command
 from grasp_lora.report.pages import languages_of, public_name, render, sizes_of, view_of
 from grasp_lora.report.tables import METRIC_NAMES
 from grasp_lora.storage.reading import sha256_of
@@ -56,11 +56,11 @@ def write_model_card(run: Run, folder: Path, adapter_folder: Path) -> Path:
     corpora = [corpus for side in trained_on if (corpus := getattr(run.recipe.data, side))]
     sides_of = {split: "source" if split.startswith("source") else "target" for split in SPLITS}
     backbone, prompt, recipe = public_name(run.info.backbone.name), report["prompt"], _public_recipe(run)
-    context = view_of(run, folder) | {
+    view = view_of(run, folder)
+    context = view | {
         "front_matter": _front_matter(run, backbone, system, corpora),
         "made": made_of(kind, run, given_target=bool(borrowed["target"])),
-        "is": verdict(run).replace("Take this adapter", "It is"),
-        "why": reason(run),
+        "is": (view["verdict"] or "").replace("Take this adapter", "It is"),
         "pruned": kind == "grasp",
         "parts": sides,
         "discarded": [

@@ -8,11 +8,12 @@ from grasp_lora.data.splits import HELD_OUT
 from grasp_lora.data.tasks import ANY_LANGUAGE, TEMPLATES, options_of
 from grasp_lora.engine.check import why_no_folds
 from grasp_lora.engine.compare import LEAST_TEST
+from grasp_lora.engine.judge import turned
 from grasp_lora.engine.results import main_metric
 from grasp_lora.engine.run_folder import ADAPTER_FOLDER, ALL_ROWS, FINAL_FOLDER, PROMPT_FILE, Run
-from grasp_lora.engine.steps import TargetOn
+from grasp_lora.engine.steps import TargetOn, names_of
 from grasp_lora.report.examples import best_guess
-from grasp_lora.report.tables import METRIC_NAMES, Difference, gain_text, percent, score_digits
+from grasp_lora.report.tables import METRIC_NAMES, Difference, gain_text, in_text, percent, score_digits, titles_of
 
 MADE = {  # the adapter that GRASP prunes and fine-tunes: by itself it is "merged"
     "continued": "a source adapter was trained further on the target rows",
@@ -34,8 +35,12 @@ def is_chosen(run: Run) -> bool:
     return run.recipe.final.deliver == "best"
 
 
-def verdict(run: Run) -> str:
-    """Say which adapter to take."""
+def verdict(run: Run, compared: Mapping[str, Difference]) -> str:
+    """Say which adapter to take, and whether the test rows show another one to be better.
+
+    Args:
+        compared: what is handed over with every other system, as in all that follows here.
+    """
     delivered = run.metrics.delivered
     taken = delivered.title
     if run.metrics.handed_over == ALL_ROWS:
@@ -43,8 +48,17 @@ def verdict(run: Run) -> str:
     elif discarded(run, delivered.name):
         taken += ", its training discarded (best step 0)"
     if delivered.nothing_learned:
-        return f"{NOTHING_LEARNED} Handed over all the same: {taken}."
-    return f"Take this adapter: {taken}."
+        return f"{NOTHING_LEARNED} Handed over all the same: {taken}.{_surpassed(run, compared)}"
+    return f"Take this adapter: {taken}.{_surpassed(run, compared)}"
+
+
+def _surpassed(run: Run, compared: Mapping[str, Difference]) -> str:
+    """Which system the test rows show to be better than what is handed over, as a sentence; empty where there is none."""
+    better = {name: each for name, each in compared.items() if each.score and each.score.verdict == "worse"}
+    if not better:
+        return ""
+    best = max(better, key=lambda name: better[name].theirs)
+    return f" The test rows show another to be better, {in_text(titles_of(run)[best])}: {gain_text(better[best])}."
 
 
 def reason(run: Run) -> str:
@@ -54,13 +68,12 @@ def reason(run: Run) -> str:
 
 
 def gain(run: Run, compared: Mapping[str, Difference]) -> str | None:
-    """What is handed over against what its user had before: shown to be better than the source adapter, the backbone, or neither.
-
-    Args:
-        compared: what it is compared with, the source adapters first.
-    """
-    names = {name: "the backbone alone" if name == "zero_shot" else "the source adapter" for name in compared}
-    verdicts = {name: each.score.verdict for name, each in compared.items() if each.score}
+    """Whether what is handed over is shown to be better than what its user had: the source adapter, the backbone, or neither."""
+    had = dict.fromkeys(names_of(len(run.recipe.source.adapters)), "the source adapter") | {
+        "zero_shot": "the backbone alone"
+    }
+    names = {name: title for name, title in had.items() if name in compared}
+    verdicts = {name: score.verdict for name in names if (score := compared[name].score)}
     if not verdicts:
         return None
     better = next((name for name, verdict in verdicts.items() if verdict == "better"), None)
@@ -74,7 +87,7 @@ def gain(run: Run, compared: Mapping[str, Difference]) -> str | None:
 
 
 def headline(run: Run, compared: Mapping[str, Difference]) -> str:
-    """What was learned about the ratio, and what GRASP's result scores beside another system of those compared with it."""
+    """What was learned about the ratio, and what GRASP's result scores beside what is handed over, else beside a rival."""
     chosen, ratio = is_chosen(run), run.metrics.prune_ratio
     prune = "It prunes" if chosen else "Prune"  # the verdict is what says what to do
     sentences = [f"{prune} {percent(ratio)} of the merged adapter (given, not learned)."]
@@ -95,14 +108,19 @@ def headline(run: Run, compared: Mapping[str, Difference]) -> str:
         if run.target_alone
         else {"merged": "the target adapter on the source adapter"}
     )
+    if run.metrics.handed_over != "grasp":
+        beside = {"grasp": "what is handed over"}
     rival = next((name for name in beside if name in compared), None)
     if rival is not None:
         against, digits = compared[rival], compared[rival].digits
-        shown = f": {against.score.verdict}." if against.score else "."
-        sentences.append(
-            f"Test {against.name} {against.ours:.{digits}f} against {against.theirs:.{digits}f} for {beside[rival]}{shown}"
-        )
-    return " ".join(sentences)
+        scores, score = [f"{value:.{digits}f}" for value in (against.ours, against.theirs)], against.score
+        if rival == "grasp":
+            scores, score = scores[::-1], score and turned(score)
+        shown = f": {score.verdict}." if score else "."
+        sentences.append(f"Test {against.name} {scores[0]} against {scores[1]} for {beside[rival]}{shown}")
+    if not chosen:  # so that this stands in the place of the verdict
+        sentences.append(_surpassed(run, compared).strip())
+    return " ".join(filter(None, sentences))
 
 
 def discarded(run: Run, name: str) -> bool:

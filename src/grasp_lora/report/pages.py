@@ -73,21 +73,21 @@ def view_of(run: Run, folder: Path) -> dict[str, Any]:
         run.metrics.target_on,
         run.data.report["chat_template"],
     )
-    against, chosen = tables.compare_grasp(run), delivered.is_chosen(run)
+    compared, chosen = tables.compare_handed_over(run), delivered.is_chosen(run)
     return {
         "version": version("grasp-lora"),
         "paper": PAPER,
         "info": run.info,
         "name": run.info.name,
-        "verdict": delivered.verdict(run) if chosen else None,
+        "verdict": delivered.verdict(run, compared) if chosen else None,
         "why_delivered": delivered.reason(run) if chosen else None,
         "apart": metrics.handed_over != "grasp",  # so that GRASP's result is another adapter
         "system": metrics.handed_over,
         "all_rows": delivered.trained_again(run),
         "target_on": delivered.where_trained(choice, len(run.recipe.source.adapters)) if choice else None,
         "warning": delivered.warning_of(run),
-        "headline": delivered.headline(run, against),
-        "gain": delivered.gain(run, tables.compare_before(run)),
+        "headline": delivered.headline(run, compared),
+        "gain": delivered.gain(run, compared),
         "predict": 'grasp-lora predict adapter "..."' if in_chat else delivered.predict_command(),
         "predict_texts": delivered.command_for_texts(run),
         "facts": _facts(run),
@@ -106,7 +106,7 @@ def view_of(run: Run, folder: Path) -> dict[str, Any]:
         "scores": tables.scores_table(run),
         "signatures": {METRIC_NAMES.get(key, key): text for key, text in metrics.signatures.items()},
         "scale": tables.scale_note(metrics.signatures),
-        "notes": [*label_note(run), *tables.score_notes(run, against, tables.compare_handed_over(run))],
+        "notes": [*label_note(run), *tables.score_notes(run, compared)],
         "confusion": tables.confusion(run),
         "examples": examples_of(run) if metrics.test_examples else None,
         "losses": tables.losses_table(run),

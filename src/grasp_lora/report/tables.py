@@ -196,28 +196,15 @@ class Difference:
         return score_digits(self.metric, [self.ours, self.theirs], 1)
 
 
-def compare_grasp(run: Run) -> dict[str, Difference]:
-    """GRASP's result against every other adapter."""
-    sources = names_of(len(run.recipe.source.adapters))
-    return _differences(run, "grasp", ("continued", "merged", "target", *sources))
-
-
 def compare_handed_over(run: Run) -> dict[str, Difference]:
-    """What is handed over against what there was before it; none where that is GRASP's result itself."""
+    """What is handed over against every other system: the one family of comparisons of a run, corrected for each other."""
     ours = run.metrics.handed_over
-    before = dict.fromkeys(("zero_shot", *names_of(len(run.recipe.source.adapters)), run.metrics.delivered.name))
-    return {} if ours == "grasp" else _differences(run, ours, [name for name in before if name != ours])
-
-
-def compare_before(run: Run) -> dict[str, Difference]:
-    """What is handed over against what its user had: the source adapters and the backbone alone."""
-    had = (*names_of(len(run.recipe.source.adapters)), "zero_shot")
-    return _differences(run, run.metrics.handed_over, [name for name in had if name != run.metrics.handed_over])
+    return _differences(run, ours, [name for name in run.metrics.systems if name != ours])
 
 
 def _differences(run: Run, ours: str, rivals: Sequence[str]) -> dict[str, Difference]:
     """One system against others by the leading metric; the intervals hold for all of them together."""
-    names = [ours, *(name for name in rivals if name in run.metrics.systems)]
+    names = [ours, *rivals]
     scores = {name: run.metrics.systems[name].metrics for name in names}
     finite = [key for key in scores[ours] if all(_is_number(scores[name].get(key)) for name in names)]
     if not finite or len(names) < 2:
@@ -265,8 +252,8 @@ def _paired(
     )
 
 
-def score_notes(run: Run, against: Mapping[str, Difference], handed_over: Mapping[str, Difference]) -> list[str]:
-    """How much of the table is noise, and what separates what is handed over, and GRASP, from other systems."""
+def score_notes(run: Run, compared: Mapping[str, Difference]) -> list[str]:
+    """How much of the table is noise, and what separates what is handed over from other systems."""
     count, titles = run.metrics.test_examples, titles_of(run)
     if not count:
         return []
@@ -274,28 +261,29 @@ def score_notes(run: Run, against: Mapping[str, Difference], handed_over: Mappin
     has_mean = any(name not in METRICS or METRICS[name].from_statistics is None for name in names)
     worth = f": one example is worth {100 / count:.2f} points of a score that is a mean over examples and runs from 0 to 100"
     notes = [f"The test set has {count} example{'' if count == 1 else 's'}{worth if has_mean else ''}."]
-    for ours, differences in (("What is handed over", handed_over), ("GRASP", against)):
-        for name, difference in differences.items():
-            points = " points" if difference.metric in METRIC_NAMES else ""
-            gap = f"{difference.name} {_signed(difference.ours - difference.theirs, difference.digits)}{points}"
-            gap += _sure(difference.score, difference.digits)
-            if difference.loss is not None:
-                gap += f"; test loss {_signed(difference.loss.difference, 3)}{_sure(difference.loss, 3)}"
-            notes.append(f"{ours} against {titles[name].lower()}: {gap}.")
-    intervals = [
-        next(filter(None, (interval for each in group.values() for interval in (each.score, each.loss))), None)
-        for group in (handed_over, against)
-    ]
-    shown = [interval for interval in intervals if interval]
+    ours = "GRASP" if run.metrics.handed_over == "grasp" else "What is handed over"
+    for name, difference in compared.items():
+        points = " points" if difference.metric in METRIC_NAMES else ""
+        gap = f"{difference.name} {_signed(difference.ours - difference.theirs, difference.digits)}{points}"
+        gap += _sure(difference.score, difference.digits)
+        if difference.loss is not None:
+            gap += f"; test loss {_signed(difference.loss.difference, 3)}{_sure(difference.loss, 3)}"
+        notes.append(f"{ours} against {in_text(titles[name])}: {gap}.")
+    shown = [interval for each in compared.values() for interval in (each.score, each.loss) if interval]
     if shown:
-        groups = len(set(run.data.test_groups))
+        groups, together = len(set(run.data.test_groups)), shown[0].comparisons
         over = f"examples in their {groups} groups" if groups < count else "examples"
-        together = [f" for all {interval.comparisons} rows together" for interval in shown if interval.comparisons > 1]
         notes.append(
-            f"Intervals: paired bootstrap over the test {over}, {percent(shown[0].confidence)}{' and'.join(together)}. "
+            f"Intervals of differences: paired bootstrap over the test {over}, {percent(shown[0].confidence)}"
+            f"{f' for all {together} comparisons together' if together > 1 else ''}. "
             "They say nothing about other seeds or other training examples."
         )
     return notes
+
+
+def in_text(title: str) -> str:
+    """The title of a system within a sentence."""
+    return title if title.isupper() else title[0].lower() + title[1:]
 
 
 def gain_text(difference: Difference) -> str:
