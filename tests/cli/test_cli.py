@@ -29,6 +29,7 @@ from grasp_lora.cli.comparisons import compare
 from grasp_lora.engine.comparison import ComparisonSettings
 from grasp_lora.engine.results import Prediction
 from grasp_lora.engine.session import Session
+from grasp_lora.evaluation.statistics import PairedComparison
 from grasp_lora.method.merging import MERGE_RULES, MergeSettings
 from grasp_lora.models.adapter_files import CONFIG_FILE, OUR_FILE, WEIGHTS_FILE
 from grasp_lora.models.adapters import fresh_adapter
@@ -40,6 +41,7 @@ from grasp_lora.recipes.recipe import schema_text
 from grasp_lora.recipes.text import builtin_recipes
 from grasp_lora.report import judged
 from grasp_lora.report.bars import TerminalProgress
+from grasp_lora.report.tables import Difference
 from grasp_lora.training import probes
 
 JUDGE = ("judge", "adapter", "--rows", "target.jsonl", "--language", "de", "--backbone", "tiny-llama")
@@ -475,6 +477,16 @@ def test_the_end_of_a_run_names_systems_and_metrics_as_the_report_does(cli: Cli,
     for name in ("Backbone alone", "Merged, not pruned", "Exact match", "Take this adapter: GRASP's result."):
         assert name in shown
     assert "exact_match" not in shown
+
+
+def test_the_end_of_a_run_says_first_that_another_system_is_shown_to_be_better(
+    cli: Cli, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worse = Difference("f1", 40.0, 45.0, PairedComparison(-5.0, -7.0, -3.0, 0.01, 0.95, 8, 1000, 4), None)
+    monkeypatch.setattr("grasp_lora.report.tables.compare_handed_over", lambda run: {"merged": worse})
+    shown = output(cli("run", "tiny.yaml", "--output", finished_run))
+    words = "Take this adapter: GRASP's result. The test rows show another to be better, merged, not pruned: F1 40.0 against 45.0"
+    assert words in " ".join(shown.split())
 
 
 def test_the_first_answers_of_a_system_are_printed_as_they_come() -> None:
