@@ -485,7 +485,7 @@ def test_the_end_of_a_run_says_first_that_another_system_is_shown_to_be_better(
     worse = Difference("f1", 40.0, 45.0, PairedComparison(-5.0, -7.0, -3.0, 0.01, 0.95, 8, 1000, 4), None)
     monkeypatch.setattr("grasp_lora.report.tables.compare_handed_over", lambda run: {"merged": worse})
     shown = output(cli("run", "tiny.yaml", "--output", finished_run))
-    words = "Take this adapter: GRASP's result. The test rows show another to be better, merged, not pruned: F1 40.0 against 45.0"
+    words = "Take this adapter: GRASP's result. The test rows show another to be better (merged, not pruned): F1 40.0"
     assert words in " ".join(shown.split())
 
 

@@ -134,7 +134,7 @@ def test_what_a_difference_shows_is_said(run: Run, tmp_path: Path, gains: list[f
     theirs = sum(scores["target"]) / 8
     page = text_of(with_scores(run, target={"f1": theirs}, grasp={"f1": 40.0}), tmp_path)
     assert f"Test F1 40.0 against {theirs:.1f} for the target adapter alone: {verdict}." in page
-    better = "The test rows show another to be better, target only: F1 40.0 against 42.0, -2.0 ("
+    better = "The test rows show another to be better (target only): F1 40.0 against 42.0, -2.0 ("
     assert page.partition("</h1>")[0].count(better) == (verdict == "worse")
     if gains == [0]:
         assert "GRASP against target only: F1 +0.0 points, the same in every draw;" in page
@@ -207,7 +207,7 @@ def test_the_first_line_says_that_the_test_rows_show_another_system_to_be_better
         f1 = [40.0 + place % 3 + (4.0 + place % 2) * (name == "merged") for place in range(8)]
         run = answered(run, name, lambda place, f1=f1: {"scores": {"f1": f1[place]}})
         run = with_scores(run, **{name: {"f1": fmean(f1)}})
-    sentence = "The test rows show another to be better, merged, not pruned: F1 40.9 against 45.4, -4.5 (-5."
+    sentence = "The test rows show another to be better (merged, not pruned): F1 40.9 against 45.4, -4.5 (-5."
     assert sentence in text_of(run, tmp_path).partition("</h1>")[0]
     assert sentence in verdict(run, compare_handed_over(run)).replace("\u2212", "-")  # the terminal's first line
     assert sentence in card(run, tmp_path).replace("\u2212", "-")

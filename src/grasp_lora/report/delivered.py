@@ -15,15 +15,13 @@ from grasp_lora.engine.steps import TargetOn, names_of
 from grasp_lora.report.examples import best_guess
 from grasp_lora.report.tables import METRIC_NAMES, Difference, gain_text, in_text, percent, score_digits, titles_of
 
-MADE = {  # the adapter that GRASP prunes and fine-tunes: by itself it is "merged"
+MADE = {  # how; of others see `made_of`
     "continued": "a source adapter was trained further on the target rows",
     "source": "it is the source adapter as it is",
     "target": "it was trained on the target data alone",
-    "merged": "a source and a target adapter were merged",
 }
-MADE_ON_SOURCE = MADE | {  # with `target.on`
-    "merged": "a target adapter was trained on top of a source adapter and added to it"
-}
+MERGED = "a source and a target adapter were merged"
+SUMMED = "a target adapter was trained on top of a source adapter and added to it"  # with `target.on`
 FEW_ROWS, FOLDS = 200, 4  # of all target rows: below that a test split alone tells little
 WEAK = 25  # points of the main metric, below which most answers are no use
 IN_POINTS = ("f1", "accuracy", "rougeL", "exact_match")  # where full marks are 100, and good answers come near
@@ -47,9 +45,8 @@ def verdict(run: Run, compared: Mapping[str, Difference]) -> str:
         taken += ", trained once more on all rows"
     elif discarded(run, delivered.name):
         taken += ", its training discarded (best step 0)"
-    if delivered.nothing_learned:
-        return f"{NOTHING_LEARNED} Handed over all the same: {taken}.{_surpassed(run, compared)}"
-    return f"Take this adapter: {taken}.{_surpassed(run, compared)}"
+    start = f"{NOTHING_LEARNED} Handed over all the same" if delivered.nothing_learned else "Take this adapter"
+    return f"{start}: {taken}.{_surpassed(run, compared)}"
 
 
 def _surpassed(run: Run, compared: Mapping[str, Difference]) -> str:
@@ -58,7 +55,7 @@ def _surpassed(run: Run, compared: Mapping[str, Difference]) -> str:
     if not better:
         return ""
     best = max(better, key=lambda name: better[name].theirs)
-    return f" The test rows show another to be better, {in_text(titles_of(run)[best])}: {gain_text(better[best])}."
+    return f" The test rows show another to be better ({in_text(titles_of(run)[best])}): {gain_text(better[best])}."
 
 
 def reason(run: Run) -> str:
@@ -113,11 +110,13 @@ def headline(run: Run, compared: Mapping[str, Difference]) -> str:
     rival = next((name for name in beside if name in compared), None)
     if rival is not None:
         against, digits = compared[rival], compared[rival].digits
-        scores, score = [f"{value:.{digits}f}" for value in (against.ours, against.theirs)], against.score
+        grasp, other, score = against.ours, against.theirs, against.score
         if rival == "grasp":
-            scores, score = scores[::-1], score and turned(score)
+            grasp, other, score = other, grasp, score and turned(score)
         shown = f": {score.verdict}." if score else "."
-        sentences.append(f"Test {against.name} {scores[0]} against {scores[1]} for {beside[rival]}{shown}")
+        sentences.append(
+            f"Test {against.name} {grasp:.{digits}f} against {other:.{digits}f} for {beside[rival]}{shown}"
+        )
     if not chosen:  # so that this stands in the place of the verdict
         sentences.append(_surpassed(run, compared).strip())
     return " ".join(filter(None, sentences))
@@ -133,7 +132,7 @@ def made_of(kind: str, run: Run, *, given_target: bool) -> str:
     """How an adapter was made, as a part of a sentence; of several source adapters it is their mean that counts."""
     if kind == "target" and given_target:
         return "it is the target adapter that was given, as it is"
-    made = (MADE if run.target_alone else MADE_ON_SOURCE)["merged" if kind == "grasp" else kind]
+    made = MADE.get(kind) or (MERGED if run.target_alone else SUMMED)
     none_kept, pruned = discarded(run, kind), run.metrics.prune_ratio > 0.0
     if kind == "merged":
         made += ", and nothing was trained after that"
