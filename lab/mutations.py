@@ -61,11 +61,11 @@ MUTATIONS = (
         "a few articles decide what is handed over, and the interval says nothing of it",
     ),
     Mutation(
-        "deliver: the right answers of labels have no veto",
-        'if chosen.name == "grasp" and errors and vetoed(*errors):',
-        "if False:",
-        ("engine/test_deliver.py", "engine/test_tasks.py"),
-        "over-confidence saved is taken for better labels",
+        "deliver: the highest loss is handed over",
+        "best = min(usable, key=means.__getitem__)  # of equal ones the first in the order",
+        "best = max(usable, key=means.__getitem__)",
+        ("engine/test_deliver.py",),
+        "the worst adapter by the rows that choose",
     ),
     Mutation(
         "compare: joint trains on the source alone",

@@ -11,13 +11,10 @@ import torch
 from recorder import read, rows_of, run_tiny, session_of, steps_of
 
 from grasp_lora.data.encode import encode_labels
-from grasp_lora.engine import deliver
 from grasp_lora.engine.compare import compare
 from grasp_lora.engine.comparison import ComparisonSettings
 from grasp_lora.engine.predict import asking
 from grasp_lora.engine.preflight import preflight
-from grasp_lora.engine.results import Losses
-from grasp_lora.engine.steps import Steps, given_adapter
 from grasp_lora.errors import GraspError
 from grasp_lora.evaluation.metrics import METRICS
 from grasp_lora.models.adapter_files import read_adapter
@@ -66,8 +63,6 @@ def test_a_classification_is_answered_by_the_likeliest_label(tiny_workspace) -> 
     with asking("run/final") as asked:
         assert encode_labels(asked.form.labels, asked._encoder()) == labels
         assert asked.texts([row.prompt for row in test]) == [row["prediction"] for row in rows]
-    errors = steps.errors(given_adapter(read_adapter("run/final")), "test").result.losses
-    assert errors == [float(not answer) for answer in right]
 
 
 def test_a_comparison_has_the_intervals_of_accuracy_and_macro_f1(tiny_workspace) -> None:
@@ -81,35 +76,6 @@ def test_a_comparison_has_the_intervals_of_accuracy_and_macro_f1(tiny_workspace)
         ours, theirs = (rows[name].scores[metric].mean for name in ("grasp", "target_only"))
         assert against.difference == pytest.approx(ours - theirs)
         assert against.low <= against.difference <= against.high
-
-
-def test_the_right_answers_decide_between_grasps_result_and_the_continued_adapter(tiny_workspace, monkeypatch) -> None:
-    """Rule 4 of `deliver.py`, in a run and in the row `delivered` of a comparison."""
-    write("classification")
-    original, measured = Steps.errors, []
-
-    def errors(self: Steps, adapter: Any, split: str) -> Any:
-        step = original(self, adapter, split)
-        measured.append((split, step.repeated))
-        # The first, `continued`, is always right, the other never.
-        return replace(step, result=Losses(losses=[float(len(measured) % 2 == 0)] * len(self.splits.dev)))
-
-    monkeypatch.setattr(
-        deliver, "best_of", lambda losses, rows, *_: deliver.Delivered("grasp", "GRASP's result", "It is.")
-    )
-    monkeypatch.setattr(Steps, "errors", errors)
-    changes = ("final.deliver=best", "data.target.dev=8", "data.labels=['no','not','yes']")
-    delivered = run_tiny(*changes).metrics.delivered
-    assert (delivered.name, delivered.against) == ("continued", "grasp")
-    assert measured == [("dev", False), ("dev", False)]
-    assert "It answers 8 of 8 dev rows right, GRASP's result 0." in delivered.why
-    settings = ComparisonSettings(
-        methods=("continued", "delivered"), reference="continued", seeds=(42,), resamples=1000
-    )
-    rows = {row.method: row for row in compare(session_of(*changes), Path("run"), settings).rows}
-    assert rows["delivered"].taken
-    assert rows["delivered"].scores == rows["continued"].scores
-    assert all(repeated for _, repeated in measured[2:])
 
 
 def test_a_translation_is_scored_by_chrf_and_bleu(tiny_workspace) -> None:

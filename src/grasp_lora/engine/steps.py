@@ -525,21 +525,6 @@ class Steps:
             losses=self._losses(adapter.weights, rows), measured_examples=len(rows)
         ))  # fmt: skip
 
-    def errors(self, adapter: Adapter, split: str) -> Finished[Losses]:
-        """Of each example of a split of a classification 1 where another label is likelier, else 0."""
-        rows, labels = getattr(self.splits, split), self.splits.labels
-        inputs = self._measured(
-            adapter, revision=REVISIONS["answers"], data=self._data(split), split=split, labels=labels
-        )
-
-        def work(folder: Path) -> Losses:
-            with self._on_backbone(adapter.weights) as model:
-                answers = self._likeliest(model, rows)
-            wrong = [float(row.completion_ids != labels[answer]) for row, answer in zip(rows, answers, strict=True)]
-            return Losses(losses=wrong, measured_examples=len(rows))
-
-        return self.store.step(f"{split}-errors", inputs, Losses, work)
-
     def answers(self, adapter: Adapter) -> Finished[AnswerTexts]:
         """The greedy answer to each test prompt; in a classification the likeliest label."""
         test, generation, backbone = self.splits.test, self.recipe.generation, self.session.backbone

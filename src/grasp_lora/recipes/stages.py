@@ -188,8 +188,7 @@ class FinalStage:
         mask: another score than the controller's; None takes the same.
         prune_ratio: use this fraction, in [0, 1], instead of learning one; the controller run is then left out.
         training: how it is trained.
-        deliver: what the run hands over: `best`, which is this run's result where the target adapter is ahead of the source
-            adapter, else the source adapter continued on the target rows, unless the dev rows show another to be better; or
+        deliver: what the run hands over: `best`, this run's result unless another adapter's dev loss is more than 5 % lower; or
             `grasp`, this run's result in any case.
         all_rows: train what is handed over once more, on the target's train, dev and micro-dev rows together, for as many
             optimizer steps as the adapter had that was kept. `compare` leaves this aside.
