@@ -44,7 +44,7 @@ def faked(rows: dict[str, Sequence[float]], groups: int = ROWS) -> Any:
         alone=lambda: "alone",
         losses=lambda system, split: SimpleNamespace(result=Losses(losses=list(rows.get(system, [])))),
         splits=SimpleNamespace(dev=examples),
-        recipe=SimpleNamespace(final=SimpleNamespace(deliver="best")),
+        recipe=SimpleNamespace(final=SimpleNamespace(deliver="best", prune_ratio=None)),
     )
 
 
@@ -93,6 +93,12 @@ class TestRule:
         chosen = choose(faked(rows, groups=4), {name: name for name in SYSTEMS}, ON_ITS_OWN)  # type: ignore[dict-item]
         assert chosen == best_of(rows, "dev", groups=[row % 4 for row in range(ROWS)])
         assert chosen != best_of(rows, "dev")
+
+    def test_where_nothing_is_pruned_it_is_no_result_of_grasp(self) -> None:
+        steps = faked(losses(continued=2.0, source=2.0, grasp=1.0))
+        for ratio, title in ((0.0, "the merge, trained further"), (0.3, "GRASP's result"), (None, "GRASP's result")):
+            steps.recipe.final.prune_ratio = ratio
+            assert choose(steps, {name: name for name in ("continued", "grasp")}, ON_ITS_OWN).title == title  # type: ignore[dict-item]
 
     def test_equal_losses_and_too_few_rows_give_the_simplest(self) -> None:
         same = {name: [1.0, 2.0, 0.5] for name in SYSTEMS}

@@ -3,7 +3,6 @@
 import csv
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +116,7 @@ def test_the_recipe_passes_the_check(kind: str, start: Callable[..., Path]) -> N
         assert all(finding.text for finding in preflight(Session(*load_recipe(file))))
     sizes = sizes_of(file)
     assert sizes["train"] + sizes["dev"] + sizes["micro_dev"] + sizes["test"] <= 90
-    assert 8 <= sizes["micro_dev"] <= 16
+    assert sizes["micro_dev"] == 0
     assert sizes["test"] >= 18
     assert sizes["dev"] >= 8
     assert sizes["train"] >= 20
@@ -126,56 +125,42 @@ def test_the_recipe_passes_the_check(kind: str, start: Callable[..., Path]) -> N
 
 
 @pytest.mark.parametrize(
-    ("count", "train", "dev", "micro_dev", "test"),
-    [
-        (30, 14, 0, 8, 8),
-        (45, 16, 9, 8, 12),
-        (60, 25, 12, 8, 15),
-        (70, 30, 14, 8, 18),
-        (300, 159, 50, 16, 75),
-        (500, 200, 50, 16, 100),
-    ],
+    ("count", "train", "dev", "test"),
+    [(30, 15, 7, 8), (45, 22, 11, 12), (60, 30, 15, 15), (80, 40, 20, 20), (300, 175, 50, 75), (500, 200, 50, 100)],
 )
 def test_what_is_not_held_out_is_for_training(
-    count: int, train: int, dev: int, micro_dev: int, test: int, start: Callable[..., Path]
+    count: int, train: int, dev: int, test: int, start: Callable[..., Path]
 ) -> None:
     recipe, _ = load_recipe(start(write(Path("t.jsonl"), completion(count))))
     target = recipe.data.target
-    assert (target.dev, target.micro_dev, target.test) == (dev, micro_dev, test)
-    assert target.train == (None if train + dev + micro_dev + test == count else train)
+    assert (target.dev, target.micro_dev, target.test) == (dev, 0, test)
+    assert target.train == (None if train + dev + test == count else train)
 
 
-@pytest.mark.parametrize("count", [FEWEST, 216])
-def test_the_controller_follows_the_final_run(count: int, start: Callable[..., Path]) -> None:
-    file = start(write(Path("t.jsonl"), completion(count)))
-    recipe, _ = load_recipe(file)
-    target = recipe.data.target
-    stage, train = recipe.controller, target.train or count - target.dev - target.micro_dev - target.test
-    steps = stage.round_steps(train)
-    text = file.read_text(encoding="utf-8")
-    if recipe.data.target.dev:
-        assert steps == [number * train for number in range(6)]  # before training and after each of five epochs
-        assert (stage.policy, stage.rounds) == (PRESETS["spread"].policy, PRESETS["spread"].rounds)
-    else:
-        assert min(steps) >= 0.5 * stage.training.steps(train)
-        late = PRESETS["late"]
-        assert (stage.policy, stage.rounds) == (late.policy, replace(late.rounds, every=stage.rounds.every))
-        assert f": {len(steps)} rounds, in the second half" in text
+def test_the_controller_follows_the_final_run(start: Callable[..., Path]) -> None:
+    recipe, _ = load_recipe(start(write(Path("t.jsonl"), completion(216))))
+    stage = recipe.controller
+    assert stage.round_steps(100) == [
+        number * 100 for number in range(6)
+    ]  # before training and after each of five epochs
+    assert (stage.policy, stage.rounds) == (PRESETS["spread"].policy, PRESETS["spread"].rounds)
+    assert recipe.final.prune_ratio is None
 
 
 @pytest.mark.parametrize(
     ("count", "on", "labels"),
-    [(39, None, False), (40, None, False), (60, None, False), (80, "auto", False), (39, None, True), (60, None, True),
-     (80, "source", True)],
-)  # fmt: skip
-def test_with_few_rows_the_adapters_are_trained_apart_and_labels_are_trained_on_the_source(
+    [(30, None, False), (78, None, False), (80, "auto", False), (78, None, True), (80, "source", True)],
+)
+def test_few_rows_have_a_recipe_of_their_own(
     count: int, on: str | None, labels: bool, start: Callable[..., Path]
 ) -> None:
+    """Adapters that are trained apart, no pruning, and a last training on all rows."""
     file = start(write(Path("t.jsonl"), labelled(count, ["good", "bad"]) if labels else completion(count)))
     recipe, _ = load_recipe(file)
+    few = count < 80
     assert recipe.target.on == on
-    assert bool(recipe.data.target.dev) is (count >= 40)
-    assert ("better below 30 training rows" in file.read_text()) is recipe.final.all_rows is (count in (40, 60))
+    assert (recipe.final.prune_ratio == 0) is recipe.final.all_rows is few
+    assert ("better below 40 training rows" in file.read_text()) is few
     assert ("which was better for labels" in file.read_text()) is (on == "source")
 
 
@@ -212,7 +197,7 @@ def test_columns_that_the_user_names_are_those_of_the_recipe_and_of_the_run(star
     recipe, _ = load_recipe(start(data, (str(source),), language="sw", columns=COLUMNS))
     assert recipe.data.target.columns == {"context": "Muktadha", "question": "Swali", "answer": "Jibu"}
     assert (recipe.data.task, recipe.data.source.columns) == ("qa", {})
-    assert sizes_of(Path("mine.yaml"))["train"] == 25
+    assert sizes_of(Path("mine.yaml"))["train"] == 30
 
 
 def test_a_source_has_columns_of_its_own_names(start: Callable[..., Path]) -> None:
@@ -287,7 +272,7 @@ def test_a_workbook_with_a_sheet_for_each_language(start: Callable[..., Path]) -
         start(Path("x.xlsx"), sheet="Kiswaheli")
     recipe, _ = load_recipe(start(Path("x.xlsx"), ("x.xlsx",), sheet="Kiswahili", source_sheet="English"))
     assert (recipe.data.target.sheet, recipe.data.source.sheet) == ("Kiswahili", "English")
-    assert sizes_of(Path("mine.yaml"))["train"] == 25
+    assert sizes_of(Path("mine.yaml"))["train"] == 30
 
 
 def test_whole_texts_are_refused_with_a_way_out(start: Callable[..., Path]) -> None:
@@ -329,7 +314,7 @@ def test_large_articles_shrink_the_splits(start: Callable[..., Path]) -> None:
         start(write(Path("t.json"), squad(120, per_article=12)), (str(write(Path("s.json"), squad(40, "s"))),))
     )
     assert sizes["test"] >= 12
-    assert sizes["micro_dev"] >= 8
+    assert sizes["dev"] >= 12
 
 
 def test_a_parallel_source_leaves_room_for_what_is_excluded(start: Callable[..., Path]) -> None:
@@ -613,7 +598,7 @@ def test_the_command_says_what_comes_next(cli: Callable[..., Any], start: Callab
     first, *lines = said.splitlines()
     assert first == f"wrote full.yaml and {SCHEMA_FILE}"
     assert [line.partition(":")[0] for line in lines] == ["task", "rows", "advice", "advice", "next"]
-    assert lines[1] == "rows: all others, about 25, to train on, 12 dev, 8 micro-dev and 15 test"
+    assert lines[1] == "rows: all others, about 30, to train on, 15 dev and 15 test"
     assert "--methods joint" in lines[3]
     assert lines[-1] == "next: grasp-lora check full.yaml"
     named = [{"question": f"{i}?", "answer": "a"} for i in range(60)]

@@ -106,13 +106,14 @@ def init(
     target = recipe.data.target
     named = [f"{field} is the column {column}" for field, column in target.columns.items()]
     say(f"task: {recipe.data.task}" + (f", where {' and '.join(named)}" if named else ""))
-    held_out = f"{target.dev} dev, {target.micro_dev} micro-dev and {target.test} test"
+    held_out = f"{target.dev} dev and {target.test} test"
     say(f"rows: {f'all others, about {left},' if target.train is None else target.train} to train on, {held_out}")
     for sentence in advice(
         recipe.data.target.dev or 0,
         keeps_best=recipe.final.training.keep == "best",
         on=recipe.target.on,
         has_source_rows=recipe.data.source is not None,
+        prunes=recipe.final.prune_ratio != 0,
     ):
         say(f"advice: {sentence}")
     if recipe.data.source is None and not recipe.source.adapters:

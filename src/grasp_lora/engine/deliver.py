@@ -33,6 +33,7 @@ IN_ORDER = {
     "grasp": "GRASP's result",
 }
 ON_SOURCE = IN_ORDER | {"merged": "the target adapter on top of the source adapter"}  # with `target.on`
+UNPRUNED = "the merge, trained further"  # what GRASP's result is where the recipe says that nothing is pruned
 ALONE = "zero_shot"  # the backbone without an adapter, which is measured and never handed over
 NEAR = 0.05  # of a loss
 FEWEST_TOLD = 6  # rows from which on one can show a difference at 95 %: of fewer all signs agree by chance too often
@@ -83,7 +84,7 @@ def choose(steps: Steps, systems: Mapping[str, Adapter], parents: Parents, left_
 
     losses = {name: losses_of(system) for name, system in systems.items()}
     groups = None if split is None else group_numbers(getattr(steps.splits, split))
-    titles = IN_ORDER if parents.on is None else ON_SOURCE
+    titles = titles_with(parents.on, steps.recipe.final.prune_ratio)
     if steps.recipe.final.deliver != "best":
         chosen = Delivered(name="grasp", title=titles["grasp"], why="The recipe asks for it (final.deliver).")
     else:
@@ -139,6 +140,11 @@ def best_of(
         high=comparison.high + 0.0,
         confidence=comparison.confidence,
     )
+
+
+def titles_with(on: str | None, prune_ratio: float | None) -> dict[str, str]:
+    """Return what each kind of candidate is called, with `target.on` and a prune ratio that was given."""
+    return (IN_ORDER if on is None else ON_SOURCE) | ({"grasp": UNPRUNED} if prune_ratio == 0 else {})
 
 
 def title_of(name: str, titles: Mapping[str, str] = IN_ORDER) -> str:

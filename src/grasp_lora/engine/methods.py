@@ -165,7 +165,7 @@ def _delivered(steps: Steps) -> Outcome:
     """What a run hands over: the choice of `deliver` among its adapters."""
     made, split = make(steps), steps.choosing_split
     if steps.recipe.final.deliver != "best":
-        taken = deliver.IN_ORDER["grasp"]
+        taken = deliver.titles_with(made.parents.on, steps.recipe.final.prune_ratio)["grasp"]
         return Outcome(made.grasp, made.ratio, steps.recipe.controller.rounds.pool, taken=taken, parents=made.parents)
     systems, chosen = made.systems, made.choose(steps)
     losses = [] if split is None else [steps.losses(system, split) for system in systems.values()]

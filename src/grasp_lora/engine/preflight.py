@@ -278,7 +278,11 @@ def _plan(session: Session) -> Iterator[Finding]:
     yield _ok("cost", f"{text}; dev losses and answers come on top")
     keeps_best = recipe.final.training.keep == "best"
     for sentence in advice(
-        len(splits.dev), keeps_best=keeps_best, on=recipe.target.on, has_source_rows=bool(splits.source_train)
+        len(splits.dev),
+        keeps_best=keeps_best,
+        on=recipe.target.on,
+        has_source_rows=bool(splits.source_train),
+        prunes=recipe.final.prune_ratio != 0,
     ):
         yield _ok("advice", sentence)
     test = splits.test

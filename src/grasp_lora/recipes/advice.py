@@ -6,7 +6,7 @@ adapter, and, where it is not, whether the rows of the source language are there
 """
 
 
-def advice(dev: int, *, keeps_best: bool, on: str | None, has_source_rows: bool) -> list[str]:
+def advice(dev: int, *, keeps_best: bool, on: str | None, has_source_rows: bool, prunes: bool) -> list[str]:
     """Say what to expect the most of, a sentence each.
 
     Args:
@@ -14,10 +14,13 @@ def advice(dev: int, *, keeps_best: bool, on: str | None, has_source_rows: bool)
         keeps_best: whether a final run keeps its adapter of the lowest dev loss.
         on: where the target adapter is trained (`target.on`).
         has_source_rows: whether there is data of the source language, not a source adapter alone.
+        prunes: whether a prune ratio is learned, or given above 0.
     """
     if dev and keeps_best:
         gain = "Pruning alone then gains little"
-        if on == "source":
+        if not prunes:
+            gain = "Nothing is pruned; final.prune_ratio: null learns how much, from some 50 dev rows on"
+        elif on == "source":
             gain = (
                 "Pruning lowered the loss of both adapters' sum in three of six measured settings. Answers were better in one, "
                 "and no different in the others"

@@ -19,7 +19,7 @@ from grasp_lora.data.records import Record, check_labels
 from grasp_lora.data.splits import HELD_OUT, PAPER_SIZES, assign
 from grasp_lora.data.tasks import FALLBACK_LANGUAGE, TASKS, TEMPLATES, built_in_template
 from grasp_lora.errors import AdapterError, DataError, RecipeError
-from grasp_lora.method.search import WITH_DEV, WITHOUT_DEV, preset
+from grasp_lora.method.search import WITH_DEV
 from grasp_lora.models.adapter_files import CONFIG_FILE, read_backbone
 from grasp_lora.models.model_settings import EMBEDDED_ADAPTER, EMBEDDED_NAME
 from grasp_lora.recipes.corpus import CUT_DOCUMENT, Corpus, parse_columns, read_corpus, relative
@@ -36,14 +36,12 @@ from grasp_lora.text.languages import language_code
 
 SOURCE_COLUMN = "--source-column"
 MOST_SOURCE = 1000  # an epoch of them takes minutes on two CPU cores
-EPOCHS = 5  # of the controller run, as the template has it
-# Training rows from which on the target adapter is worth a training on top of the source adapter: with 16 and 25 GRASP had the
-# lower loss where both adapters were trained apart.
-FEWEST_ON_SOURCE = 30
-LATE_ROUNDS = 3  # wanted in its second half, without a dev set
+# Training rows below which a recipe is another one. With 16 and 25 GRASP had the lower loss where both adapters were trained
+# apart; with 25 and a dozen dev rows nothing was learned about the ratio in 17 of 20 draws, so no controller is run; and what is
+# handed over is trained once more on all rows.
+FEW = 40
 MOST_TRAIN = 200  # an example of them is trained on 20 times in a run: more take longer than a first run should
 FEWEST = 30
-FEWEST_DEV = 8
 FEWEST_SOURCE = 20
 GLUED = 4  # one prompt of so many runs on into its answer: `check` warns where half of the training rows do
 ORDERS = 20  # random orders of the groups in which the split sizes must fit
@@ -196,11 +194,7 @@ def _render(
     # JSON is YAML on one line, with all text quoted: no language code or file name is read as something else.
     environment.filters["yaml"] = lambda value: json.dumps(value, ensure_ascii=False)
     splits = sizes.splits
-    few = splits["train"] < FEWEST_ON_SOURCE
-    steps = EPOCHS * splits["train"]
-    # Without a dev set the final run trains all epochs: its end decides, not its best moment.
-    name = WITH_DEV if splits["dev"] else WITHOUT_DEV
-    every = splits["train"] if splits["dev"] else math.ceil(steps / (2 * (LATE_ROUNDS - 1)))
+    few = splits["train"] < FEW
     builtin = built_in_template(target.task, str(facts["language"]))
     # A split takes whole groups, so that a single one would be all dev.
     source_dev = 0 if sizes.one_source_group else min(sizes.source // 10, MOST_SOURCE // 10)
@@ -217,12 +211,10 @@ def _render(
         source_train=MOST_SOURCE if sizes.source - source_dev > MOST_SOURCE else None,
         source_left=sizes.source - source_dev,
         # `auto` goes by the dev loss, which for labels took the merge that answers worse.
-        on=None if few or not splits["dev"] else "source" if TASKS[target.task].chooses else AUTO,
-        few=few and splits["dev"] > 0,
-        fewest=FEWEST_ON_SOURCE,
-        every=every,
-        preset=name,
-        rounds=len(preset(name).rounds.round_steps(steps, every)),
+        on=None if few else "source" if TASKS[target.task].chooses else AUTO,
+        few=few,
+        fewest=FEW,
+        preset=WITH_DEV,
         most_tokens=token_limit(target, sources),
         cut_document=CUT_DOCUMENT,
         template=None if builtin else TEMPLATES[target.task][FALLBACK_LANGUAGE],
@@ -273,8 +265,8 @@ def choose_sizes(target: Corpus, sources: Sequence[Corpus]) -> Sizes:
     records = target.usable(most)
     if len(records) < FEWEST:
         raise DataError(
-            f"{target.name} has {len(records)} examples; at least {FEWEST} are needed for train, micro-dev and test "
-            "(40 with a dev set, too, and 400 for held-out splits as large as the paper's)"
+            f"{target.name} has {len(records)} examples; at least {FEWEST} are needed for train, dev and test (400 for held-out "
+            "splits as large as the paper's)"
         )
     source_records = [record for corpus in sources for record in corpus.usable(most)]
     joined = join_groups(keys_with_turns((*records, *source_records)))
@@ -302,12 +294,9 @@ def choose_sizes(target: Corpus, sources: Sequence[Corpus]) -> Sizes:
 
 
 def _sizes(examples: int) -> dict[str, int]:
-    """A quarter for the test and a fifth for dev, up to the paper's sizes; half or so is left for training."""
-    micro_dev = min(PAPER_SIZES["micro_dev"], max(8, examples // 13))
-    dev = min(PAPER_SIZES["dev"], examples // 5) if examples // 5 >= FEWEST_DEV else 0
-    test = min(PAPER_SIZES["test"], math.ceil(examples / 4))
-    train = min(MOST_TRAIN, examples - micro_dev - dev - test)
-    return {"test": test, "dev": dev, "micro_dev": micro_dev, "train": train}
+    """A quarter for the test and one for dev, up to the paper's sizes; half or so is left for training."""
+    dev, test = min(PAPER_SIZES["dev"], examples // 4), min(PAPER_SIZES["test"], math.ceil(examples / 4))
+    return {"test": test, "dev": dev, "train": min(MOST_TRAIN, examples - dev - test)}
 
 
 def _with_the_rest(groups: Mapping[str, Sequence[Record]], sizes: dict[str, int]) -> dict[str, int]:
@@ -327,4 +316,4 @@ def _held_out(groups: Mapping[str, Sequence[Record]], sizes: Mapping[str, int], 
     splits = assign([[name] * len(groups[name]) for name in names], dict(sizes))
     if any(len(splits[name]) < size for name, size in sizes.items()):
         return None
-    return {name for split in HELD_OUT for name in splits[split]}
+    return {name for split in HELD_OUT for name in splits.get(split, ())}

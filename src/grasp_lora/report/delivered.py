@@ -13,7 +13,16 @@ from grasp_lora.engine.results import main_metric
 from grasp_lora.engine.run_folder import ADAPTER_FOLDER, ALL_ROWS, FINAL_FOLDER, PROMPT_FILE, Run
 from grasp_lora.engine.steps import TargetOn, names_of
 from grasp_lora.report.examples import best_guess
-from grasp_lora.report.tables import METRIC_NAMES, Difference, gain_text, in_text, percent, score_digits, titles_of
+from grasp_lora.report.tables import (
+    METRIC_NAMES,
+    Difference,
+    gain_text,
+    in_text,
+    is_unpruned,
+    percent,
+    score_digits,
+    titles_of,
+)
 
 MADE = {  # how; of others see `made_of`
     "continued": "a source adapter was trained further on the target rows",
@@ -88,6 +97,8 @@ def headline(run: Run, compared: Mapping[str, Difference]) -> str:
     chosen, ratio = is_chosen(run), run.metrics.prune_ratio
     prune = "It prunes" if chosen else "Prune"  # the verdict is what says what to do
     sentences = [f"{prune} {percent(ratio)} of the merged adapter (given, not learned)."]
+    if is_unpruned(run):
+        sentences = ["Nothing is pruned, as the recipe says."]
     if run.learned is not None:
         estimate = run.estimate
         span = f"{100 * estimate.low:.0f} to {100 * estimate.high:.0f} %".replace(" ", "\u00a0")

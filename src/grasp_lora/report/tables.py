@@ -111,6 +111,11 @@ def _signed(value: float, digits: int = 1) -> str:
 # A run
 
 
+def is_unpruned(run: Run) -> bool:
+    """Whether the recipe says that nothing is pruned."""
+    return run.recipe.final.prune_ratio == 0
+
+
 def titles_of(run: Run) -> dict[str, str]:
     """What each system is called: its name in files -> its title."""
     sources = names_of(len(run.recipe.source.adapters))
@@ -121,7 +126,7 @@ def titles_of(run: Run) -> dict[str, str]:
         "target": "Target only",
         "merged": "Merged, not pruned" if run.target_alone else "Target on source, not pruned",
         "continued": "Source, continued",
-        "grasp": "GRASP",
+        "grasp": "Merged, trained further" if is_unpruned(run) else "GRASP",
         ALL_ROWS: "The chosen one, on all rows",
     }
 
@@ -261,7 +266,7 @@ def score_notes(run: Run, compared: Mapping[str, Difference]) -> list[str]:
     has_mean = any(name not in METRICS or METRICS[name].from_statistics is None for name in names)
     worth = f": one example is worth {100 / count:.2f} points of a score that is a mean over examples and runs from 0 to 100"
     notes = [f"The test set has {count} example{'' if count == 1 else 's'}{worth if has_mean else ''}."]
-    ours = "GRASP" if run.metrics.handed_over == "grasp" else "What is handed over"
+    ours = titles["grasp"] if run.metrics.handed_over == "grasp" else "What is handed over"
     for name, difference in compared.items():
         points = " points" if difference.metric in METRIC_NAMES else ""
         gap = f"{difference.name} {_signed(difference.ours - difference.theirs, difference.digits)}{points}"
