@@ -40,7 +40,7 @@ class Recorder(Progress):
     @property
     def trained(self) -> list[str]:
         """The trainings that were done."""
-        measured = ("-losses", "-errors", "answers", "scores")
+        measured = ("-losses", "answers", "scores")
         return [name for name in self.did if not name.endswith(measured)]
 
 

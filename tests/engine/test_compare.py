@@ -523,12 +523,36 @@ class TestDoor:
             compared("compare", asked("target_only", "grasp"), *changes)
         assert not Path("compare").exists()
 
-    def test_a_given_ratio_and_all_rows_are_left_aside_and_that_is_said(self, tiny_workspace, caplog) -> None:
-        comparison, _ = compared("out", asked("grasp", "delivered"), "final.prune_ratio=0.7")
-        assert any("final.prune_ratio is left aside" in line and "--grid 0.7" in line for line in caplog.messages)
-        grasp, delivered = row_of(comparison, "grasp"), row_of(comparison, "delivered")
-        assert grasp.prune_ratio == delivered.prune_ratio  # the recipe hands over GRASP's result in any case
-        assert grasp.cost == delivered.cost
+    @pytest.mark.parametrize("on", ["null", "source", "auto"])
+    def test_what_it_costs_at_most_is_said_beforehand_and_is_what_is_trained_where_nothing_stops_early(
+        self, on: str, tiny_workspace
+    ) -> None:
+        endless = [f"{stage}.training.patience=null" for stage in ("source", "target", "controller", "final")]
+        names = (
+            "source_only",
+            "target_only",
+            "continued",
+            "joint",
+            "adaptive_merge",
+            "grid",
+            "grid_paper",
+            "grasp",
+            "delivered",
+        )
+        asked_for = asked(*names, "grasp_paper", seeds=(1, 2), grid=(0.2, 0.7))
+        _, recorder = compared("out", asked_for, *endless, f"target.on={on}", "final.deliver=best")
+        told = re.search(
+            r"trains on at most (\d+) examples, and 10 methods answer 8 test prompts with each seed", recorder.notes[0]
+        )
+        assert told is not None
+        trained = sum(read(folder / "result.json").get("trained_examples", 0) for folder in step_folders("out", "*"))
+        assert trained == int(told[1])
+
+    def test_a_given_ratio_is_that_of_what_a_run_hands_over_and_grasp_learns_its_own(self, tiny_workspace) -> None:
+        comparison, _ = compared("out", asked("grasp", "delivered", seeds=(42,)), "final.prune_ratio=0.9")
+        grasp, delivered = (row_of(comparison, name).prune_ratio for name in ("grasp", "delivered"))
+        assert delivered.mean == 0.9  # the recipe hands over the final run's result in any case
+        assert grasp.mean <= 0.8
 
     def test_what_is_no_experiments_folder_is_refused(self, tiny_workspace) -> None:
         Path("own").mkdir()

@@ -70,7 +70,7 @@ def _run(recipe: str, overrides: list[str], output: Path | None, allow_code: boo
         from grasp_lora.engine.run_folder import CARD_FILE, DISCARDED, FINAL_FOLDER, PROMPT_FILE, REPORT_FILE
         from grasp_lora.report import delivered as words
         from grasp_lora.report.bars import TerminalProgress
-        from grasp_lora.report.tables import compare_handed_over
+        from grasp_lora.report.tables import compare_handed_over, final_text, is_unpruned
     result = api.run(recipe, overrides, output, TerminalProgress(console, answers), allow_code=allow_code)
     record, metrics, folder = result.record, result.metrics, result.folder
     compared = compare_handed_over(record)
@@ -83,9 +83,9 @@ def _run(recipe: str, overrides: list[str], output: Path | None, allow_code: boo
         say(again)
     if warning := words.warning_of(record):
         say(warning, style="bold yellow")
-    learned = not result.delivered.nothing_learned
+    learned = not result.delivered.nothing_learned and not is_unpruned(record)
     if metrics.handed_over != "grasp":
-        say(f"GRASP's own result lies in {folder / FINAL_FOLDER}{':' if learned else ''}")
+        say(f"{final_text(record)} lies in {folder / FINAL_FOLDER}{':' if learned else ''}")
     if learned:
         say(result.ratio.summary if record.learned else f"prune ratio {100 * result.ratio.ratio:.3g} % (given)")
         if result.ratio.wide and record.learned:

@@ -22,7 +22,7 @@ from grasp_lora.engine.comparison import (
     planned_against,
     summary,
 )
-from grasp_lora.engine.methods import METHODS
+from grasp_lora.engine.methods import METHODS, most_trained
 from grasp_lora.engine.results import read_if_there
 from grasp_lora.engine.run_folder import COMPARE_FOLDER, STORE_FOLDER, check_place
 from grasp_lora.engine.session import Session
@@ -52,7 +52,8 @@ def compare(
     A method that fails, for example because its training diverges, leaves its reason in its row, and the others go on.
 
     Args:
-        session: of the recipe, whose progress is told how far the work is; a prune ratio that it gives is left aside.
+        session: of the recipe, whose progress is told how far the work is. A prune ratio that it gives is that of the row
+            `delivered`; `grasp` learns its own.
         folder: of the experiment, that of a run included; steps of any recipe may stand in its store side by side.
         settings: methods, seeds and the rest.
         show: given the folder of the tables and what `compare.json` holds whenever that was written.
@@ -79,15 +80,13 @@ def _prepared(session: Session, folder: Path, settings: ComparisonSettings) -> l
     recipe, folds = session.recipe, settings.folds
     if folds and (problem := why_no_folds(recipe)):
         raise RecipeError(problem)
-    if (ratio := recipe.final.prune_ratio) is not None:
-        logger.warning("final.prune_ratio is left aside: rows learn their own, and --grid %g has that one", ratio)
     if recipe.final.all_rows and "delivered" in settings.names:
         logger.warning(
             "final.all_rows is left aside: the row 'delivered' is what a run chooses, before that last training"
         )
-    recipe = recipe.model_copy(update={"final": replace(recipe.final, prune_ratio=None)})
     first = Session(recipe, session.base, session.progress, Fold(1, folds) if folds else None)
     check(first)
+    check_splits(first)  # with rounds, also where the recipe gives the ratio
     check_target_modules(first.backbone.model, recipe.lora.target_modules)
     sessions = [first]
     for number in range(2, (folds or 1) + 1):
@@ -193,6 +192,13 @@ class _Work:
         test = [row for part in self.sessions for row in part.splits.test]
         groups, seeds = len(set(group_numbers(test))), 1 if self.settings.folds else len(self.settings.seeds)
         metrics = list(self.sessions[0].metrics)
+        ready = [name for name, row in self.rows.items() if row.unavailable is None]
+        source, seeded = most_trained(ready, self.sessions[0], len(self.settings.grid))
+        once = 1 if not self.settings.folds else len(self.batches)  # a fold has source rows of its own
+        self.progress.note(
+            f"trains on at most {source * once + seeded * len(self.batches)} examples, and {len(ready)} methods answer "
+            f"{len(test)} test prompts{'' if self.settings.folds else ' with each seed'}; `check` says what one takes here"
+        )
         if text := expected_width(metrics, len(test), len(planned), group_size(test), groups, seeds):
             self.progress.note(text)
 

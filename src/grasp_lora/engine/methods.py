@@ -5,7 +5,7 @@ Paper: baselines of the main table; more that a reviewer would ask for.
 """
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from grasp_lora.method.masks import MaskSettings
 from grasp_lora.method.merging import MERGE_RULES, MergeSettings
 from grasp_lora.method.search import PRESETS
 from grasp_lora.recipes.recipe import Recipe
-from grasp_lora.recipes.stages import ControllerStage, FinalStage
+from grasp_lora.recipes.stages import AUTO, ControllerStage, FinalStage
 from grasp_lora.storage.claims import Busy
 
 MOST_IN_CURVE = 200  # test examples: of 1,000 the curve of a grid of 8 would cost more passes than the grid
@@ -251,3 +251,50 @@ METHODS: dict[str, Method] = {
     "delivered": Method("what a run hands over", _delivered),
     "grasp_paper": Method("GRASP, preset paper", _grasp(in_paper=True), _paper_has_no_rounds, paper=True),
 }
+
+# The trainings of each method; those of one name are shared.
+_TO_MERGE, _IN_PAPER = {"source", "target"}, {"source", "apart"}
+_TO_PRUNE = _TO_MERGE | {"controller", "final"}
+TRAININGS: dict[str, set[str]] = {
+    "source_only": {"source"},
+    "target_only": {"apart"},
+    "continued": {"source", "continued"},
+    "joint": {"joint"},
+    "ties": _IN_PAPER,
+    "dare_ties": _IN_PAPER,
+    "lorahub": _IN_PAPER,
+    "merged": _TO_MERGE,
+    "adaptive_merge": _IN_PAPER | {"adaptive"},
+    "grid_paper": _IN_PAPER | {"paper grid"},
+    "grid": _TO_MERGE | {"grid"},
+    "grasp": _TO_PRUNE,
+    "delivered": _TO_PRUNE | {"continued"},
+    "grasp_paper": _IN_PAPER | {"paper controller", "paper final"},
+}
+
+
+def most_trained(names: Collection[str], session: Session, ratios: int) -> tuple[int, int]:
+    """How many examples methods train on at most: the source adapter, once, and all else, with each seed.
+
+    A dev set may stop trainings early. Methods from outside are not counted.
+
+    Args:
+        ratios: of a grid.
+    """
+    recipe, splits = session.recipe, session.splits
+    trains = {part for name in names for part in TRAININGS.get(name, ())}
+    final, own = recipe.final.training.epochs, recipe.target.training.epochs
+    if recipe.target.on is None or ("target" in trains and recipe.target.on == AUTO):
+        trains = (trains - {"apart"}) | ({"target"} if "apart" in trains else set())  # one and the same
+    epochs = {
+        "target": 0 if recipe.target.adapter else own * (2 if recipe.target.on == AUTO else 1),
+        "apart": 0 if recipe.target.adapter else own,
+        "controller": recipe.controller.training.epochs,
+        "paper controller": recipe.controller.training.epochs,
+        "grid": ratios * final,
+        "paper grid": ratios * final,
+    }
+    seeded = sum(epochs.get(part, final) for part in trains - {"source", "joint"}) * len(splits.train)
+    source = recipe.source.training.epochs * len(splits.source_train)
+    joint = source + max(own, recipe.source.training.epochs) * len(splits.train) if "joint" in trains else 0
+    return round(source if "source" in trains else 0), round(seeded + joint)

@@ -82,7 +82,7 @@ def view_of(run: Run, folder: Path) -> dict[str, Any]:
         "verdict": delivered.verdict(run, compared) if chosen else None,
         "why_delivered": delivered.reason(run) if chosen else None,
         "apart": metrics.handed_over != "grasp",  # so that the result of the final run is another adapter
-        "final": "The merge, trained further," if tables.is_unpruned(run) else "GRASP's own result",
+        "final": tables.final_text(run),
         "system": metrics.handed_over,
         "all_rows": delivered.trained_again(run),
         "target_on": delivered.where_trained(choice, len(run.recipe.source.adapters)) if choice else None,

@@ -116,6 +116,11 @@ def is_unpruned(run: Run) -> bool:
     return run.recipe.final.prune_ratio == 0
 
 
+def final_text(run: Run) -> str:
+    """What lies in the folder of the final run, as the beginning of a sentence."""
+    return "The merge, trained further," if is_unpruned(run) else "GRASP's own result"
+
+
 def titles_of(run: Run) -> dict[str, str]:
     """What each system is called: its name in files -> its title."""
     sources = names_of(len(run.recipe.source.adapters))
