@@ -16,7 +16,7 @@ from grasp_lora.engine.compare import compare
 from grasp_lora.engine.comparison import ComparisonSettings
 from grasp_lora.engine.deliver import IN_ORDER, ON_SOURCE, best_of, choose, warned
 from grasp_lora.engine.progress import Progress
-from grasp_lora.engine.results import Losses
+from grasp_lora.engine.results import Losses, RowScores
 from grasp_lora.engine.steps import Steps
 from grasp_lora.errors import DivergedError, GraspError, Interrupted, RecipeError
 
@@ -36,13 +36,15 @@ def losses(**means: float) -> dict[str, Sequence[float]]:
 ON_ITS_OWN: Any = SimpleNamespace(on=None)
 
 
-def faked(rows: dict[str, Sequence[float]], groups: int = ROWS) -> Any:
-    """Steps that have measured these losses."""
+def faked(rows: dict[str, Sequence[float]], groups: int = ROWS, right: dict[str, Sequence[int]] | None = None) -> Any:
+    """Steps that have measured these losses, and answered these rows right, by default none."""
+    scores = {name: [100.0 * (row in (right or {}).get(name, ())) for row in range(ROWS)] for name in rows}
     examples = [SimpleNamespace(group=f"group {row % groups}") for row in range(ROWS)]
     return SimpleNamespace(
         choosing_split="dev",
         alone=lambda: "alone",
         losses=lambda system, split: SimpleNamespace(result=Losses(losses=list(rows.get(system, [])))),
+        row_scores=lambda system, split: SimpleNamespace(result=RowScores(metric="f1", scores=scores[system])),
         splits=SimpleNamespace(dev=examples),
         recipe=SimpleNamespace(final=SimpleNamespace(deliver="best", prune_ratio=None)),
     )
@@ -93,6 +95,27 @@ class TestRule:
         chosen = choose(faked(rows, groups=4), {name: name for name in SYSTEMS}, ON_ITS_OWN)  # type: ignore[dict-item]
         assert chosen == best_of(rows, "dev", groups=[row % 4 for row in range(ROWS)])
         assert chosen != best_of(rows, "dev")
+
+    @pytest.mark.parametrize(
+        ("continued", "grasp", "name"),
+        [
+            (range(17), range(12), "continued"),
+            (range(12), range(17), "grasp"),
+            (range(14), range(14), "grasp"),  # of equal ones
+            (range(7), range(7, 13), "grasp"),  # a lead of one row, where thirteen differ
+        ],
+    )
+    def test_clearly_better_answers_weigh_more_than_a_lower_loss(
+        self, continued: Sequence[int], grasp: Sequence[int], name: str
+    ) -> None:
+        rows = losses(continued=1.5, source=2.0, grasp=1.0)
+        steps = faked(rows, right={"continued": continued, "grasp": grasp, "source": range(3)})
+        chosen = choose(steps, {system: system for system in rows}, ON_ITS_OWN)  # type: ignore[dict-item]
+        assert chosen.name == name
+        if name == "continued":
+            assert "It answers the 20 dev rows better than GRASP's result: f1 85.0 against 60.0." in chosen.why
+            assert "which is 2.498 against 1.996" in chosen.why
+            assert (chosen.split, chosen.examples, chosen.against, chosen.low) == ("dev", ROWS, "grasp", None)
 
     def test_where_nothing_is_pruned_it_is_no_result_of_grasp(self) -> None:
         steps = faked(losses(continued=2.0, source=2.0, grasp=1.0))

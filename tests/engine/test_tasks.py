@@ -15,10 +15,13 @@ from grasp_lora.engine.compare import compare
 from grasp_lora.engine.comparison import ComparisonSettings
 from grasp_lora.engine.predict import asking
 from grasp_lora.engine.preflight import preflight
+from grasp_lora.engine.results import RowScores
+from grasp_lora.engine.steps import Steps
 from grasp_lora.errors import GraspError
 from grasp_lora.evaluation.metrics import METRICS
 from grasp_lora.models.adapter_files import read_adapter
 from grasp_lora.models.adapters import attached
+from grasp_lora.models.generation import likeliest_labels
 from grasp_lora.training.probes import ProbeSet
 
 LABELS = ("no", "not", "yes")
@@ -131,3 +134,34 @@ def test_mistakes_are_one_line_and_nothing_is_written(task, changes, options, me
     with pytest.raises(GraspError, match=re.escape(message)):
         run_tiny(*options)
     assert not Path("run").exists()
+
+
+def test_the_dev_answers_decide_in_a_run_and_in_the_row_of_what_it_hands_over(tiny_workspace, monkeypatch) -> None:
+    """Rule 3 of `deliver.py`; that scores of labels are those of the likeliest one."""
+    write("classification")
+    changes = ("final.deliver=best", "data.target.dev=8", "data.labels=['no','not','yes']")
+    steps = steps_of(*changes)
+    rows, alone = steps.splits.dev, steps.row_scores(steps.alone(), "dev").result
+    answers = likeliest_labels(steps.session.backbone.model, [row.prompt_ids for row in rows], steps.splits.labels)
+    right = [answer in row.references for answer, row in zip(answers, rows, strict=True)]
+    assert (alone.metric, alone.scores) == ("accuracy", [100.0 * answer for answer in right])
+
+    original, measured = Steps.row_scores, []
+
+    def scripted(self: Steps, adapter: Any, split: str) -> Any:
+        step = original(self, adapter, split)
+        measured.append(step.repeated)
+        continued = adapter.made is not None and adapter.made.name == "final-0.00"  # always right, the others never
+        return replace(step, result=RowScores(metric="accuracy", scores=[100.0 * continued] * len(rows)))
+
+    monkeypatch.setattr(Steps, "row_scores", scripted)
+    delivered = run_tiny(*changes).metrics.delivered
+    assert delivered.name == "continued"
+    assert not any(measured)
+    settings = ComparisonSettings(
+        methods=("continued", "delivered"), reference="continued", seeds=(42,), resamples=1000
+    )
+    compared = {row.method: row for row in compare(session_of(*changes), Path("run"), settings).rows}
+    assert compared["delivered"].taken
+    assert compared["delivered"].scores == compared["continued"].scores
+    assert all(measured[5:])

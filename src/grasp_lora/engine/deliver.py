@@ -6,7 +6,9 @@ part in it.
 1. Candidates stand in the order of `IN_ORDER`. One whose losses are not finite is left out; a run itself stops at such a loss.
 2. Where the lowest mean is more than `NEAR` below that of GRASP's result, it is handed over, of equal ones the first. Else
    GRASP's result is: where losses are near, it answered better in the mean of all that was measured.
-3. How far the rows tell the choice from the next is said: the paired bootstrap over these rows (`compare_with_baselines`, 95 %).
+3. A loss tells little of answers. So the candidates answer these rows, too. One whose main score is above that of the adapter so
+   far by more than `AHEAD` standard errors of the difference takes its place, the highest of them.
+4. How far the rows tell the choice from the next is said: the paired bootstrap over these rows (`compare_with_baselines`, 95 %).
    Rows that belong together, such as those of one article, are drawn together.
 
 Rules that wait until the rows show a difference were measured, and left: a dozen rows show nothing (`lab/log.md`).
@@ -16,10 +18,10 @@ The backbone alone is measured beside them and never handed over: it tells wheth
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from statistics import fmean
+from statistics import fmean, stdev
 
 from grasp_lora.data.splits import group_numbers
-from grasp_lora.engine.results import Adapter
+from grasp_lora.engine.results import Adapter, Finished, RowScores
 from grasp_lora.engine.run_folder import Delivered
 from grasp_lora.engine.steps import FEWEST, Parents, Steps
 from grasp_lora.errors import AdapterError, DivergedError, ProbeError
@@ -36,6 +38,7 @@ ON_SOURCE = IN_ORDER | {"merged": "the target adapter on top of the source adapt
 UNPRUNED = "the merge, trained further"  # what GRASP's result is where the recipe says that nothing is pruned
 ALONE = "zero_shot"  # the backbone without an adapter, which is measured and never handed over
 NEAR = 0.05  # of a loss
+AHEAD = 1.0  # standard errors of a difference between scores
 FEWEST_TOLD = 6  # rows from which on one can show a difference at 95 %: of fewer all signs agree by chance too often
 
 
@@ -89,7 +92,29 @@ def choose(steps: Steps, systems: Mapping[str, Adapter], parents: Parents, left_
         chosen = Delivered(name="grasp", title=titles["grasp"], why="The recipe asks for it (final.deliver).")
     else:
         chosen = best_of(losses, rows, left_out, groups, titles)
+        scores = {name: step.result for name, step in answers_that_count(steps, systems).items()}
+        if (best := answers_better(scores, chosen.name)) is not None:
+            ours, theirs = (fmean(scores[name].scores) for name in (best, chosen.name))
+            loss = f"{fmean(losses[best]):.3f} against {fmean(losses[chosen.name]):.3f}"
+            why = f"It answers the {len(scores[best].scores)} {rows} rows better than {chosen.title}: {scores[best].metric} "
+            why += f"{ours:.1f} against {theirs:.1f}. That weighs more than the loss of these rows, which is {loss}. {left_out}"
+            chosen = Delivered(best, title_of(best, titles), why.strip(), rows, len(scores[best].scores), chosen.name)
     return warned(chosen, losses, losses_of(steps.alone()), rows, titles)
+
+
+def answers_that_count(steps: Steps, systems: Mapping[str, Adapter]) -> dict[str, Finished[RowScores]]:
+    """The scores of the candidates' answers that rule 3 compares; none where there are no rows to choose by."""
+    split = steps.choosing_split
+    return {} if split is None else {name: steps.row_scores(system, split) for name, system in systems.items()}
+
+
+def answers_better(scores: Mapping[str, RowScores], chosen: str) -> str | None:
+    """The candidate of the best answers, where they are clearly better than those of the one that was chosen: rule 3."""
+    if not scores:
+        return None
+    best = max(scores, key=lambda name: fmean(scores[name].scores))
+    leads = [ours - theirs for ours, theirs in zip(scores[best].scores, scores[chosen].scores, strict=True)]
+    return best if fmean(leads) > AHEAD * stdev(leads) / math.sqrt(len(leads)) else None
 
 
 def best_of(

@@ -171,7 +171,7 @@ def _delivered(steps: Steps) -> Outcome:
     losses = [] if split is None else [steps.losses(system, split) for system in systems.values()]
     looked_at = [*_trail(*systems.values(), *[made.continued] if made.continued else []), *losses]
     return Outcome(
-        systems[chosen.name].after(*looked_at),
+        systems[chosen.name].after(*looked_at, *deliver.answers_that_count(steps, systems).values()),
         made.ratio if chosen.name == "grasp" else None,
         chosen_on=split,
         left_out=(f"is without a candidate. {made.left_out}",) if made.continued is None else (),

@@ -29,9 +29,11 @@ from grasp_lora.engine.results import (
     Losses,
     Measured,
     MergeWeights,
+    RowScores,
     Scores,
     Trained,
     each_once,
+    main_metric,
 )
 from grasp_lora.engine.session import Session
 from grasp_lora.engine.store import ADAPTER, WORK, Store, key_of
@@ -527,48 +529,78 @@ class Steps:
 
     def answers(self, adapter: Adapter) -> Finished[AnswerTexts]:
         """The greedy answer to each test prompt; in a classification the likeliest label."""
-        test, generation, backbone = self.splits.test, self.recipe.generation, self.session.backbone
-        prompts, ends = [row.prompt_ids for row in test], {row.completion_ids[-1] for row in test}
-        asked = {
-            "max_new_tokens": generation.max_new_tokens,
-            "stop": generation.stop,
-            "allow_empty": generation.allow_empty,
-            "ends": sorted({*ends, *backbone.stop_ids}),
-        }
         inputs = self._measured(
-            adapter,
-            revision=REVISIONS["answers"],
-            data=self._data("test"),
-            **({"labels": self.splits.labels} if self.splits.labels else asked),
+            adapter, revision=REVISIONS["answers"], data=self._data("test"), **self._asked(self.splits.test)
         )
-
-        def work(folder: Path) -> AnswerTexts:
-            tell = self.session.progress.answered
-            with self._on_backbone(adapter.weights) as model:
-                if self.splits.labels:
-                    return AnswerTexts(answers=list(self._likeliest(model, test, tell)))
-                tokenizer = backbone.tokenizer
-                return AnswerTexts(answers=list(
-                    distribute(prompts, lambda part: generate(model, tokenizer, part, generation, tell, ends))
-                ))  # fmt: skip
-
-        return self.store.step("answers", inputs, AnswerTexts, work)
+        return self.store.step("answers", inputs, AnswerTexts, lambda folder: AnswerTexts(
+            answers=self._answers(adapter.weights, self.splits.test)
+        ))  # fmt: skip
 
     def scores(self, answers: Finished[AnswerTexts]) -> Finished[Scores]:
         """What answers to the test prompts are worth by each metric."""
-        session, bertscore = self.session, self.recipe.bertscore
-        references = [row.references for row in self.splits.test]
         inputs = plain({
-            "revision": REVISIONS["scores"],
-            "answers": answers.key,
-            "metrics": list(session.metrics),
-            "bertscore": asdict(bertscore) | {"models": {code: _by_name(place) for code, place in bertscore.models.items()}},
-            "language": session.language,
-            "references": hashlib.sha256(repr(references).encode()).hexdigest(),
+            "answers": answers.key, "metrics": list(self.session.metrics), **self._scored("test")
         })  # fmt: skip
         return self.store.step(
-            "scores", inputs, Scores, lambda folder: Scores(metrics=dict(session.score(answers.result.answers)))
+            "scores",
+            inputs,
+            Scores,
+            lambda folder: Scores(metrics=dict(self.session.score(answers.result.answers, "test"))),
         )
+
+    def row_scores(self, adapter: Adapter, split: str) -> Finished[RowScores]:
+        """The main score of the answer to each row of a split that may decide."""
+        rows, metric = getattr(self.splits, split), main_metric(list(self.session.metrics))
+        inputs = self._measured(
+            adapter,
+            answers=REVISIONS["answers"],
+            data=self._data(split),
+            split=split,
+            metric=metric,
+            **self._asked(rows),
+            **self._scored(split),
+        )
+
+        def work(folder: Path) -> RowScores:
+            answers = self._answers(adapter.weights, rows)
+            scores = self.session.score(answers, split, [metric])[metric].per_example
+            return RowScores(metric=metric, scores=list(scores), measured_examples=len(rows))
+
+        return self.store.step(f"{split}-answers", inputs, RowScores, work)
+
+    def _ends(self, rows: Sequence[Example]) -> set[int]:
+        return {row.completion_ids[-1] for row in rows}
+
+    def _asked(self, rows: Sequence[Example]) -> dict[str, Any]:
+        """What decides the answers to rows."""
+        if self.splits.labels:
+            return {"labels": self.splits.labels}
+        generation = self.recipe.generation
+        return {
+            "max_new_tokens": generation.max_new_tokens,
+            "stop": generation.stop,
+            "allow_empty": generation.allow_empty,
+            "ends": sorted({*self._ends(rows), *self.session.backbone.stop_ids}),
+        }
+
+    def _scored(self, split: str) -> dict[str, Any]:
+        """What decides the scores of answers to a split, its metrics aside."""
+        bertscore, references = self.recipe.bertscore, [row.references for row in getattr(self.splits, split)]
+        return {
+            "revision": REVISIONS["scores"],
+            "bertscore": asdict(bertscore)
+            | {"models": {code: _by_name(place) for code, place in bertscore.models.items()}},
+            "language": self.session.language,
+            "references": hashlib.sha256(repr(references).encode()).hexdigest(),
+        }
+
+    def _answers(self, weights: AdapterWeights, rows: Sequence[Example]) -> list[str]:
+        prompts, ends, tell = [row.prompt_ids for row in rows], self._ends(rows), self.session.progress.answered
+        tokenizer, generation, labels = self.session.backbone.tokenizer, self.recipe.generation, self.splits.labels
+        with self._on_backbone(weights) as model:
+            if labels:
+                return list(distribute(prompts, lambda part: likeliest_labels(model, part, labels, tell)))
+            return list(distribute(prompts, lambda part: generate(model, tokenizer, part, generation, tell, ends)))
 
     def _on_backbone(self, weights: AdapterWeights) -> AbstractContextManager[Any]:
         """The backbone with an adapter, or alone."""
@@ -577,12 +609,6 @@ class Steps:
     def _losses(self, weights: AdapterWeights, rows: Sequence[Example]) -> list[float]:
         with self._on_backbone(weights) as model:
             return ProbeSet(rows, self.session.pad_id).losses(model) if rows else []
-
-    def _likeliest(
-        self, model: Any, rows: Sequence[Example], tell: Callable[[int, int], None] | None = None
-    ) -> Sequence[str]:
-        prompts, labels = [row.prompt_ids for row in rows], self.splits.labels
-        return distribute(prompts, lambda part: likeliest_labels(model, part, labels, tell))
 
     # What decides a step
 
