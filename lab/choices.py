@@ -2,8 +2,8 @@
 
     python lab/choices.py        # replays; then ten draws of 60 rows, by what their dev rows said
 
-The records of `lab/results` have losses and scores of each system on each test row; nothing is trained. In a replay some test rows
-choose and all others judge, many times over.
+The records of `lab/results` have losses and scores of each system on each test row; nothing is trained. In a replay some test
+rows choose and all others judge, many times over.
 """
 
 import gzip
@@ -122,7 +122,7 @@ def replay(runs: Sequence[tuple[str, dict[str, System]]], rows: int) -> Iterator
 
 
 def of_ten_draws(name: str) -> str:
-    """Gains on `continued` of what ten runs handed over then, and of two rules by their dev losses; no dev answers are on record."""
+    """Gains on `continued` of what ten runs handed over then, and of rules by dev losses; no dev answers are on record."""
     gains: dict[str, list[float]] = {"then": [], "near": [], "lowest": [], "GRASP": []}
     for file in sorted(RESULTS.glob(f"{name}/*/metrics.json")):
         run = json.loads(file.read_text())
