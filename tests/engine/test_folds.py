@@ -166,7 +166,7 @@ def test_a_comparison_over_folds(tiny_workspace: Path, monkeypatch: pytest.Monke
     assert len(trained) == 1 + 3 * 4
     for number, test in enumerate(tests):
         assert not any(test & rows for rows in trained[1 + 4 * number : 5 + 4 * number])
-    assert "40 test examples" in recorder.notes[0]
+    assert "40 test examples" in recorder.notes[1]
     assert comparison.test_examples == sum(fold.test for fold in comparison.folds) == 40
     assert sorted(fold.test for fold in comparison.folds) == [13, 13, 14]
     assert comparison.seeds == [42]

@@ -188,8 +188,8 @@ class FinalStage:
         mask: another score than the controller's; None takes the same.
         prune_ratio: use this fraction, in [0, 1], instead of learning one; the controller run is then left out.
         training: how it is trained.
-        deliver: what the run hands over: `best`, this run's result unless another adapter's dev loss is more than 5 % lower, or its
-            dev answers are clearly better; or `grasp`, this run's result in any case.
+        deliver: what the run hands over: `best`, this run's result unless another adapter's dev loss is more than 5 % lower, or
+            its dev answers are clearly better; or `grasp`, this run's result in any case.
         all_rows: train what is handed over once more, on the target's train, dev and micro-dev rows together, for as many
             optimizer steps as the adapter had that was kept. `compare` leaves this aside.
     """
