@@ -67,7 +67,7 @@ def test_the_card_says_what_the_adapter_is_and_holds_no_path(run: Run, folder: P
     assert yaml.safe_load(body.split("```yaml\n")[1].split("```")[0])["data"]["target"]["files"]["pool"] == [
         "xquad.ar.json"
     ]
-    assert "| **GRASP** | **0.857** | **0.822** | **43.2** |" in body
+    assert "| GRASP, handed over | **43.2** | **26.0** | **0.857** | **0.822** |" in body
     prompt = "".join(f"    {line}\n" for line in asked.split("\n"))
     assert "It was measured on prompts of this form:\n\n" + prompt in body
     assert body.rstrip().endswith("`hf upload ORG/NAME adapter --private`")
@@ -152,7 +152,9 @@ def test_every_sentence_of_the_card_is_true_of_what_is_handed_over(
     assert first.partition("2601.06702): ")[2] == f"{made.replace(MERGED, ON_SOURCE) if on_source else made}."
     gone = bool(discarded) and name != "merged"
     assert text.count("no step lowered the dev loss, so this training was discarded") == gone
-    assert ("It is: this one, its training discarded (best step 0)." in text) == (gone and not on_all_rows)
+    assert ("It is: this one, not trained further (no step lowered the dev loss)." in text) == (
+        gone and not on_all_rows
+    )
     assert ("It is: this one, trained once more on all rows." in text) == on_all_rows
     assert ("Prune ratio: " in text) == (name == "grasp")
     assert not re.search(r"[Ii]t was (trained and|made|pruned)|trained on (prompts|the weights|a model)", text)

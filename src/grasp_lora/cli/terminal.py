@@ -65,13 +65,13 @@ def print_scores(run: "Run") -> None:
     scores = {name: [system.metrics.get(name) for system in systems.values()] for name in names}
     digits = {name: score_digits(name, values, 1) for name, values in scores.items()}
     table = Table()
-    for column in ("system", "dev loss", "test loss", *(METRIC_NAMES.get(name, name) for name in names)):
+    for column in ("system", *(METRIC_NAMES.get(name, name) for name in names), "test loss", "dev loss"):
         table.add_column(column, overflow="fold")  # a narrow terminal cuts no word off
     for number, (name, system) in enumerate(systems.items()):
-        losses = ("-" if loss is None else f"{loss:.4f}" for loss in (system.dev_loss, system.test_loss))
+        losses = ("-" if loss is None else f"{loss:.4f}" for loss in (system.test_loss, system.dev_loss))
         values = {metric: column[number] for metric, column in scores.items()}
         texts = ("unavailable" if value is None else f"{value:.{digits[metric]}f}" for metric, value in values.items())
-        table.add_row(titles[name], *losses, *texts, style="bold" if name == run.metrics.handed_over else "")
+        table.add_row(titles[name], *texts, *losses, style="bold" if name == run.metrics.handed_over else "")
     wide(console).print(table)
 
 

@@ -53,7 +53,7 @@ def verdict(run: Run, compared: Mapping[str, Difference]) -> str:
     if run.metrics.handed_over == ALL_ROWS:
         taken += ", trained once more on all rows"
     elif discarded(run, delivered.name):
-        taken += ", its training discarded (best step 0)"
+        taken += ", not trained further (no step lowered the dev loss)"
     start = f"{NOTHING_LEARNED} Handed over all the same" if delivered.nothing_learned else "Take this adapter"
     return f"{start}: {taken}.{_surpassed(run, compared)}"
 

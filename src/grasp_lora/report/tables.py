@@ -154,17 +154,17 @@ def scores_table(run: Run) -> TextTable:
     keys = [key for key in METRIC_NAMES if key in used] + sorted(used - METRIC_NAMES.keys())
     pruned = {"grasp", *([ALL_ROWS] if run.metrics.delivered.name == "grasp" else [])}
     share = 1 - kept_share(run.sparsity)
-    columns: list[list[Cell]] = [
-        [Cell(titles[name], name == run.metrics.handed_over) for name in systems],
-        column_of([score.test_loss for score in systems.values()], 3, min),
-        column_of([score.dev_loss for score in systems.values()], 3, min),
-    ]
+    columns: list[list[Cell]] = [[Cell(titles[name], name == run.metrics.handed_over) for name in systems]]
     for key in keys:
         values = [score.metrics.get(key) for score in systems.values()]
         columns.append(column_of(values, score_digits(key, values, 1), max, "unavailable"))
-    columns.append([Cell(percent(share, 1) if name in pruned else percent(0)) for name in systems])
+    columns += [
+        column_of([score.test_loss for score in systems.values()], 3, min),
+        column_of([score.dev_loss for score in systems.values()], 3, min),
+        [Cell(percent(share, 1) if name in pruned else percent(0)) for name in systems],
+    ]
     names = [f"{METRIC_NAMES.get(key, key)}\u00a0↑" for key in keys]
-    heads = ["System", "Test loss\u00a0↓", "Dev loss\u00a0↓", *names, "Pruned"]
+    heads = ["System", *names, "Test loss\u00a0↓", "Dev loss\u00a0↓", "Pruned"]
     return TextTable("Scores on the test set", heads, [list(row) for row in zip(*columns, strict=True)])
 
 
