@@ -1,9 +1,9 @@
-"""The source adapter that comes along, `english-qa`: 2,000 English rows of TyDi QA on the embedded model.
+"""The source adapter that comes along, `english-qa`: 1,600 of 2,000 English rows of TyDi QA on the embedded model.
 
     GRASP_LORA_DATA=FOLDER python lab/english_qa.py train WORK     # goes on where it was stopped; writes it into the package
     GRASP_LORA_DATA=FOLDER python lab/english_qa.py measure WORK   # against an adapter of the 180 questions that come along
 
-Its layers and rate are those that `lab/layers.py` found. It is saved in bfloat16, which halves it.
+Its layers and rate are those that were measured from outside (`lab/log.md`). It is saved in bfloat16, which halves it.
 """
 
 import json
