@@ -91,7 +91,8 @@ def chosen(rule: str, systems: Mapping[str, System], rows: Sequence[int]) -> str
         return max(scores, key=lambda name: (fmean(scores[name]), -losses[name]))
     pick = nearest(losses, NEAR if rule.startswith("near") else 0.0)
     if rule.endswith("answers"):
-        pick = answers_better({name: RowScores(metric="", scores=of) for name, of in scores.items()}, pick) or pick
+        row_scores = {name: RowScores(metric="", scores=of) for name, of in scores.items()}
+        pick = answers_better(row_scores, {name: [loss] for name, loss in losses.items()}, pick) or pick
     return pick
 
 

@@ -489,6 +489,11 @@ class TestMethods:
         assert len(compared("compare", settings)[0].finished) == 3
 
 
+def examples_of(folder: str) -> int:
+    """On how many examples the steps of a folder were trained."""
+    return sum(read(step / "result.json").get("trained_examples", 0) for step in step_folders(folder, "*"))
+
+
 class TestDoor:
     @pytest.mark.parametrize(
         ("settings", "message"),
@@ -545,8 +550,17 @@ class TestDoor:
             r"trains on at most (\d+) examples, and 10 methods answer 8 test prompts with each seed", recorder.notes[0]
         )
         assert told is not None
-        trained = sum(read(folder / "result.json").get("trained_examples", 0) for folder in step_folders("out", "*"))
-        assert trained == int(told[1])
+        assert examples_of("out") == int(told[1])
+        given = (
+            *endless,
+            f"target.on={on}",
+            "final.deliver=best",
+            "final.prune_ratio=0.3",
+            "target.training.epochs=3",
+            "source.training.epochs=2",
+        )
+        _, recorder = compared("given", asked("joint", "grasp", "delivered"), *given)
+        assert examples_of("given") == int(re.findall(r"at most (\d+)", recorder.notes[0])[0])
 
     def test_a_given_ratio_is_that_of_what_a_run_hands_over_and_grasp_learns_its_own(self, tiny_workspace) -> None:
         comparison, _ = compared("out", asked("grasp", "delivered", seeds=(42,)), "final.prune_ratio=0.9")

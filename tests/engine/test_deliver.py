@@ -14,7 +14,7 @@ from recorder import Recorder, read, run_tiny, session_of, weights_in
 from grasp_lora.engine import deliver
 from grasp_lora.engine.compare import compare
 from grasp_lora.engine.comparison import ComparisonSettings
-from grasp_lora.engine.deliver import IN_ORDER, ON_SOURCE, best_of, choose, warned
+from grasp_lora.engine.deliver import IN_ORDER, ON_SOURCE, answers_better, best_of, choose, warned
 from grasp_lora.engine.progress import Progress
 from grasp_lora.engine.results import Losses, RowScores
 from grasp_lora.engine.steps import Steps
@@ -38,13 +38,14 @@ ON_ITS_OWN: Any = SimpleNamespace(on=None)
 
 def faked(rows: dict[str, Sequence[float]], groups: int = ROWS, right: dict[str, Sequence[int]] | None = None) -> Any:
     """Steps that have measured these losses, and answered these rows right, by default none."""
-    scores = {name: [100.0 * (row in (right or {}).get(name, ())) for row in range(ROWS)] for name in rows}
+    scores = {name: [100.0 * (row in (right or {}).get(name, ())) for row in range(ROWS)] for name in (*rows, "alone")}
     examples = [SimpleNamespace(group=f"group {row % groups}") for row in range(ROWS)]
     return SimpleNamespace(
         choosing_split="dev",
         alone=lambda: "alone",
         losses=lambda system, split: SimpleNamespace(result=Losses(losses=list(rows.get(system, [])))),
         row_scores=lambda system, split: SimpleNamespace(result=RowScores(metric="f1", scores=scores[system])),
+        session=SimpleNamespace(available_metrics=["f1"]),
         splits=SimpleNamespace(dev=examples),
         recipe=SimpleNamespace(final=SimpleNamespace(deliver="best", prune_ratio=None)),
     )
@@ -113,9 +114,32 @@ class TestRule:
         chosen = choose(steps, {system: system for system in rows}, ON_ITS_OWN)  # type: ignore[dict-item]
         assert chosen.name == name
         if name == "continued":
-            assert "It answers the 20 dev rows better than GRASP's result: f1 85.0 against 60.0." in chosen.why
+            assert "better than GRASP's result: in the mean of the rows 85.0 against 60.0 (f1)." in chosen.why
             assert "which is 2.498 against 1.996" in chosen.why
+            assert chosen.warning is None  # though no loss is below that of the backbone, which answers nothing right
             assert (chosen.split, chosen.examples, chosen.against, chosen.low) == ("dev", ROWS, "grasp", None)
+
+    @pytest.mark.parametrize("rows", range(2, 101))
+    def test_one_row_more_never_decides(self, rows: int) -> None:
+        for full in (1.0, 100.0):
+            ours, theirs = [full, *[0.0] * (rows - 1)], [0.0] * rows
+            scores = {
+                "continued": RowScores(metric="accuracy", scores=ours),
+                "grasp": RowScores(metric="accuracy", scores=theirs),
+            }
+            assert answers_better(scores, {"continued": [1.0], "grasp": [1.0]}, "grasp") is None
+
+    def test_the_highest_of_those_clearly_ahead_is_taken_and_of_equal_ones_the_lower_loss(self) -> None:
+        wild = [0.0, 100.0] * 10  # the highest mean, and no more than chance
+        scores = {
+            "source": wild, "merged": [45.0, 46.0] * 10, "continued": [45.0, 46.0] * 10, "grasp": [40.0] * 20, "target": []
+        }  # fmt: skip
+        losses = {name: [2.0] for name in scores} | {"continued": [1.0]}
+        of_rows = {name: RowScores(metric="f1", scores=values) for name, values in scores.items()}
+        assert answers_better(of_rows, losses, "grasp") == "continued"
+        assert answers_better(of_rows, losses | {"continued": [float("nan")]}, "grasp") == "merged"
+        assert answers_better(of_rows, losses, "target") is None  # whose metric gave none
+        assert answers_better({}, losses, "grasp") is None
 
     def test_where_nothing_is_pruned_it_is_no_result_of_grasp(self) -> None:
         steps = faked(losses(continued=2.0, source=2.0, grasp=1.0))
@@ -127,10 +151,10 @@ class TestRule:
         same = {name: [1.0, 2.0, 0.5] for name in SYSTEMS}
         assert best_of(same, "dev").name == "grasp"
         one = {name: [2.0 - (name == "grasp")] for name in SYSTEMS}
-        assert "There are no dev losses to choose by, so the source adapter continued" in best_of(one, "dev").why
+        assert "There are no dev losses to choose by, so GRASP's result is" in best_of(one, "dev").why
         none: dict[str, list[float]] = {name: [] for name in SYSTEMS}
         found = best_of(none, "dev")
-        assert (found.name, found.difference, found.examples) == ("continued", None, 0)
+        assert (found.name, found.difference, found.examples) == ("grasp", None, 0)
         assert "There are no dev losses to choose by" in found.why
 
     def test_the_second_of_several_sources_can_win(self) -> None:
@@ -238,7 +262,7 @@ class TestRun:
         (finished_run / "target").rename("theirs")
         changes = (BEST, "data.source=null", "source.adapters=[mine]", "target.adapter=theirs", "data.target.dev=0")
         delivered = run_tiny(*changes, "data.target.micro_dev=1", folder="given").metrics.delivered
-        assert (delivered.name, delivered.difference) == ("continued", None)  # one micro-dev row tells nothing
+        assert (delivered.name, delivered.difference) == ("grasp", None)  # one micro-dev row tells nothing
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(deliver, "choose", lambda *_: replace(delivered, name="source"))
             run_tiny(*changes, "data.target.micro_dev=1", folder="given")

@@ -158,10 +158,20 @@ def test_the_dev_answers_decide_in_a_run_and_in_the_row_of_what_it_hands_over(ti
     delivered = run_tiny(*changes).metrics.delivered
     assert delivered.name == "continued"
     assert not any(measured)
+    in_run = len(measured)
     settings = ComparisonSettings(
         methods=("continued", "delivered"), reference="continued", seeds=(42,), resamples=1000
     )
     compared = {row.method: row for row in compare(session_of(*changes), Path("run"), settings).rows}
     assert compared["delivered"].taken
     assert compared["delivered"].scores == compared["continued"].scores
-    assert all(measured[5:])
+    assert all(measured[in_run:])
+
+
+def test_a_metric_that_the_language_lacks_does_not_decide(tiny_workspace) -> None:
+    write("translation")
+    steps = steps_of("metrics=[similarity, chrf++]", "data.target.language=sw")
+    assert steps.row_scores(steps.alone(), "dev").result.metric == "chrf++"
+    only = ("metrics=[similarity]", "data.target.language=sw", "final.deliver=best")
+    delivered = run_tiny(*only).metrics.delivered
+    assert "dev loss" in delivered.why

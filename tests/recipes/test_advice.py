@@ -29,6 +29,8 @@ def test_where_nothing_is_pruned_it_says_so() -> None:
         [said] = advice(15, keeps_best=True, on=on, has_source_rows=False, prunes=False)
         assert "Nothing is pruned" in said
         assert "GRASP" not in said
+        [said] = advice(0, keeps_best=True, on=on, has_source_rows=False, prunes=False)
+        assert "which this recipe does not" in said
 
 
 @pytest.mark.parametrize(

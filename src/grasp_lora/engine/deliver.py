@@ -6,8 +6,9 @@ part in it.
 1. Candidates stand in the order of `IN_ORDER`. One whose losses are not finite is left out; a run itself stops at such a loss.
 2. Where the lowest mean is more than `NEAR` below that of GRASP's result, it is handed over, of equal ones the first. Else
    GRASP's result is: where losses are near, it answered better in the mean of all that was measured.
-3. A loss tells little of answers. So the candidates answer these rows, too. One whose main score is above that of the adapter so
-   far by more than `AHEAD` standard errors of the difference takes its place, the highest of them.
+3. A loss tells little of answers. So the candidates answer these rows, too. Of those whose main score is above that of the
+   adapter so far by more than `AHEAD` standard errors of the difference the highest takes its place, of equal ones the one of
+   the lower loss.
 4. How far the rows tell the choice from the next is said: the paired bootstrap over these rows (`compare_with_baselines`, 95 %).
    Rows that belong together, such as those of one article, are drawn together.
 
@@ -39,6 +40,7 @@ UNPRUNED = "the merge, trained further"  # what GRASP's result is where the reci
 ALONE = "zero_shot"  # the backbone without an adapter, which is measured and never handed over
 NEAR = 0.05  # of a loss
 AHEAD = 1.0  # standard errors of a difference between scores
+_ROUNDING = 1e-9
 FEWEST_TOLD = 6  # rows from which on one can show a difference at 95 %: of fewer all signs agree by chance too often
 
 
@@ -93,28 +95,44 @@ def choose(steps: Steps, systems: Mapping[str, Adapter], parents: Parents, left_
     else:
         chosen = best_of(losses, rows, left_out, groups, titles)
         scores = {name: step.result for name, step in answers_that_count(steps, systems).items()}
-        if (best := answers_better(scores, chosen.name)) is not None:
+        if (best := answers_better(scores, losses, chosen.name)) is not None:
             ours, theirs = (fmean(scores[name].scores) for name in (best, chosen.name))
             loss = f"{fmean(losses[best]):.3f} against {fmean(losses[chosen.name]):.3f}"
-            why = f"It answers the {len(scores[best].scores)} {rows} rows better than {chosen.title}: {scores[best].metric} "
-            why += f"{ours:.1f} against {theirs:.1f}. That weighs more than the loss of these rows, which is {loss}. {left_out}"
-            chosen = Delivered(best, title_of(best, titles), why.strip(), rows, len(scores[best].scores), chosen.name)
+            why = f"It answers the {len(scores[best].scores)} {rows} rows better than {chosen.title}: in the mean of the rows "
+            why += f"{ours:.1f} against {theirs:.1f} ({scores[best].metric}). That weighs more than their loss, which is {loss}."
+            chosen = Delivered(
+                best, title_of(best, titles), f"{why} {left_out}".strip(), rows, len(scores[best].scores), chosen.name
+            )
+            alone = answers_that_count(steps, {ALONE: steps.alone()})[ALONE].result
+            if _ahead(scores[best].scores, alone.scores):
+                return chosen  # whatever the losses say of the backbone alone
     return warned(chosen, losses, losses_of(steps.alone()), rows, titles)
 
 
 def answers_that_count(steps: Steps, systems: Mapping[str, Adapter]) -> dict[str, Finished[RowScores]]:
-    """The scores of the candidates' answers that rule 3 compares; none where there are no rows to choose by."""
+    """The scores of the candidates' answers that rule 3 compares; none where no rows choose, or no metric is available."""
     split = steps.choosing_split
-    return {} if split is None else {name: steps.row_scores(system, split) for name, system in systems.items()}
+    if split is None or not steps.session.available_metrics:
+        return {}
+    return {name: steps.row_scores(system, split) for name, system in systems.items()}
 
 
-def answers_better(scores: Mapping[str, RowScores], chosen: str) -> str | None:
-    """The candidate of the best answers, where they are clearly better than those of the one that was chosen: rule 3."""
-    if not scores:
-        return None
-    best = max(scores, key=lambda name: fmean(scores[name].scores))
-    leads = [ours - theirs for ours, theirs in zip(scores[best].scores, scores[chosen].scores, strict=True)]
-    return best if fmean(leads) > AHEAD * stdev(leads) / math.sqrt(len(leads)) else None
+def answers_better(scores: Mapping[str, RowScores], losses: Mapping[str, Sequence[float]], chosen: str) -> str | None:
+    """The candidate whose answers are clearly better than those of the one that was chosen, if there is one: rule 3."""
+    ahead = [
+        name
+        for name, of in scores.items()
+        if of.scores and all(map(math.isfinite, losses[name])) and _ahead(of.scores, scores[chosen].scores)
+    ]
+    return max(ahead, key=lambda name: (fmean(scores[name].scores), -fmean(losses[name])), default=None)
+
+
+def _ahead(ours: Sequence[float], theirs: Sequence[float]) -> bool:
+    """Whether scores of the same rows are higher by more than `AHEAD` standard errors; one row of many is no more than one."""
+    if len(ours) != len(theirs):  # a metric of one's own may give none
+        return False
+    leads = [our - their for our, their in zip(ours, theirs, strict=True)]
+    return fmean(leads) > AHEAD * stdev(leads) / math.sqrt(len(leads)) * (1 + _ROUNDING)
 
 
 def best_of(
@@ -136,7 +154,7 @@ def best_of(
     order = sorted(losses, key=lambda name: list(IN_ORDER).index(_kind(name)))
     usable = [name for name in order if len(losses[name]) >= FEWEST and all(map(math.isfinite, losses[name]))]
     if len(usable) < 2:
-        chosen = (usable or order)[0]
+        chosen = usable[0] if usable else "grasp" if "grasp" in order else order[0]
         why = f"There are no {split} losses to choose by, so {title_of(chosen, titles)} is handed over."
         if usable:
             why = f"Only its {split} losses are finite."

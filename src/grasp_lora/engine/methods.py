@@ -166,12 +166,12 @@ def _delivered(steps: Steps) -> Outcome:
     made, split = make(steps), steps.choosing_split
     if steps.recipe.final.deliver != "best":
         taken = deliver.titles_with(made.parents.on, steps.recipe.final.prune_ratio)["grasp"]
-        return Outcome(made.grasp, made.ratio, steps.recipe.controller.rounds.pool, taken=taken, parents=made.parents)
+        pool = steps.recipe.controller.rounds.pool if made.learned else None
+        return Outcome(made.grasp, made.ratio, pool, taken=taken, parents=made.parents)
     systems, chosen = made.systems, made.choose(steps)
-    losses = [] if split is None else [steps.losses(system, split) for system in systems.values()]
-    looked_at = [*_trail(*systems.values(), *[made.continued] if made.continued else []), *losses]
+    looked_at = [*_trail(*systems.values(), *[made.continued] if made.continued else []), *made.looked_at(steps)]
     return Outcome(
-        systems[chosen.name].after(*looked_at, *deliver.answers_that_count(steps, systems).values()),
+        systems[chosen.name].after(*looked_at),
         made.ratio if chosen.name == "grasp" else None,
         chosen_on=split,
         left_out=(f"is without a candidate. {made.left_out}",) if made.continued is None else (),
@@ -283,6 +283,9 @@ def most_trained(names: Collection[str], session: Session, ratios: int) -> tuple
     """
     recipe, splits = session.recipe, session.splits
     trains = {part for name in names for part in TRAININGS.get(name, ())}
+    if "delivered" in names and recipe.final.prune_ratio is not None:  # which learns nothing
+        trains = {part for name in names if name != "delivered" for part in TRAININGS.get(name, ())}
+        trains |= _TO_MERGE | {"continued", "given final"}
     final, own = recipe.final.training.epochs, recipe.target.training.epochs
     if recipe.target.on is None or ("target" in trains and recipe.target.on == AUTO):
         trains = (trains - {"apart"}) | ({"target"} if "apart" in trains else set())  # one and the same
@@ -296,5 +299,6 @@ def most_trained(names: Collection[str], session: Session, ratios: int) -> tuple
     }
     seeded = sum(epochs.get(part, final) for part in trains - {"source", "joint"}) * len(splits.train)
     source = recipe.source.training.epochs * len(splits.source_train)
-    joint = source + max(own, recipe.source.training.epochs) * len(splits.train) if "joint" in trains else 0
+    passes = recipe.source.training.epochs
+    joint = source + passes * max(1, round(own / passes)) * len(splits.train) if "joint" in trains else 0
     return round(source if "source" in trains else 0), round(seeded + joint)

@@ -5,9 +5,11 @@ the same bits. Nothing is written before the recipe, the backbone, the rows and 
 processes train and measure together, the first one writes, and all of them have to see the folder.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from grasp_lora.engine import deliver
 from grasp_lora.engine.all_rows import train_again
@@ -91,6 +93,14 @@ class Made:
         """Choose what is handed over."""
         return deliver.choose(steps, self.systems, self.parents, self.left_out)
 
+    def looked_at(self, steps: Steps) -> list[Finished[Any]]:
+        """What the choice measured of the candidates: losses and scores of the rows that decide."""
+        split = steps.choosing_split
+        if split is None or steps.recipe.final.deliver != "best":
+            return []
+        losses = [steps.losses(system, split) for system in self.systems.values()]
+        return [*losses, *deliver.answers_that_count(steps, self.systems).values()]
+
 
 def make(steps: Steps) -> Made:
     """Train and merge, learn the ratio, make GRASP's result, and continue the source adapter as the usual practice does."""
@@ -151,7 +161,7 @@ def main_job(steps: Steps, info: RunInfo) -> Run:
             test_examples=len(test),
             language=steps.session.language,
         ),
-        cost=_cost(adapters, measured),
+        cost=_cost(adapters, measured, made.looked_at(steps)),
         target_alone=parents.on is None,
     )
 
@@ -163,10 +173,12 @@ def _measure(steps: Steps, name: str, system: Adapter, number: int, total: int) 
     return measured
 
 
-def _cost(adapters: dict[str, Adapter], measured: dict[str, Measured]) -> dict[str, float]:
+def _cost(
+    adapters: dict[str, Adapter], measured: dict[str, Measured], looked_at: Sequence[Finished[Any]]
+) -> dict[str, float]:
     """Seconds of each step, by its name; those of all measurements together, as `evaluation`."""
     cost: dict[str, float] = {}
     for step in each_once([step for adapter in adapters.values() for step in adapter.trail]):
         cost[step.name] = round(cost.get(step.name, 0.0) + step.seconds, 3)
-    parts = [part for system in measured.values() for part in vars(system).values() if part is not None]
+    parts = [part for system in measured.values() for part in vars(system).values() if part is not None] + [*looked_at]
     return cost | {"evaluation": round(sum(part.seconds for part in each_once(parts)), 3)}

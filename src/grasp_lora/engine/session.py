@@ -98,6 +98,11 @@ class Session:
         return score(metrics, answers, references, self.language, tuple(self.splits.labels))
 
     @property
+    def available_metrics(self) -> list[str]:
+        """The metrics that the language lacks nothing for."""
+        return [name for name, metric in self.metrics.items() if not metric.lacking(self.language)]
+
+    @property
     def pad_id(self) -> int:
         """Token id for padding."""
         return int(self.backbone.tokenizer.pad_token_id)

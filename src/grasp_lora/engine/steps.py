@@ -550,7 +550,7 @@ class Steps:
 
     def row_scores(self, adapter: Adapter, split: str) -> Finished[RowScores]:
         """The main score of the answer to each row of a split that may decide."""
-        rows, metric = getattr(self.splits, split), main_metric(list(self.session.metrics))
+        rows, metric = getattr(self.splits, split), main_metric(self.session.available_metrics)
         inputs = self._measured(
             adapter,
             answers=REVISIONS["answers"],

@@ -33,8 +33,11 @@ def advice(dev: int, *, keeps_best: bool, on: str | None, has_source_rows: bool,
         sentences = [f"{dev} dev rows stop the trainings in time, and choose which adapter you get. {gain}"]
     else:
         why = "the last step is kept, whatever the dev rows say" if dev else "no dev rows stop the trainings"
+        prune = (
+            "prune, as this recipe does" if prunes else "prune (final.prune_ratio: null), which this recipe does not"
+        )
         sentences = [
-            f"{why}, so the training rows are overfitted: prune, as this recipe does. Wherever it was measured, its loss was "
+            f"{why}, so the training rows are overfitted: {prune}. Wherever it was measured, its loss was "
             "lower than that of the merge trained as long without pruning. The merge that nobody trains further may have a lower "
             "one yet"
         ]

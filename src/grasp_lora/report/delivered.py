@@ -16,6 +16,7 @@ from grasp_lora.report.examples import best_guess
 from grasp_lora.report.tables import (
     METRIC_NAMES,
     Difference,
+    final_text,
     gain_text,
     in_text,
     is_unpruned,
@@ -265,7 +266,7 @@ def next_steps(run: Run, recipe: str, overrides: Sequence[str], folder: Path, al
         place = f"to data.target.files.{split}" if files else f"and raise {key} (now {delivered.examples})"
         steps.append(f"more {delivered.split} rows tell more: add examples {place}")
     if delivered.name != "grasp":
-        steps.append(f"GRASP's result all the same, at no cost: it is {folder / FINAL_FOLDER}")
+        steps.append(f"{final_text(run).rstrip(',')} all the same, at no cost: it is {folder / FINAL_FOLDER}")
     return steps
 
 
