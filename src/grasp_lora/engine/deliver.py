@@ -1,4 +1,4 @@
-"""Which adapter a run hands over: GRASP's result, unless another one's dev loss is clearly lower.
+"""Which adapter a run hands over: GRASP's result, unless another is clearly ahead on the dev rows, by loss or by answers.
 
 The rule, for `final.deliver: best`, by the mean loss on dev, or on micro-dev where there is no dev set. The test split has no
 part in it.
