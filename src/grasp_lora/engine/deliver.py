@@ -154,7 +154,7 @@ def best_of(
     order = sorted(losses, key=lambda name: list(IN_ORDER).index(_kind(name)))
     usable = [name for name in order if len(losses[name]) >= FEWEST and all(map(math.isfinite, losses[name]))]
     if len(usable) < 2:
-        chosen = usable[0] if usable else "grasp" if "grasp" in order else order[0]
+        chosen = usable[0] if usable else "grasp"
         why = f"There are no {split} losses to choose by, so {title_of(chosen, titles)} is handed over."
         if usable:
             why = f"Only its {split} losses are finite."

@@ -14,7 +14,7 @@ from grasp_lora.engine.check import lack_of_rounds
 from grasp_lora.engine.results import Adapter, Finished, Measured
 from grasp_lora.engine.run import make
 from grasp_lora.engine.session import Session
-from grasp_lora.engine.steps import Parents, Steps
+from grasp_lora.engine.steps import Parents, Steps, choosing_splits
 from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.method.masks import MaskSettings
 from grasp_lora.method.merging import MERGE_RULES, MergeSettings
@@ -273,7 +273,7 @@ TRAININGS: dict[str, set[str]] = {
 }
 
 
-def most_trained(names: Collection[str], session: Session, ratios: int) -> tuple[int, int]:
+def most_trained(names: Collection[str], session: Session, ratios: int = 0) -> tuple[int, int]:
     """How many examples methods train on at most: the source adapter, once, and all else, with each seed.
 
     A dev set may stop trainings early. Methods from outside are not counted.
@@ -286,11 +286,15 @@ def most_trained(names: Collection[str], session: Session, ratios: int) -> tuple
     if "delivered" in names and recipe.final.prune_ratio is not None:  # which learns nothing
         trains = {part for name in names if name != "delivered" for part in TRAININGS.get(name, ())}
         trains |= _TO_MERGE | {"continued", "given final"}
+    if "continued" not in names and recipe.final.deliver != "best":
+        trains -= {"continued"}
     final, own = recipe.final.training.epochs, recipe.target.training.epochs
     if recipe.target.on is None or ("target" in trains and recipe.target.on == AUTO):
         trains = (trains - {"apart"}) | ({"target"} if "apart" in trains else set())  # one and the same
     epochs = {
-        "target": 0 if recipe.target.adapter else own * (2 if recipe.target.on == AUTO else 1),
+        "target": 0
+        if recipe.target.adapter
+        else own * (2 if recipe.target.on == AUTO and choosing_splits(splits) else 1),
         "apart": 0 if recipe.target.adapter else own,
         "controller": recipe.controller.training.epochs,
         "paper controller": recipe.controller.training.epochs,

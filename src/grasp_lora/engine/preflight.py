@@ -19,6 +19,7 @@ from grasp_lora.data.encode import Example, Tally
 from grasp_lora.data.splits import SPLITS, group_numbers, group_size, read_shares
 from grasp_lora.engine.check import check
 from grasp_lora.engine.comparison import PLANNED, SEEDS, expected_width
+from grasp_lora.engine.methods import most_trained
 from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import choosing_splits
 from grasp_lora.models.adapters import attached, fresh_adapter
@@ -295,21 +296,14 @@ def _plan(session: Session) -> Iterator[Finding]:
 
 def _cost(recipe: Recipe, session: Session) -> tuple[float, int]:
     """How many examples are trained on and probed at most."""
-    splits = session.splits
-    trained, probed, train = 0.0, 0, len(splits.train)
-    if not recipe.source.adapters:
-        trained += recipe.source.training.epochs * len(splits.source_train)
-    if not recipe.target.adapter:
-        chosen = recipe.target.on == AUTO and choosing_splits(splits)
-        trained += (2 if chosen else 1) * recipe.target.training.epochs * train
-    runs = 2 if recipe.final.deliver == "best" else 1  # the final run, and the source adapter continued
-    trained += (runs + recipe.final.all_rows) * recipe.final.training.epochs * train
-    if recipe.final.all_rows and not recipe.target.adapter:
-        trained += recipe.target.training.epochs * train  # as many steps as before, whatever the rows
+    train, probed = len(session.splits.train), 0
+    trained = float(sum(most_trained(["delivered"], session)))
+    if recipe.final.all_rows:  # as many steps as before, whatever the rows
+        trained += (
+            recipe.final.training.epochs + (0 if recipe.target.adapter else recipe.target.training.epochs)
+        ) * train
     if recipe.final.prune_ratio is None:
-        stage = recipe.controller
-        trained += stage.training.epochs * train
-        probed = len(stage.round_steps(train)) * stage.probed_examples(len(session.probe_pool))
+        probed = len(recipe.controller.round_steps(train)) * recipe.controller.probed_examples(len(session.probe_pool))
     return trained, probed
 
 

@@ -2,7 +2,7 @@
 
 A table here is plain text in cells, so that a page, a Markdown file and a terminal show the same numbers:
 
-    TextTable("Time per step", ["Step", "Seconds"], [[Cell("source"), Cell("7.1")], [Cell("controller", best=True), Cell("0.7")]])
+    TextTable("Time per step", ["Step", "Seconds"], [[Cell("source"), Cell("7.1")], [Cell("controller"), Cell("0.7", best=True)]])
 
 Beside the scores stand the paired intervals of `evaluation.statistics`: a difference of two means says little without one.
 """
@@ -36,7 +36,7 @@ class Cell(NamedTuple):
     """A table cell.
 
     Args:
-        best: marks the best of its column, in a first cell the row.
+        best: marks the best of its column, in a first cell the system that is handed over.
         span: columns of a text that is no value.
     """
 
