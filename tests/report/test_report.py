@@ -30,7 +30,7 @@ from made_runs import (
 from grasp_lora.engine.run_folder import Run, SystemScores
 from grasp_lora.evaluation.statistics import PairedComparison, compare_with_baselines
 from grasp_lora.report.card import write_model_card
-from grasp_lora.report.delivered import gain, next_steps, verdict, warning_of
+from grasp_lora.report.delivered import gain, higher, next_steps, verdict, warning_of
 from grasp_lora.report.examples import examples_of
 from grasp_lora.report.figures import figures_of
 from grasp_lora.report.pages import write_report
@@ -217,6 +217,32 @@ def test_the_first_line_says_that_the_test_rows_show_another_system_to_be_better
     assert "show another to be better" not in text_of(run, tmp_path)
 
 
+def test_a_score_that_is_higher_perhaps_by_chance_is_named_with_the_folder_of_its_adapter(
+    run: Run, tmp_path: Path
+) -> None:
+    run = with_delivered(with_recipe(run, final={"deliver": "best"}), name="target", title="the target adapter")
+    for name in SYSTEMS:
+        f1 = [40.0 + (9.0 * (place % 2) - 4.0) * (name in ("merged", "grasp")) for place in range(8)]
+        run = answered(run, name, lambda place, f1=f1: {"scores": {"f1": f1[place]}})
+        run = with_scores(run, **{name: {"f1": fmean(f1)}})
+    said = "A higher test F1 than its 40.0: merged, not pruned (40.5, in {}merged); GRASP (40.5, in {}final). 8 test rows cannot show"
+    assert said.format("", "") in text_of(run, tmp_path)
+    assert said.format("runs/a/", "runs/a/") in str(higher(run, compare_handed_over(run), Path("runs/a")))
+    run = with_scores(run, target={"f1": 41.0})
+    assert higher(run, compare_handed_over(run)) is None
+    assert "A higher test" not in text_of(run, tmp_path)
+
+
+def test_zeros_of_the_merged_adapters_are_not_called_pruned(run: Run, tmp_path: Path) -> None:
+    run = with_metrics(with_recipe(run, final={"prune_ratio": 0.0}), prune_ratio=0.0)
+    zeros = percent(1 - kept_share(run.sparsity), 2).replace("\u00a0", " ")
+    assert (
+        f"Nothing was pruned. {zeros} of the weights are zero: they were so in the adapters that were merged."
+        in text_of(run, tmp_path)
+    )
+    assert page_of(run, tmp_path).row("Merged, trained further, handed over")[-1] == percent(0, 1)
+
+
 @pytest.mark.parametrize(("right", "warned"), [(37.5, True), (50.0, False)])
 def test_answers_that_are_no_better_than_one_label_have_a_warning(
     run: Run, tmp_path: Path, right: float, warned: bool
@@ -296,7 +322,7 @@ def test_a_run_without_test_rows_has_a_report_and_a_card(run: Run, tmp_path: Pat
 def test_a_language_with_a_script_has_its_code(run: Run, tmp_path: Path) -> None:
     run = with_recipe(run, data={"target": {"language": "zh_Hans"}})
     page = text_of(run, tmp_path)
-    assert "en to zh" in page
+    assert "English to Chinese" in page
     assert 'lang="zh-Hans"' in page
     assert "- zh\n" in card(run, tmp_path)
 

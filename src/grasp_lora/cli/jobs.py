@@ -78,6 +78,8 @@ def _run(recipe: str, overrides: list[str], output: Path | None, allow_code: boo
     say(words.verdict(record, compared), style="bold")
     if gain := words.gain(record, compared):
         say(gain, style="bold")
+    if higher := words.higher(record, compared, folder):
+        say(higher)
     say(words.reason(record))
     if again := words.trained_again(record):
         say(again)

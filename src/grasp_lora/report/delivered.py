@@ -93,6 +93,28 @@ def gain(run: Run, compared: Mapping[str, Difference]) -> str | None:
     return f"It is shown to be better than neither {' nor '.join(dict.fromkeys(names.values()))}: {text}"
 
 
+def higher(run: Run, compared: Mapping[str, Difference], folder: Path = Path()) -> str | None:
+    """Which systems have higher test scores, perhaps by chance, and where they lie, as sentences; None where there are none."""
+    above = {
+        name: each
+        for name, each in compared.items()
+        if each.score and each.score.verdict != "worse" and round(each.theirs - each.ours, each.digits) > 0
+    }
+    if not above:
+        return None
+    folders = {name: name for name in run.adapters} | {"grasp": FINAL_FOLDER}
+    others = [
+        f"{in_text(titles_of(run)[name])} ({each.theirs:.{each.digits}f}"
+        + (f", in {folder / folders[name]})" if name in folders else ")")
+        for name, each in above.items()
+    ]
+    first, rows = next(iter(above.values())), run.metrics.test_examples
+    return (
+        f"A higher test {first.name} than its {first.ours:.{first.digits}f}: {'; '.join(others)}. "
+        f"{rows} test rows cannot show whether that is chance."
+    )
+
+
 def headline(run: Run, compared: Mapping[str, Difference]) -> str:
     """What was learned about the ratio, and what GRASP's result scores beside what is handed over, else beside a rival."""
     chosen, ratio = is_chosen(run), run.metrics.prune_ratio

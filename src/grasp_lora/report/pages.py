@@ -30,7 +30,7 @@ from grasp_lora.report.figures import figures_of, plotly_js, script_json
 from grasp_lora.report.tables import METRIC_NAMES, percent
 from grasp_lora.storage.writing import write_whole
 from grasp_lora.text.display import escaped, one_line
-from grasp_lora.text.languages import language_code
+from grasp_lora.text.languages import language_name
 from grasp_lora.text.names import last_part
 
 logger = logging.getLogger(__name__)
@@ -89,6 +89,7 @@ def view_of(run: Run, folder: Path) -> dict[str, Any]:
         "warning": delivered.warning_of(run),
         "headline": delivered.headline(run, compared),
         "gain": delivered.gain(run, compared),
+        "higher": delivered.higher(run, compared),
         "predict": 'grasp-lora predict adapter "..."' if in_chat else delivered.predict_command(),
         "predict_texts": delivered.command_for_texts(run),
         "facts": _facts(run),
@@ -168,8 +169,8 @@ def sizes_of(run: Run, splits: Sequence[str] = SPLITS) -> str:
 
 
 def languages_of(corpora: Sequence[CorpusSettings]) -> str:
-    """The languages of data, by their codes."""
-    return " to ".join(language_code(corpus.language) for corpus in corpora)
+    """The languages of data, by their names."""
+    return " to ".join(language_name(corpus.language) for corpus in corpora)
 
 
 def public_name(name: str) -> str:

@@ -153,7 +153,7 @@ def scores_table(run: Run) -> TextTable:
     used = {key for system in systems.values() for key in system.metrics}
     keys = [key for key in METRIC_NAMES if key in used] + sorted(used - METRIC_NAMES.keys())
     pruned = {"grasp", *([ALL_ROWS] if run.metrics.delivered.name == "grasp" else [])}
-    share = 1 - kept_share(run.sparsity)
+    share = 0.0 if is_unpruned(run) else 1 - kept_share(run.sparsity)  # zeros of an untrained factor are not pruned
     columns: list[list[Cell]] = [[Cell(titles[name], name == run.metrics.handed_over) for name in systems]]
     for key in keys:
         values = [score.metrics.get(key) for score in systems.values()]
@@ -356,6 +356,9 @@ def is_even(entries: Sequence[Mapping[str, Any]]) -> bool:
 def sparsity_note(run: Run) -> str:
     """What the shares of kept weights say together, and whether they are those of the ratio."""
     pruned, ratio = 1 - kept_share(run.sparsity), run.metrics.prune_ratio
+    if ratio == 0:
+        zeros = f" {percent(pruned, 2)} of the weights are zero: they were so in the adapters that were merged."
+        return "Nothing was pruned." + (zeros if pruned else "")
     note = f"Measured over all factors, {percent(pruned, 2)} of the weights are zero."
     if is_even(run.sparsity):
         note += " Every factor keeps the same share: the ratio is applied to each of them separately."

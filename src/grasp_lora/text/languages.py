@@ -2,6 +2,8 @@
 
 import re
 
+from babel import Locale
+
 from grasp_lora.errors import DataError
 
 _CODE = re.compile(r"[A-Za-z]{2,3}(?:[-_][A-Za-z0-9]+)*")
@@ -34,3 +36,13 @@ def language_code(language: str) -> str:
         )
     code = re.split("[-_]", language.lower())[0]
     return _SHORT.get(code, code)
+
+
+def language_name(language: str) -> str:
+    """Return the English name of a language, and its code where Unicode's table (CLDR) has no name for it.
+
+    >>> language_name("sq"), language_name("zh-Hans"), language_name("min"), language_name("xx")
+    ('Albanian', 'Chinese', 'Minangkabau', 'xx')
+    """
+    code = language_code(language)
+    return str(Locale("en").languages.get(code, code))
