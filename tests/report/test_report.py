@@ -225,7 +225,7 @@ def test_a_score_that_is_higher_perhaps_by_chance_is_named_with_the_folder_of_it
         f1 = [40.0 + (9.0 * (place % 2) - 4.0) * (name in ("merged", "grasp")) for place in range(8)]
         run = answered(run, name, lambda place, f1=f1: {"scores": {"f1": f1[place]}})
         run = with_scores(run, **{name: {"f1": fmean(f1)}})
-    said = "A higher test F1 than its 40.0: merged, not pruned (40.5, in {}merged); GRASP (40.5, in {}final). 8 test rows cannot show"
+    said = "A higher test F1 than its 40.0: merged, not pruned (40.5, in {}merged/); GRASP (40.5, in {}final/). 8 test rows cannot show"
     assert said.format("", "") in text_of(run, tmp_path)
     assert said.format("runs/a/", "runs/a/") in str(higher(run, compare_handed_over(run), Path("runs/a")))
     run = with_scores(run, target={"f1": 41.0})

@@ -105,7 +105,7 @@ def higher(run: Run, compared: Mapping[str, Difference], folder: Path = Path()) 
     folders = {name: name for name in run.adapters} | {"grasp": FINAL_FOLDER}
     others = [
         f"{in_text(titles_of(run)[name])} ({each.theirs:.{each.digits}f}"
-        + (f", in {folder / folders[name]})" if name in folders else ")")
+        + (f", in {folder / folders[name]}/)" if name in folders else ")")
         for name, each in above.items()
     ]
     first, rows = next(iter(above.values())), run.metrics.test_examples
