@@ -1,4 +1,4 @@
-"""What few rows come to: 45 rows a draw, as `init` of 60 splits them, but with a test set that tells. The plan is in `lab/log.md`.
+"""What few rows come to: 45 rows a draw, as `init` of 60 splits them, with a test set that tells. The plan is in `lab/log.md`.
 
     python lab/few_rows.py draw SETTING DRAW FOLDER    # one draw; goes on where it was stopped, writes FOLDER/SETTING-DRAW.json
     python lab/few_rows.py table FILE [FILE ...]       # means over draws, with 95 % intervals over the draws
@@ -17,7 +17,6 @@ from typing import Any
 
 from scipy.stats import t as student
 
-from grasp_lora.data.encode import Example
 from grasp_lora.data.splits import Splits
 from grasp_lora.engine.all_rows import train_again
 from grasp_lora.engine.check import check
