@@ -1,0 +1,62 @@
+"""`joint` with as many English rows as target rows, beside the mix of today at the same length. The plan is in `lab/log.md`.
+
+    python lab/joint.py SETTING FOLDER      # tydiqa-sw or nusax-su; goes on where it was stopped, writes FOLDER/joint-SETTING.json
+
+Needs GRASP_LORA_DATA.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from grasp_lora.engine.check import check
+from grasp_lora.engine.session import Session
+from grasp_lora.engine.steps import JOINT_EVALUATIONS, Steps
+from grasp_lora.engine.store import Store
+from grasp_lora.recipes.load import load_recipe
+from grasp_lora.storage.claims import working_in
+from grasp_lora.storage.writing import write_json
+
+SEEDS = (42, 1337, 2024)
+TEST = {"tydiqa-sw": 300, "nusax-su": 400}
+
+
+def main(setting: str, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    loaded = Session(load_recipe(setting, [f"data.target.test={TEST[setting]}"])[0], Path.cwd())
+    check(loaded)
+    splits, rows = loaded.splits, []
+    own = round(loaded.recipe.target.training.epochs)  # times that the target adapter sees a row
+    length = 2 * own * len(splits.train)
+    target = round(length * own * len(splits.train) / (len(splits.source_train) + own * len(splits.train)))
+    mixes = {"half": (length // 2, own), "today": (length - target, max(1, round(target / len(splits.train))))}
+    with working_in(folder) as work:
+        work.begin(shared=True)
+        for seed in SEEDS:
+            for name, (english, repeats) in mixes.items():
+                recipe = loaded.recipe.model_copy(update={"seed": seed})
+                session = loaded.variant(recipe, replace(splits, source_train=splits.source_train[:english]))
+                steps = Steps(session, Store(folder / "steps", session.progress, work))
+                training = replace(
+                    recipe.source.training, epochs=1, evaluate_every=1 / JOINT_EVALUATIONS, patience=None
+                )
+                made = steps._train("joint", ("source_train", *["train"] * repeats), ("dev",), training)
+                found = steps.measure(made)
+                row: dict[str, Any] = {
+                    "setting": setting,
+                    "seed": seed,
+                    "mix": name,
+                    "english": english,
+                    "repeats": repeats,
+                }
+                row |= {"dev_loss": found.dev_loss, "test_loss": found.test_loss, **found.values}
+                row["best_step"] = made.made.result.best_step if made.made else None
+                rows.append(row)
+                sys.stdout.write(f"{row}\n")
+                sys.stdout.flush()
+                write_json(folder / f"joint-{setting}.json", rows)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
