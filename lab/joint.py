@@ -1,6 +1,6 @@
 """`joint` with as many English rows as target rows, beside the mix of today at the same length. The plan is in `lab/log.md`.
 
-    python lab/joint.py SETTING FOLDER      # tydiqa-sw or nusax-su; goes on where it was stopped, writes FOLDER/joint-SETTING.json
+    python lab/joint.py SETTING FOLDER    # tydiqa-sw or nusax-su; goes on where it was stopped, writes joint-SETTING.json
 
 Needs GRASP_LORA_DATA.
 """
