@@ -87,20 +87,20 @@ def draw_of(setting: str, draw: int, folder: Path, work: Workplace) -> None:
         systems["continued"] = made.continued
     record: dict[str, Any] = {"setting": setting, "draw": draw, "train": len(session.splits.train)}
     record["delivered"] = made.choose(steps).name
-    record["systems"] = {name: measured(steps, adapter, on_dev=True) for name, adapter in systems.items()}
+    record["systems"] = {
+        name: measured(steps, adapter, on_dev=True) for name, adapter in systems.items() if name != "target"
+    }
     again: dict[str, Adapter] = {}
-    for name in ("merged", "continued", "grasp"):
+    for name in ("continued", "grasp"):
         told, adapter, after = train_again(steps, made.parents, name, systems[name], 0.0)
         if adapter is None:
             record[f"{name}, all rows"] = told.why
             continue
         again[name] = adapter
         record["systems"][f"{name}, all rows"] = measured(after, adapter, on_dev=False)
-    half = MergeSettings("exact")
-    for suffix, of in (("", systems), (", all rows", again)):
-        if {"continued", "grasp"} <= of.keys():
-            soup = steps.merge("soup", [of["continued"], of["grasp"]], ["continued", "grasp"], half)
-            record["systems"][f"soup{suffix}"] = measured(steps, soup, on_dev=not suffix)
+    if len(again) == 2:
+        soup = steps.merge("soup", list(again.values()), list(again), MergeSettings("exact"))
+        record["systems"]["soup, all rows"] = measured(steps, soup, on_dev=False)
     write_json(folder / f"{setting}-{draw}.json", record)
 
 

@@ -26,6 +26,7 @@ from grasp_lora.engine.steps import GRID
 from grasp_lora.method.masks import MaskSet
 from grasp_lora.method.search import preset
 from grasp_lora.models.backbone import supports_logits_to_keep
+from grasp_lora.models.generation import generate
 from grasp_lora.models.live import live_pairs, segments_of
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.recipes.recipe import Recipe
@@ -95,6 +96,52 @@ def probe(lab: Lab) -> list[Row]:
     return [row("probe", f"probe / pure forward, {len(probes)} examples", times["ours"], times["forward"])]
 
 
+def formats(lab: Lab) -> list[Row]:
+    """A fine-tune's epoch and the micro-dev losses in float32 over the same in bfloat16, on one backbone that is cast in turn."""
+    train, training = taken(lab.session.splits.train, lab.examples), one_by_one(lab.recipe)
+    probes, backbone = ProbeSet(lab.session.splits.micro_dev, lab.session.pad_id), lab.session.backbone.model
+    own = backbone.dtype
+
+    def timed(dtype: torch.dtype, work: Callable[[Any], float]) -> float:
+        backbone.to(dtype)
+        with lab.on() as model:
+            return work(model)
+
+    def a_step(model: Any) -> float:
+        return lab.epoch(model, train, training)
+
+    def a_pass(model: Any) -> float:
+        return lab.clocked(lambda: probes.losses(model))
+
+    rows = []
+    for what, work in (("fine-tune step", a_step), ("pass without gradient", a_pass)):
+        kinds = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+        times = take_turns({name: partial(timed, dtype, work) for name, dtype in kinds.items()}, lab.pairs)
+        rows.append(row("formats", f"{what}, float32 / bfloat16", times["float32"], times["bfloat16"]))
+    backbone.to(own)
+    return rows
+
+
+def answers(lab: Lab) -> list[Row]:
+    """Answers to test prompts over the forward pass of these prompts, one at a time up to the last hidden state."""
+    rows, backbone = taken(lab.session.splits.test, lab.examples), lab.session.backbone
+    ends, prompts = {row.completion_ids[-1] for row in rows}, [row.prompt_ids for row in rows]
+    with lab.on() as model:
+        decoder = decoder_of(model)
+
+        @torch.no_grad()
+        def prefill() -> None:
+            model.eval()
+            for prompt in prompts:
+                decoder(torch.tensor([prompt]).to(lab.device), use_cache=False)
+
+        def ours() -> None:
+            generate(model, backbone.tokenizer, prompts, lab.recipe.generation, ends=ends)
+
+        times = take_turns({"ours": lambda: lab.clocked(ours), "prefill": lambda: lab.clocked(prefill)}, lab.pairs)
+    return [row("answers", f"answers / pure prefill, {len(rows)} prompts", times["ours"], times["prefill"])]
+
+
 def batches(lab: Lab) -> list[Row]:
     """Losses of the test examples in batches of so many tokens over those in our batches."""
     examples = lab.session.splits.test
@@ -135,7 +182,7 @@ def end_to_end(lab: Lab) -> list[Row]:
     for name in lab.stages:
         ours = [one + other for one, other in zip(lab.parts.whole_controller(name), final, strict=True)]
         what = f"{rivals} / controller run ({name}) + final run"
-        note = f"in units of work {lab.parts.work_ratio(name):.2f}"
+        note = f"in passes {lab.parts.work_ratio(name):.2f}"
         rows.append(row("end to end", what, grid, ours, computed=True, note=note))
     return rows
 
@@ -251,13 +298,15 @@ MEASURES: dict[str, Callable[[Lab], list[Row]]] = {
     "start": start_up,
     "memory": memory,
     "step": step,
+    "formats": formats,
     "probe": probe,
+    "answers": answers,
     "batches": batches,
     "controller": controller,
     "end": end_to_end,
     "growth": growth,
 }
-DEFAULT = tuple(name for name in MEASURES if name != "batches")
+DEFAULT = ("step", "formats", "probe", "answers", "controller", "end")
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -268,7 +317,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--only",
         default=",".join(DEFAULT),
-        help=f"any of {', '.join(MEASURES)}; all but batches by default",
+        help=f"any of {', '.join(MEASURES)}; {', '.join(DEFAULT)} by default",
     )
     parser.add_argument(
         "--policy",

@@ -147,7 +147,7 @@ class TestMeasures:
         assert paper.name == "grid of 8, or Optuna at 8 trials / controller run (paper) + final run"
         assert paper.ratio == pytest.approx(8 * final / (controller + final))
         work = 8 * (final + 10) / (controller + 10 + final + 10)  # a training example counts as two
-        assert paper.note == f"in units of work {work:.2f}"
+        assert paper.note == f"in passes {work:.2f}"
 
     def test_examples_in_turn_are_timed_and_counted_as_such(self, lab: speed_lab.Lab) -> None:
         preset_stage, policy = lab.stages["spread"], lab.stages["spread"].policy
@@ -181,6 +181,17 @@ class TestMeasures:
     def test_without_a_dev_split_its_evaluations_cost_nothing(self, lab: speed_lab.Lab) -> None:
         lab.session.splits = replace(lab.session.splits, dev=())
         assert lab.parts.dev_evaluations() == [0.0]
+
+    def test_formats_take_turns_on_one_backbone_which_has_its_own_again_after(self, lab: speed_lab.Lab) -> None:
+        seen, own = set(), lab.session.backbone.model.dtype
+        lab.session.backbone.model.get_decoder().register_forward_pre_hook(lambda model, _: seen.add(model.dtype))
+        assert list(ratios(speed.formats(lab)).values()) == [1.0, 1.0]
+        assert seen == {torch.bfloat16, torch.float32}
+        assert lab.session.backbone.model.dtype == own
+
+    def test_answers_go_through_the_decoder_once_a_token(self, lab: speed_lab.Lab) -> None:
+        [ratio] = ratios(speed.answers(lab)).values()
+        assert 1.0 < ratio <= lab.recipe.generation.max_new_tokens
 
     def test_rounds_grow_with_what_is_probed_and_not_with_the_adapter(
         self, lab: speed_lab.Lab, monkeypatch: pytest.MonkeyPatch
