@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grasp_lora.errors import ProbeError, RecipeError
+from grasp_lora.method import rules
 from grasp_lora.method.rules import RatioEstimate, Round, Rule
 from grasp_lora.method.search import (
     POLICIES,
@@ -230,6 +231,26 @@ def test_candidates_on_some_examples_are_compared_on_those():
     search = of_kind("spread", "surrogate")
     search.tell(told)
     assert 0.1 <= search.best_ratio().ratio <= 0.8
+
+
+def test_the_surrogate_is_fitted_once_a_round_and_its_dear_root_is_for_intervals_alone(monkeypatch):
+    fits, dear = [], []
+    fit, root = rules.Surrogate._fit, rules._root
+    monkeypatch.setattr(rules.Surrogate, "_fit", lambda self, values: (fits.append(1), fit(self, values)))
+    monkeypatch.setattr(
+        rules, "_root", lambda matrix: (dear.append(len(matrix) >= rules.RATIOS * rules.TIMES), root(matrix))[1]
+    )
+    search = of_kind("spread", "surrogate")
+    rules._process.cache_clear()
+    for _ in range(4):
+        candidates = tuple(search.ask())
+        losses = tuple((ratio, ratio**2) for ratio in candidates)
+        search.tell(Round(search.current_ratio, candidates, (1.0, 1.0), losses))
+    assert len(fits) == 4
+    assert not any(dear)
+    assert search.best_ratio().low < search.best_ratio().high
+    assert len(fits) == 4  # the estimate after the run rests on the fit of the last round
+    assert sum(dear) == 1
 
 
 def test_of_equal_rounds_the_first_is_the_best():
