@@ -302,16 +302,18 @@ def test_a_score_is_the_log_probability_of_label_and_end(architecture, sizes, ma
     model.eval()
     for prompt, scores in zip(prompts, found, strict=True):
         assert scores == pytest.approx([slowly(model, prompt, label) for label in LABELS], abs=1e-4)
-    assert done == [(number, len(prompts)) for number in range(1, len(prompts) + 1)]
+    counts = [count for count, _ in done]
+    assert counts == sorted(set(counts))
+    assert {total for _, total in done} == {counts[-1]} == {len(prompts)}
 
 
-def test_a_prompt_is_read_once_for_all_labels(make_tiny_model, monkeypatch):
+def test_prompts_are_read_together_and_once_for_all_labels(make_tiny_model, monkeypatch):
     model, tokens = make_tiny_model("llama"), []
-    model.register_forward_pre_hook(lambda _, __, inputs: tokens.append(inputs["input_ids"].numel()), with_kwargs=True)
+    model.register_forward_pre_hook(lambda _, __, inputs: tokens.append(inputs["input_ids"].shape), with_kwargs=True)
     prompt = [1, *range(4, 104)]
-    label_scores(model, [prompt], LABELS)
-    assert tokens == [1, 100, len(LABELS) * 5]  # the first tells what the cache is
+    label_scores(model, [prompt, prompt[:50]], LABELS)
+    assert tokens == [(1, 1), (2, 100), (2 * len(LABELS), 5)]  # the first tells what the cache is
     tokens.clear()
     monkeypatch.setattr(module, "_read", lambda *_: None)
     label_scores(model, [prompt, prompt], LABELS)
-    assert tokens == [len(LABELS) * 105] * 2
+    assert tokens == [(len(LABELS), 105)] * 2

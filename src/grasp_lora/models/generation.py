@@ -5,6 +5,7 @@ of similar lengths, and equally many calls in each process where the backbone is
 """
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -164,7 +165,7 @@ def label_scores(
         model: causal language model, on its device.
         prompts: token ids of each prompt.
         labels: token ids of each label, the end token last.
-        progress: called after each prompt with those done so far and their total.
+        progress: called after each batch with the prompts done so far and their total.
 
     Returns:
         For each prompt one number <= 0 a label.
@@ -174,23 +175,34 @@ def label_scores(
         ProbeError: a score is no number.
     """
     inner = without_peft(model)
-    longest = max(map(len, labels))
+    longest, lengths = max(map(len, labels)), [len(prompt) for prompt in prompts]
     _check_lengths(inner, prompts, longest)
-    scores: list[list[float]] = []
+    scores: list[list[float]] = [[] for _ in prompts]
+    answered = 0
     with evaluating(inner), contiguous_head_input(inner), enough_memory("scoring labels", LESS_MEMORY):
-        shares = _read(inner, [0]) is not None
-        batches = [_label_batches(labels, len(prompt) + longest) for prompt in prompts]
-        calls = sum(map(len, batches)) + sum(shares and len(prompt) > 1 for prompt in prompts)
-        behind = calls_behind(inner, calls)
-        for prompt, parts in zip(prompts, batches, strict=True):
-            cache = _read(inner, prompt[:-1]) if shares and len(prompt) > 1 else None
-            scores.append([score for part in parts for score in _score(inner, prompt, cache, part)])
-            if any(map(math.isnan, scores[-1])):
+        shares = _read(inner, [[0]]) is not None
+        read = [index for index, length in enumerate(lengths) if shares and length > 1]
+        batches = [
+            [read[place] for place in batch]
+            for batch in _batches([lengths[index] for index in read], longest, BATCH_SIZE)
+        ]
+        batches += [[index] for index, length in enumerate(lengths) if not shares or length == 1]
+        parts = [_label_batches(labels, lengths[batch[0]] + longest, len(batch)) for batch in batches]
+        cached = [shares and lengths[batch[0]] > 1 for batch in batches]
+        behind = calls_behind(inner, sum(map(len, parts)) + sum(cached))
+        for batch, of_labels, once in zip(batches, parts, cached, strict=True):
+            rows = [prompts[index] for index in batch]
+            cache = _read(inner, [row[:-1] for row in rows]) if once else None
+            for part in of_labels:
+                for index, found in zip(batch, _score(inner, rows, cache, part), strict=True):
+                    scores[index] += found
+            if any(math.isnan(score) for index in batch for score in scores[index]):
                 raise _no_numbers(inner)
+            answered += len(batch)
             if progress is not None:
-                progress(len(scores), len(prompts))
+                progress(answered, len(prompts))
         for _ in range(behind):
-            _read(inner, [0])
+            _read(inner, [[0]])
     return scores
 
 
@@ -288,18 +300,24 @@ def contiguous_head_input(model: Any) -> Iterator[None]:
         hook.remove()
 
 
-def _label_batches(labels: Sequence[Sequence[int]], width: int) -> list[Sequence[Sequence[int]]]:
-    rows = max(1, min(BATCH_SIZE, BATCH_TOKENS // width, LABEL_TOKENS // max(map(len, labels))))
+def _label_batches(labels: Sequence[Sequence[int]], width: int, prompts: int) -> list[Sequence[Sequence[int]]]:
+    most = min(BATCH_TOKENS // width, LABEL_TOKENS // max(map(len, labels))) // prompts
+    rows = max(1, min(BATCH_SIZE, most))
     return [labels[start : start + rows] for start in range(0, len(labels), rows)]
 
 
-def _read(model: Any, tokens: Sequence[int]) -> Any:
-    """The cache of a model that has read these tokens; None where it cannot serve several rows."""
+def _read(model: Any, prompts: Sequence[Sequence[int]]) -> Any:
+    """The cache of a model that has read these prompts, padded on the left; None where it cannot serve several rows."""
     from transformers import cache_utils
 
-    ids = torch.tensor([tokens], device=model.device)
-    keep = {"logits_to_keep": torch.zeros_like(ids, dtype=torch.bool)} if supports_logits_to_keep(model) else {}
-    cache = getattr(model(input_ids=ids, use_cache=True, **keep), "cache", None)
+    mask = _mask_of(prompts)
+    ids = torch.zeros_like(mask)
+    ids[mask.bool()] = torch.tensor([token for prompt in prompts for token in prompt])
+    inputs = {"input_ids": ids, "attention_mask": mask, **_positions(model, (mask.cumsum(1) - 1).clamp_min(0))}
+    if supports_logits_to_keep(model):
+        inputs["logits_to_keep"] = torch.zeros_like(ids, dtype=torch.bool)
+    called = model(**{name: tensor.to(model.device) for name, tensor in inputs.items()}, use_cache=True)
+    cache = getattr(called, "cache", None)
     plain = (cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer, cache_utils.DummyLayer)
     # A layer with a state of its own, or a model's own kind of cache (MiniMax), has no rows to repeat.
     if type(cache) is not cache_utils.DynamicCache or not all(type(layer) in plain for layer in cache.layers):
@@ -308,34 +326,54 @@ def _read(model: Any, tokens: Sequence[int]) -> Any:
     return cache if any(getattr(layer, "keys", None) is not None for layer in cache.layers) else None
 
 
-def _score(model: Any, prompt: Sequence[int], cache: Any, labels: Sequence[Sequence[int]]) -> list[float]:
-    """Score a batch of labels; a cache holds all but the last token of the prompt."""
-    seen = 0 if cache is None else len(prompt) - 1
-    width = max(map(len, labels))
+def _mask_of(prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+    """1 where a prompt stands, 0 for the padding on its left."""
+    lengths = torch.tensor([[len(prompt)] for prompt in prompts])
+    width = int(lengths.max())
+    return (torch.arange(width) >= width - lengths).long()
+
+
+def _positions(model: Any, places: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The argument that says at which positions tokens stand; a model without it reads that off the mask."""
+    return {"position_ids": places} if "position_ids" in inspect.signature(model.forward).parameters else {}
+
+
+def _score(
+    model: Any, prompts: Sequence[Sequence[int]], cache: Any, labels: Sequence[Sequence[int]]
+) -> list[list[float]]:
+    """Score some labels after each prompt; a cache holds all but the last tokens, without one there is a single prompt."""
+    width, own = max(map(len, labels)), 1 if cache else len(prompts[0])  # tokens of a prompt that are read here
+    pairs = [(prompt, label) for prompt in prompts for label in labels]
     # The last token of each row is only predicted. Padding stands behind it, where nothing that counts sees it.
-    ids = torch.zeros((len(labels), len(prompt) - seen + width - 1), dtype=torch.long)
-    mask = torch.zeros((len(labels), len(prompt) + width - 1), dtype=torch.long)
-    targets = torch.full((len(labels), width), _PADDING)
-    for row, label in enumerate(labels):
-        tokens = [*prompt[seen:], *label[:-1]]
+    ids = torch.zeros((len(pairs), own + width - 1), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    targets = torch.full((len(pairs), width), _PADDING)
+    for row, (prompt, label) in enumerate(pairs):
+        tokens = [*prompt[-own:], *label[:-1]]
         ids[row, : len(tokens)] = torch.tensor(tokens)
-        mask[row, : seen + len(tokens)] = 1
+        mask[row, : len(tokens)] = 1
         targets[row, : len(label)] = torch.tensor(label)
-    inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device), "use_cache": False}
+    inputs: dict[str, Any] = {"input_ids": ids}
     if cache is not None:
-        repeated = copy.deepcopy(cache)  # a call adds to it
-        repeated.batch_repeat_interleave(len(labels))
-        inputs |= {"cache": repeated, "use_cache": True}
+        before = _mask_of([prompt[:-1] for prompt in prompts]).repeat_interleave(len(labels), 0)
+        inputs |= _positions(model, before.sum(1, keepdim=True) + torch.arange(ids.shape[1]))
+        mask = torch.cat([before, mask], dim=1)
+    inputs["attention_mask"] = mask
     if supports_logits_to_keep(model):
         # A mask, not a number: in bfloat16 a processor copies the whole output layer for a slice of several rows.
         kept = torch.zeros_like(ids, dtype=torch.bool)
         kept[:, -width:] = True
-        inputs["logits_to_keep"] = kept.to(model.device)
+        inputs["logits_to_keep"] = kept
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()} | {"use_cache": cache is not None}
+    if cache is not None:
+        repeated = copy.deepcopy(cache)  # a call adds to it
+        repeated.batch_repeat_interleave(len(labels))
+        inputs["cache"] = repeated
     logits = model(**inputs).logits
-    logits = logits.view(len(labels), -1, logits.shape[-1])[:, -width:]
+    logits = logits.view(len(pairs), -1, logits.shape[-1])[:, -width:]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).transpose(1, 2)
     losses = torch.nn.functional.cross_entropy(
         logits, targets.to(logits.device), reduction="none", ignore_index=_PADDING
     )
-    scores: list[float] = (-losses.sum(dim=1)).tolist()
+    scores: list[list[float]] = (-losses.sum(dim=1)).view(len(prompts), len(labels)).tolist()
     return scores
