@@ -117,8 +117,8 @@ def table(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
             beside = [over(found, name, "continued", key) for key in ("test_scores", "test_losses")]
             yield f"  {name:22} {fmean(score):5.1f} ({beside[0]})   {fmean(loss):.3f} ({beside[1]})"
         for name in names:
-            if name.endswith(", all rows"):
-                first = name.partition(",")[0]
+            first, _, all_rows = name.partition(", ")
+            if all_rows and first in names:
                 gains = [over(found, name, first, key) for key in ("test_scores", "test_losses")]
                 yield f"  {name} minus {first}: score {gains[0]}, loss {gains[1]}"
 
