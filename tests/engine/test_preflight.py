@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -166,6 +167,19 @@ def label_warnings(labels: str, *overrides: str) -> list[str]:
     sizes = ("data.task=classification", f"data.labels={labels}", "data.target.train=20", "data.target.dev=8")
     findings = preflight(session_of(*sizes, *overrides))
     return [finding.text for finding in findings if finding.topic == "labels" and finding.level == "warning"]
+
+
+def test_the_time_of_a_classification_counts_the_scores_of_its_labels(
+    tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(model: Any, prompts: list[Any], labels: Any) -> None:
+        time.sleep(0.05 * len(prompts))
+
+    labelled(40)
+    monkeypatch.setattr("grasp_lora.engine.preflight.likeliest_labels", slow)
+    sizes = ("data.task=classification", 'data.labels=["no","sawa"]', "data.target.train=20", "data.target.dev=8")
+    [text] = [finding.text for finding in preflight(session_of(*sizes)) if finding.topic == "time"]
+    assert float(text.rpartition(" ")[0].rpartition(" ")[2]) >= 0.05
 
 
 @pytest.mark.parametrize("few", [2, 5])

@@ -24,7 +24,7 @@ from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import choosing_splits
 from grasp_lora.models.adapters import attached, fresh_adapter
 from grasp_lora.models.backbone import is_quantised, supports_logits_to_keep
-from grasp_lora.models.generation import generate
+from grasp_lora.models.generation import BATCH_SIZE, generate, likeliest_labels
 from grasp_lora.recipes.advice import advice
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.recipes.stages import AUTO
@@ -333,10 +333,13 @@ def _measured(session: Session) -> list[Finding]:
 
         seconds(rows[-1], True)  # whose memory counts; the first step is slow in any case
         trained, measured, answered = seconds(middle, True), seconds(middle, False), 0.0
-        if splits.test and not splits.labels:
+        if splits.test:
             started = time.perf_counter()
-            prompts = [row.prompt_ids for row in splits.test[:TIMED]]
-            generate(adapted, session.backbone.tokenizer, prompts, recipe.generation)
+            prompts = [row.prompt_ids for row in splits.test[: BATCH_SIZE if splits.labels else TIMED]]
+            if splits.labels:
+                likeliest_labels(adapted, prompts, splits.labels)
+            else:
+                generate(adapted, session.backbone.tokenizer, prompts, recipe.generation)
             answered = (time.perf_counter() - started) / len(prompts)
     training_rows, probed = _cost(recipe, session)
     total = training_rows * trained + probed * measured + SYSTEMS * len(splits.test) * (answered + measured)
