@@ -18,12 +18,12 @@ from typing import Any
 from scipy.stats import t as student
 
 from grasp_lora.data.splits import Splits
-from grasp_lora.engine.all_rows import train_again
+from grasp_lora.engine.all_rows import _made_again, train_again
 from grasp_lora.engine.check import check
 from grasp_lora.engine.results import Adapter, main_metric
 from grasp_lora.engine.run import make
 from grasp_lora.engine.session import Session
-from grasp_lora.engine.steps import Steps
+from grasp_lora.engine.steps import Parents, Steps
 from grasp_lora.engine.store import Store
 from grasp_lora.method.merging import MergeSettings
 from grasp_lora.recipes.load import load_recipe
@@ -72,6 +72,16 @@ def measured(steps: Steps, adapter: Adapter, *, on_dev: bool) -> dict[str, Any]:
     return record
 
 
+def for_as_many_epochs(steps: Steps, parents: Parents, name: str, chosen: Adapter) -> tuple[Adapter, Steps]:
+    """A system trained on all rows for as many epochs as the dev rows chose, which are more steps."""
+    recipe, rows = steps.recipe, len(steps.splits.train)
+    parts = {"target": (parents.target, recipe.target.training), name: (chosen, recipe.final.training)}
+    counts = {part: adapter.made.result.best_step if adapter.made else 0 for part, (adapter, _) in parts.items()}
+    epochs = {part: counts[part] / training.steps_per_epoch(rows) for part, (_, training) in parts.items()}
+    after = steps.on_all_rows(epochs["target"], epochs[name])
+    return _made_again(after, parents, name, 0.0, counts), after
+
+
 def draw_of(setting: str, draw: int, folder: Path, work: Workplace) -> None:
     name, changes = SETTINGS[setting]
     recipe, _ = load_recipe(name, [*COMMON, *changes])
@@ -98,6 +108,9 @@ def draw_of(setting: str, draw: int, folder: Path, work: Workplace) -> None:
             continue
         again[name] = adapter
         record["systems"][f"{name}, all rows"] = measured(after, adapter, on_dev=False)
+    for name in ("continued", "grasp"):
+        adapter, after = for_as_many_epochs(steps, made.parents, name, systems[name])
+        record["systems"][f"{name}, all rows, as many epochs"] = measured(after, adapter, on_dev=False)
     if len(again) == 2:
         soup = steps.merge("soup", list(again.values()), list(again), MergeSettings("exact"))
         record["systems"]["soup, all rows"] = measured(steps, soup, on_dev=False)
