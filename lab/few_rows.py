@@ -7,6 +7,7 @@ Draws of a setting share the source adapter and the test rows; their other rows 
 """
 
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ from typing import Any
 from scipy.stats import t as student
 
 from grasp_lora.data.splits import Splits
-from grasp_lora.engine.all_rows import _made_again, train_again
+from grasp_lora.engine.all_rows import _made_again
 from grasp_lora.engine.check import check
 from grasp_lora.engine.results import Adapter, main_metric
 from grasp_lora.engine.run import make
@@ -72,13 +73,20 @@ def measured(steps: Steps, adapter: Adapter, *, on_dev: bool) -> dict[str, Any]:
     return record
 
 
-def for_as_many_epochs(steps: Steps, parents: Parents, name: str, chosen: Adapter) -> tuple[Adapter, Steps]:
-    """A system trained on all rows for as many epochs as the dev rows chose, which are more steps."""
-    recipe, rows = steps.recipe, len(steps.splits.train)
-    parts = {"target": (parents.target, recipe.target.training), name: (chosen, recipe.final.training)}
-    counts = {part: adapter.made.result.best_step if adapter.made else 0 for part, (adapter, _) in parts.items()}
-    epochs = {part: counts[part] / training.steps_per_epoch(rows) for part, (_, training) in parts.items()}
-    after = steps.on_all_rows(epochs["target"], epochs[name])
+def again_on_all_rows(
+    steps: Steps, parents: Parents, name: str, chosen: Adapter, *, as_many: str
+) -> tuple[Adapter, Steps]:
+    """`continued` or `grasp`, with what it rests on, trained once more on all rows.
+
+    Args:
+        as_many: `steps` or `epochs` as the dev rows chose; a training whose steps they discarded is left out.
+    """
+    rows = len(steps.splits.train) + (len(steps.splits.dev) if as_many == "steps" else 0)
+    counts, epochs = {}, {}
+    for part, adapter, stage in (("target", parents.target, steps.recipe.target), (name, chosen, steps.recipe.final)):
+        counts[part] = adapter.made.result.best_step if adapter.made else 0
+        epochs[part] = math.nextafter(counts[part] / stage.training.steps_per_epoch(rows), 0.0)
+    after = steps.on_all_rows(max(0.0, epochs["target"]), max(0.0, epochs[name]))
     return _made_again(after, parents, name, 0.0, counts), after
 
 
@@ -102,18 +110,12 @@ def draw_of(setting: str, draw: int, folder: Path, work: Workplace) -> None:
     }
     again: dict[str, Adapter] = {}
     for name in ("continued", "grasp"):
-        told, adapter, after = train_again(steps, made.parents, name, systems[name], 0.0)
-        if adapter is None:
-            record[f"{name}, all rows"] = told.why
-            continue
-        again[name] = adapter
-        record["systems"][f"{name}, all rows"] = measured(after, adapter, on_dev=False)
-    for name in ("continued", "grasp"):
-        adapter, after = for_as_many_epochs(steps, made.parents, name, systems[name])
-        record["systems"][f"{name}, all rows, as many epochs"] = measured(after, adapter, on_dev=False)
-    if len(again) == 2:
-        soup = steps.merge("soup", list(again.values()), list(again), MergeSettings("exact"))
-        record["systems"]["soup, all rows"] = measured(steps, soup, on_dev=False)
+        again[name], after = again_on_all_rows(steps, made.parents, name, systems[name], as_many="steps")
+        record["systems"][f"{name}, all rows"] = measured(after, again[name], on_dev=False)
+        longer, after = again_on_all_rows(steps, made.parents, name, systems[name], as_many="epochs")
+        record["systems"][f"{name}, all rows, as many epochs"] = measured(after, longer, on_dev=False)
+    soup = steps.merge("soup", list(again.values()), list(again), MergeSettings("exact"))
+    record["systems"]["soup, all rows"] = measured(steps, soup, on_dev=False)
     write_json(folder / f"{setting}-{draw}.json", record)
 
 

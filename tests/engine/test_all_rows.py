@@ -16,7 +16,6 @@ from recorder import Recorder, files_of, read, rows_of, run_tiny, session_of, st
 from grasp_lora.data.encode import Example
 from grasp_lora.engine import all_rows as module
 from grasp_lora.engine import deliver
-from grasp_lora.engine.all_rows import _epochs
 from grasp_lora.engine.compare import compare
 from grasp_lora.engine.comparison import ComparisonSettings
 from grasp_lora.engine.run import run
@@ -84,8 +83,8 @@ def test_what_was_chosen_is_trained_again_on_every_row_but_those_of_the_test(
 ) -> None:
     choose(winner)
     shutil.copytree(before / "store", "again/store")
-    metrics = run_tiny(*AGAIN, folder="again").metrics
-    facts = metrics.all_rows
+    whole = run_tiny(*AGAIN, folder="again")
+    metrics, facts = whole.metrics, whole.metrics.all_rows
     assert facts is not None
     # All up to the choice is what it is without the key: no row of dev, micro-dev or test has reached it.
     systems = read(before / "metrics.json")["systems"]
@@ -97,6 +96,10 @@ def test_what_was_chosen_is_trained_again_on_every_row_but_those_of_the_test(
         assert not dev
     assert facts.rows == 20
     assert [training.steps(20) for *_, training in trainings] == [count for count in facts.steps.values() if count]
+    for name, count in facts.steps.items():  # as many epochs: twice the rows, twice the steps
+        made = whole.adapters["final" if name == "grasp" else name].made
+        assert made is not None
+        assert count == 2 * made.result.best_step
     assert metrics.systems["all_rows"].dev_loss is None
     assert metrics.systems["all_rows"].test_loss != metrics.systems[winner].test_loss
     rivals = weights_in(Path("again", "final" if winner == "grasp" else winner))
@@ -114,26 +117,20 @@ def test_the_adapter_is_that_of_a_plain_training_on_all_rows(
 ) -> None:
     choose("target")
     changes = (*AGAIN, "target.training.accumulation=3")
-    facts = run_tiny(*changes, folder="again").metrics.all_rows
+    run = run_tiny(*changes, folder="again")
+    facts, first = run.metrics.all_rows, run.adapters["target"].made
     assert facts is not None
+    assert first is not None
     steps = steps_of(*changes)
     rows, training = steps.splits, steps.recipe.target.training
     everything = replace(rows, train=(*rows.train, *rows.dev, *rows.micro_dev), dev=(), micro_dev=())
-    plain = replace(training, epochs=_epochs(facts.steps["target"], training, 20), patience=None, keep="last")
+    epochs = first.result.best_step / training.steps_per_epoch(10)
+    plain = replace(training, epochs=epochs, patience=None, keep="last")
     steps.splits = steps.session.splits = everything
     trained = steps._train("target", ("train",), (), plain)
     assert trained.made is not None
     assert trained.made.result.steps == facts.steps["target"]
     assert equal(trained.weights, read_adapter("again/adapter").weights)
-
-
-@pytest.mark.parametrize("accumulation", [1, 3, 4])
-def test_the_epochs_give_the_steps_that_were_chosen(accumulation: int) -> None:
-    for examples in (1, 7, 45, 66, 100, 331):
-        for steps in (1, 2, 5, 25, 49, 75, 100, 331, 750):
-            epochs = _epochs(steps, TrainingSettings(accumulation=accumulation), examples)
-            assert TrainingSettings(accumulation=accumulation, epochs=epochs).steps(examples) == steps
-    assert _epochs(0, TrainingSettings(), 7) == 0
 
 
 @pytest.mark.parametrize(

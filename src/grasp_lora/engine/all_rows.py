@@ -1,10 +1,10 @@
 """`final.all_rows`: what a run hands over, trained once more on the target's train, dev and micro-dev rows together.
 
-The choice, the learned ratio and the optimizer steps of each training come from the run, so no row is left to stop by: a training
-goes to its end and keeps its last step. Where a first training was discarded (best step 0), so is this one. The test stays out.
+The choice, the learned ratio and the epochs of each training come from the run, so no row is left to stop by: a training goes to
+its end and keeps its last step. Where a first training was discarded (best step 0), so is this one. The test stays out. As many
+optimizer steps, which are fewer epochs of more rows, were measured and answered worse (`lab/log.md`).
 """
 
-import math
 from dataclasses import asdict, replace
 
 import torch
@@ -55,18 +55,24 @@ def train_again(
         nothing = "its training was discarded (best step 0)"
     if nothing:
         return AllRows(f"There is nothing to train once more on all rows: {nothing}."), None, steps
-    epochs = {part: _epochs(counts[part], training, rows) for part, (_, training) in trained.items()}
+    epochs = {
+        part: counts[part] / training.steps_per_epoch(len(splits.train)) for part, (_, training) in trained.items()
+    }
     again = steps.on_all_rows(epochs.get("target", 0.0), epochs.get("continued", epochs.get("grasp", 0.0)))
     try:
         adapter = _made_again(again, parents, kind, prune_ratio, counts)
     except (DivergedError, ProbeError, AdapterError) as error:
         return AllRows(f"What was chosen could not be trained once more on all rows: {error}"), None, steps
-    lengths = " and ".join(f"{part} {count}" for part, count in counts.items() if count)
+    lengths = " and ".join(f"{part} {count:.3g}" for part, count in epochs.items() if count)
     why = (
         f"The choice was made with {len(splits.train)} training rows. What was chosen was then trained once more on all {rows} "
-        f"rows outside the test set (optimizer steps: {lengths}), and that adapter is handed over."
+        f"rows outside the test set (epochs: {lengths}), and that adapter is handed over."
     )
-    return AllRows(why, rows, counts), adapter, again
+    lasting = {
+        part: replace(training, epochs=epochs[part]).steps(rows) if epochs[part] else 0
+        for part, (_, training) in trained.items()
+    }
+    return AllRows(why, rows, lasting), adapter, again
 
 
 def _made_again(again: Steps, parents: Parents, kind: str, prune_ratio: float, counts: dict[str, int]) -> Adapter:
@@ -86,11 +92,6 @@ def _made_again(again: Steps, parents: Parents, kind: str, prune_ratio: float, c
     mask = again.recipe.final.mask or again.recipe.mask
     key = key_of("pruned", {"merged": merged.key, "prune_ratio": prune_ratio, "mask": asdict(mask)})
     return replace(merged, key=key, load=lambda: _pruned(again, merged, prune_ratio))
-
-
-def _epochs(steps: int, training: TrainingSettings, examples: int) -> float:
-    """Epochs over so many examples that a training makes so many optimizer steps of, since it rounds them up; 0 for none."""
-    return math.nextafter(steps / training.steps_per_epoch(examples), 0.0) if steps else 0.0
 
 
 def _pruned(steps: Steps, start: Adapter, prune_ratio: float) -> AdapterWeights:

@@ -191,7 +191,7 @@ class FinalStage:
         deliver: what the run hands over: `best`, this run's result unless another adapter's dev loss is more than 5 % lower, or
             its dev answers are clearly better; or `grasp`, this run's result in any case.
         all_rows: train what is handed over once more, on the target's train, dev and micro-dev rows together, for as many
-            optimizer steps as the adapter had that was kept. `compare` leaves this aside.
+            epochs as the adapter had that was kept. `compare` leaves this aside.
     """
 
     mode: Literal["hold", "reselect"] = "hold"
