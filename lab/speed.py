@@ -75,7 +75,7 @@ def step(lab: Lab) -> list[Row]:
 
 def probe(lab: Lab) -> list[Row]:
     """Masks on, losses of the micro-dev examples, weights back, over the forward pass up to the last hidden state."""
-    probes = ProbeSet(lab.session.splits.micro_dev, lab.session.pad_id)
+    probes = ProbeSet(probed(lab), lab.session.pad_id)
     with lab.on() as model:
         masks = MaskSet(live_pairs(model, segments_of(lab.merged)), lab.recipe.mask)
         calibrate(model, masks, probes)
@@ -99,7 +99,7 @@ def probe(lab: Lab) -> list[Row]:
 def formats(lab: Lab) -> list[Row]:
     """A fine-tune's epoch and the micro-dev losses in float32 over the same in bfloat16, on one backbone that is cast in turn."""
     train, training = taken(lab.session.splits.train, lab.examples), one_by_one(lab.recipe)
-    probes, backbone = ProbeSet(lab.session.splits.micro_dev, lab.session.pad_id), lab.session.backbone.model
+    probes, backbone = ProbeSet(probed(lab), lab.session.pad_id), lab.session.backbone.model
     own = backbone.dtype
 
     def timed(dtype: torch.dtype, work: Callable[[Any], float]) -> float:
@@ -133,7 +133,7 @@ def answers(lab: Lab) -> list[Row]:
         def prefill() -> None:
             model.eval()
             for prompt in prompts:
-                decoder(torch.tensor([prompt]).to(lab.device), use_cache=False)
+                decoder(input_ids=torch.tensor([prompt]).to(lab.device), use_cache=False)
 
         def ours() -> None:
             generate(model, backbone.tokenizer, prompts, lab.recipe.generation, ends=ends)
@@ -287,6 +287,11 @@ def decoder_of(model: Any) -> Any:
 def one_by_one(recipe: Recipe) -> TrainingSettings:
     """The final run's training with one example a step."""
     return replace(recipe.final.training, batch_size=1, accumulation=1)
+
+
+def probed(lab: Lab) -> Sequence[Example]:
+    """The micro-dev examples, or the dev set of a recipe without them."""
+    return lab.session.splits.micro_dev or lab.session.splits.dev
 
 
 def mean_length(examples: Sequence[Example]) -> float:
