@@ -342,7 +342,7 @@ def _score(
     model: Any, prompts: Sequence[Sequence[int]], cache: Any, labels: Sequence[Sequence[int]]
 ) -> list[list[float]]:
     """Score some labels after each prompt; a cache holds all but the last tokens, without one there is a single prompt."""
-    width, own = max(map(len, labels)), 1 if cache else len(prompts[0])  # tokens of a prompt that are read here
+    width, own = max(map(len, labels)), len(prompts[0]) if cache is None else 1  # tokens of a prompt that are read here
     pairs = [(prompt, label) for prompt in prompts for label in labels]
     # The last token of each row is only predicted. Padding stands behind it, where nothing that counts sees it.
     ids = torch.zeros((len(pairs), own + width - 1), dtype=torch.long)
