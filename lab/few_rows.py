@@ -7,7 +7,6 @@ Draws of a setting share the source adapter and the test rows; their other rows 
 """
 
 import json
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -19,12 +18,12 @@ from typing import Any
 from scipy.stats import t as student
 
 from grasp_lora.data.splits import Splits
-from grasp_lora.engine.all_rows import _made_again
+from grasp_lora.engine.all_rows import train_again
 from grasp_lora.engine.check import check
 from grasp_lora.engine.results import Adapter, main_metric
 from grasp_lora.engine.run import make
 from grasp_lora.engine.session import Session
-from grasp_lora.engine.steps import Parents, Steps
+from grasp_lora.engine.steps import Steps
 from grasp_lora.engine.store import Store
 from grasp_lora.method.merging import MergeSettings
 from grasp_lora.recipes.load import load_recipe
@@ -32,6 +31,7 @@ from grasp_lora.storage.claims import Workplace, working_in
 from grasp_lora.storage.writing import write_json
 
 ROWS, DEV, DRAWS = 45, 15, 6  # a draw; of it to judge by; draws that the train split has room for
+ALL = ", all rows, as many epochs"
 COMMON = [  # as `init` writes them for few rows
     "target.on=null", "final.prune_ratio=0", "data.target.dev=2", "data.target.micro_dev=2",
     f"data.target.train={ROWS * DRAWS}", "source.training.epochs=2",
@@ -73,23 +73,6 @@ def measured(steps: Steps, adapter: Adapter, *, on_dev: bool) -> dict[str, Any]:
     return record
 
 
-def again_on_all_rows(
-    steps: Steps, parents: Parents, name: str, chosen: Adapter, *, as_many: str
-) -> tuple[Adapter, Steps]:
-    """`continued` or `grasp`, with what it rests on, trained once more on all rows.
-
-    Args:
-        as_many: `steps` or `epochs` as the dev rows chose; a training whose steps they discarded is left out.
-    """
-    rows = len(steps.splits.train) + (len(steps.splits.dev) if as_many == "steps" else 0)
-    counts, epochs = {}, {}
-    for part, adapter, stage in (("target", parents.target, steps.recipe.target), (name, chosen, steps.recipe.final)):
-        counts[part] = adapter.made.result.best_step if adapter.made else 0
-        epochs[part] = math.nextafter(counts[part] / stage.training.steps_per_epoch(rows), 0.0)
-    after = steps.on_all_rows(max(0.0, epochs["target"]), max(0.0, epochs[name]))
-    return _made_again(after, parents, name, 0.0, counts), after
-
-
 def draw_of(setting: str, draw: int, folder: Path, work: Workplace) -> None:
     name, changes = SETTINGS[setting]
     recipe, _ = load_recipe(name, [*COMMON, *changes])
@@ -105,17 +88,18 @@ def draw_of(setting: str, draw: int, folder: Path, work: Workplace) -> None:
         systems["continued"] = made.continued
     record: dict[str, Any] = {"setting": setting, "draw": draw, "train": len(session.splits.train)}
     record["delivered"] = made.choose(steps).name
-    record["systems"] = {
-        name: measured(steps, adapter, on_dev=True) for name, adapter in systems.items() if name != "target"
-    }
+    record["systems"] = {name: measured(steps, adapter, on_dev=True) for name, adapter in systems.items()}
     again: dict[str, Adapter] = {}
     for name in ("continued", "grasp"):
-        again[name], after = again_on_all_rows(steps, made.parents, name, systems[name], as_many="steps")
-        record["systems"][f"{name}, all rows"] = measured(after, again[name], on_dev=False)
-        longer, after = again_on_all_rows(steps, made.parents, name, systems[name], as_many="epochs")
-        record["systems"][f"{name}, all rows, as many epochs"] = measured(after, longer, on_dev=False)
-    soup = steps.merge("soup", list(again.values()), list(again), MergeSettings("exact"))
-    record["systems"]["soup, all rows"] = measured(steps, soup, on_dev=False)
+        told, adapter, after = train_again(steps, made.parents, name, systems[name], 0.0)
+        if adapter is None:
+            record[f"{name}{ALL}"] = told.why
+            continue
+        again[name] = adapter
+        record["systems"][f"{name}{ALL}"] = measured(after, adapter, on_dev=False)
+    if len(again) == 2:
+        soup = steps.merge("soup", list(again.values()), list(again), MergeSettings("exact"))
+        record["systems"][f"soup{ALL}"] = measured(steps, soup, on_dev=False)
     write_json(folder / f"{setting}-{draw}.json", record)
 
 

@@ -13,13 +13,9 @@ from statistics import fmean
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-DRAWS = (
-    "draws-tydiqa-sw",
-    "draws-tydiqa-sw-apart",
-    "draws-tydiqa-sw-auto",
-)  # 60 rows each: ratios with their intervals
+DRAWS = ("draws-tydiqa-sw", "draws-tydiqa-sw-apart", "draws-tydiqa-sw-auto")  # of 60 rows, with their intervals
 SEARCHED = 0.7  # from 0.1 to 0.8
-UNPRUNED = ("merged", "adaptive_merge")
+AGAIN = "compare-nusax-jv-handed-over"  # the grid of another comparison
 
 
 def curves(comparison: dict[str, Any]) -> dict[int, dict[float, float]]:
@@ -32,36 +28,20 @@ def curves(comparison: dict[str, Any]) -> dict[int, dict[float, float]]:
 
 def row(name: str, comparison: dict[str, Any]) -> str:
     """A setting: how much the ratio matters by the dev loss, what was learned, and what that was worth on the test."""
-    found, rows = curves(comparison), {row["method"]: row for row in comparison["rows"]}
-    ratios = [
-        ratio
-        for ratio in (rows.get("grasp", rows.get("delivered")) or {})["prune_ratio"]["values"]
-        if ratio is not None
-    ]
-    main = next(metric for metric in ("f1", "accuracy", "rougeL") if metric in comparison["metrics"])
-    digits = {"test_loss": 3, main: 1}
+    found, rows = curves(comparison).values(), {row["method"]: row for row in comparison["rows"]}
+    metric = next(one for one in ("f1", "accuracy", "rougeL") if one in comparison["metrics"])
 
-    def over(method: str, other: str) -> str:
-        if other not in rows or "scores" not in rows[other] or not rows[other]["scores"]:
+    def over(other: str) -> str:
+        if other not in rows:
             return "–"
-        gaps = {
-            key: fmean(
-                a - b
-                for a, b in zip(
-                    rows[method]["scores"][key]["values"], rows[other]["scores"][key]["values"], strict=False
-                )
-            )
-            for key in digits
-        }
-        return ", ".join(f"{gaps[key]:+.{digits[key]}f}" for key in (main, "test_loss"))
+        ours, theirs = rows["grasp"]["scores"], rows[other]["scores"]
+        score, loss = (ours[key]["mean"] - theirs[key]["mean"] for key in (metric, "test_loss"))
+        return f"{score:+.1f}, {loss:+.3f}"
 
-    steep, lowest = (
-        fmean(max(of.values()) for of in found.values()),
-        [min(of, key=of.__getitem__) for of in found.values()],
-    )
-    ours = "grasp" if "grasp" in rows else "delivered"
-    cells = [name, f"{len(found)}", f"{steep:.3f}", " ".join(f"{ratio:.1f}" for ratio in lowest),
-             " ".join(f"{ratio:.2f}" for ratio in ratios), over(ours, "merged"), over(ours, "adaptive_merge")]  # fmt: skip
+    lowest = " ".join(f"{min(of, key=of.__getitem__):.1f}" for of in found)
+    learned = " ".join(f"{ratio:.2f}" for ratio in rows["grasp"]["prune_ratio"]["values"])
+    steep = fmean(max(of.values()) for of in found)
+    cells = [name, f"{len(found)}", f"{steep:.3f}", lowest, learned, over("merged"), over("adaptive_merge")]
     return f"| {' | '.join(cells)} |"
 
 
@@ -81,19 +61,15 @@ def draw_figure(comparisons: dict[str, dict[str, Any]], file: Path) -> None:
     import matplotlib as mpl
     from matplotlib import pyplot
 
-    mpl.rcParams["svg.hashsalt"] = "worth"
+    mpl.rcParams |= {"svg.hashsalt": "worth", "svg.fonttype": "none"}  # the same file each time; text stays text
     figure, axes = pyplot.subplots(3, 4, figsize=(12, 7), sharex=True, layout="constrained")
     for axis, (name, comparison) in zip(axes.flat, comparisons.items(), strict=False):
         for of in curves(comparison).values():
             axis.plot(list(of), list(of.values()), color="#0f766e", linewidth=1)
-        rows = {row["method"]: row for row in comparison["rows"]}
-        for ratio in rows.get("grasp", rows.get("delivered", {}))["prune_ratio"]["values"]:
-            if ratio is not None:
-                axis.axvline(ratio, ymax=0.08, color="#b45309", linewidth=2)
+        for ratio in next(row for row in comparison["rows"] if row["method"] == "grasp")["prune_ratio"]["values"]:
+            axis.axvline(ratio, ymax=0.08, color="#b45309", linewidth=2)
         axis.set_title(name, fontsize=9)
         axis.set_ylim(-0.01, 0.35)
-    for axis in list(axes.flat)[len(comparisons) :]:
-        axis.set_visible(False)
     figure.supxlabel("prune ratio (short strokes: what was learned)")
     figure.supylabel("dev loss above the lowest of the grid, nats")
     figure.savefig(file, metadata={"Date": None})
@@ -102,11 +78,9 @@ def draw_figure(comparisons: dict[str, dict[str, Any]], file: Path) -> None:
 def main(file: Path) -> None:
     found = {}
     for place in sorted(RESULTS.glob("compare-*/compare.json")):
-        comparison = json.loads(place.read_bytes())
-        if place.parent.name == "compare-nusax-jv-handed-over":  # the grid of another row
-            continue
-        if comparison.get("curve") and {"grasp", "delivered"} & {row["method"] for row in comparison["rows"]}:
-            found[place.parent.name.removeprefix("compare-")] = comparison
+        comparison, name = json.loads(place.read_bytes()), place.parent.name
+        if comparison.get("curve") and name != AGAIN:
+            found[name.removeprefix("compare-")] = comparison
     heads = ["setting", "seeds", "highest dev loss minus lowest", "lowest at", "learned"]
     heads += ["GRASP minus the untrained merge: score, test loss", "minus the merge, fine-tuned"]
     lines = [f"| {' | '.join(heads)} |", "|---|---:|---:|---|---|---|---|"]

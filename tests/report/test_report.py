@@ -319,7 +319,7 @@ def test_a_run_without_test_rows_has_a_report_and_a_card(run: Run, tmp_path: Pat
     assert "model-index" not in card(run, tmp_path)
 
 
-def test_a_language_with_a_script_has_its_code(run: Run, tmp_path: Path) -> None:
+def test_a_language_with_a_script_has_its_name_and_its_code(run: Run, tmp_path: Path) -> None:
     run = with_recipe(run, data={"target": {"language": "zh_Hans"}})
     page = text_of(run, tmp_path)
     assert "English to Chinese" in page

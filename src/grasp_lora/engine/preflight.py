@@ -24,7 +24,7 @@ from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import choosing_splits
 from grasp_lora.models.adapters import attached, fresh_adapter
 from grasp_lora.models.backbone import is_quantised, supports_logits_to_keep
-from grasp_lora.models.generation import BATCH_SIZE, generate, likeliest_labels
+from grasp_lora.models.generation import generate, likeliest_labels
 from grasp_lora.recipes.advice import advice
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.recipes.stages import AUTO
@@ -334,7 +334,7 @@ def _measured(session: Session) -> list[Finding]:
         trained, measured, answered = seconds(middle, True), seconds(middle, False), 0.0
         if splits.test:
             started = time.perf_counter()
-            prompts = [row.prompt_ids for row in splits.test[: BATCH_SIZE if splits.labels else TIMED]]
+            prompts = [row.prompt_ids for row in splits.test[:TIMED]]
             if splits.labels:
                 likeliest_labels(adapted, prompts, splits.labels)
             else:
