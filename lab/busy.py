@@ -3,8 +3,8 @@
     python lab/busy.py demo-ar
     python lab/busy.py mlqa-ar --set data.root=FOLDER --pairs 5 --output busy.json
 
-Two processes hold the same model: one lets its threads wait passively, as the command line does, and one as torch does where
-nothing says otherwise. All measurements take turns, every second turn backwards; ratios are taken within a turn, and the
+Three processes hold the same model: the threads of one look for work a short while before they sleep, as the command line has
+it, those of one sleep at once, and those of one do as torch does where nothing says otherwise. All measurements take turns, every second turn backwards; ratios are taken within a turn, and the
 table has their median and range. Nothing else may run on the machine, and the busy process takes one core.
 """
 
@@ -31,7 +31,8 @@ from grasp_lora.recipes.load import load_recipe
 from grasp_lora.training.probes import ProbeSet, calibrate
 
 POLICY = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-PASSIVE, DEFAULT = "passively", "as torch does"
+DEFAULT = "as torch does"
+WAYS = {"briefly": {"GOMP_SPINCOUNT": "3000"}, "passively": {"OMP_WAIT_POLICY": "PASSIVE"}, DEFAULT: {}}
 ALONE, BESIDE = "alone", "beside one busy process"
 WORKS = ("answering", "training step", "probe")
 BUSY = "while True: pass"
@@ -52,8 +53,8 @@ def main() -> None:
         serve(arguments)
         return
     with ExitStack() as stack:
-        servers = {how: stack.enter_context(server(how)) for how in (PASSIVE, DEFAULT)}
-        for ask in servers.values():  # a turn that does not count; both load at the same time
+        servers = {how: stack.enter_context(server(how)) for how in WAYS}
+        for ask in servers.values():  # a turn that does not count; all load at the same time
             for work in WORKS:
                 ask(work)
         works: dict[str, Callable[[], list[float]]] = {}
@@ -69,25 +70,25 @@ def main() -> None:
 
 
 def rows(times: dict[str, list[list[float]]]) -> list[Row]:
-    """Each work beside the busy process over alone, for both ways to wait; and what waiting passively costs alone."""
+    """Each work beside the busy process over alone, for each way to wait; and what each costs alone."""
     found = []
     for work in WORKS:
-        alone = {how: times[f"{work}, {how}, {ALONE}"] for how in (PASSIVE, DEFAULT)}
+        alone = {how: times[f"{work}, {how}, {ALONE}"] for how in WAYS}
         walls = {how: [wall for wall, _ in turns] for how, turns in alone.items()}
         for how, turns in alone.items():
             other = [wall for wall, _ in times[f"{work}, {how}, {BESIDE}"]]
             note = f"alone it keeps {sum(cpu for _, cpu in turns) / sum(walls[how]):.2f} cores busy"
             found.append(row(work, f"{BESIDE} / {ALONE}, waiting {how}", other, walls[how], note=note))
-        found.append(row(work, f"{ALONE}: waiting {PASSIVE} / {DEFAULT}", walls[PASSIVE], walls[DEFAULT]))
+        for how in WAYS:
+            if how != DEFAULT:
+                found.append(row(work, f"{ALONE}: waiting {how} / {DEFAULT}", walls[how], walls[DEFAULT]))
     return found
 
 
 @contextmanager
 def server(how: str) -> Iterator[Callable[[str], list[float]]]:
     """Start a process that holds the model, and give a function from the name of a work to its wall and CPU seconds there."""
-    environment = {name: value for name, value in os.environ.items() if name not in POLICY}
-    if how == PASSIVE:
-        environment["OMP_WAIT_POLICY"] = "PASSIVE"
+    environment = {name: value for name, value in os.environ.items() if name not in POLICY} | WAYS[how]
     process = subprocess.Popen(
         [sys.executable, *sys.argv, "--serve"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
@@ -126,7 +127,7 @@ def serve(arguments: argparse.Namespace) -> None:
     lab = Lab(recipe, base, (), arguments.examples, 1, {}, now=wall_time)
     session, splits = lab.session, lab.session.splits
     prompts = [example.prompt_ids for example in splits.test[: arguments.answers]]
-    train, probes = taken(splits.train, arguments.examples), ProbeSet(splits.micro_dev, session.pad_id)
+    train, probes = taken(splits.train, arguments.examples), ProbeSet(splits.micro_dev or splits.dev, session.pad_id)
     with lab.on() as model:
         masks = MaskSet(live_pairs(model, segments_of(lab.merged)), recipe.mask)
         calibrate(model, masks, probes)

@@ -105,8 +105,10 @@ def set_up_libraries() -> None:
 
     What the user has set stays.
     """
-    # OpenMP's threads else spin while they wait for each other, in vain where other work has one of the cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # GNU OpenMP's threads look 300,000 times for work before they sleep, in vain where other work has one of the cores;
+    # those that sleep at once double the time of a training step. lab/busy.py measures it.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else each of its retries is a line
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
