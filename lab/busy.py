@@ -4,8 +4,9 @@
     python lab/busy.py mlqa-ar --set data.root=FOLDER --pairs 5 --output busy.json
 
 Three processes hold the same model: the threads of one look for work a short while before they sleep, as the command line has
-it, those of one sleep at once, and those of one do as torch does where nothing says otherwise. All measurements take turns, every second turn backwards; ratios are taken within a turn, and the
-table has their median and range. Nothing else may run on the machine, and the busy process takes one core.
+it, those of one sleep at once, and those of one do as torch does where nothing says otherwise. All measurements take turns,
+every second turn backwards; ratios are taken within a turn, and the table has their median and range. Nothing else may run on
+the machine, and the busy process takes one core.
 """
 
 import argparse
