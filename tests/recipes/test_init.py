@@ -164,6 +164,16 @@ def test_few_rows_have_a_recipe_of_their_own(
     assert ("which was better for labels" in file.read_text()) is (on == "source")
 
 
+def test_summaries_are_not_pruned(start: Callable[..., Path]) -> None:
+    """On them every ratio came to the same loss, so no controller is run; the rest is the recipe for as many rows."""
+    rows = [{"document": f"article {i} says more", "summary": f"{i % 9}"} for i in range(100)]
+    file = start(write(Path("t.jsonl"), rows))
+    recipe, _ = load_recipe(file)
+    assert (recipe.final.prune_ratio, recipe.final.all_rows, recipe.target.on) == (0, False, "auto")
+    assert "on summaries all ratios came to the same; null learns one" in file.read_text()
+    assert "choose when to stop, and which adapter" in file.read_text()
+
+
 @pytest.mark.parametrize("part", ["context", "system", "history"])
 def test_a_prompt_that_would_lose_a_part_is_not_guessed(start: Callable[..., Path], part: str) -> None:
     Path("t.csv").write_text(f"question,{part},response\n" + "a,b,c\n" * 60, encoding="utf-8")
