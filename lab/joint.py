@@ -1,11 +1,15 @@
 """`joint` with as many English rows as target rows, beside the mix of today at the same length. The plan is in `lab/log.md`.
 
     python lab/joint.py SETTING FOLDER    # tydiqa-sw or nusax-su; goes on where it was stopped, writes joint-SETTING.json
+    python lab/joint.py looks             # at which dev evaluation the recorded trainings of today's mix were best
 
-Needs GRASP_LORA_DATA.
+The first needs GRASP_LORA_DATA.
 """
 
+import gzip
+import json
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -22,7 +26,20 @@ from grasp_lora.storage.writing import write_json
 SEEDS = (42, 1337, 2024)
 
 
+def looks() -> str:
+    """Count the dev evaluation (1 is after a quarter of the rows) at which each recorded training had its lowest loss."""
+    best: dict[str, int] = {}
+    for file in sorted(Path(__file__).parent.glob("results/compare-*/records.jsonl.gz")):
+        for line in gzip.decompress(file.read_bytes()).splitlines():
+            record = json.loads(line)
+            if record["step"] == "joint":
+                losses = [row["dev_loss"] for row in record["result"]["history"] if "dev_loss" in row]
+                best[record["key"]] = losses.index(min(losses))
+    return f"{len(best)} trainings, by the look that was best: {dict(sorted(Counter(best.values()).items()))}\n"
+
+
 def main(setting: str, folder: Path) -> None:
+    """Train both mixes with each seed."""
     folder.mkdir(parents=True, exist_ok=True)
     loaded = Session(load_recipe(setting)[0], Path.cwd())
     check(loaded)
@@ -59,4 +76,7 @@ def main(setting: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    if sys.argv[1:] == ["looks"]:
+        sys.stdout.write(looks())
+    else:
+        main(sys.argv[1], Path(sys.argv[2]))
