@@ -1,7 +1,7 @@
-"""`joint` with as many English rows as target rows, beside the mix of today at the same length. The plan is in `lab/log.md`.
+"""`joint` with as many English rows as target rows, beside the proportion that it had, at one length. Plan : `lab/log.md`.
 
     python lab/joint.py SETTING FOLDER    # tydiqa-sw or nusax-su; goes on where it was stopped, writes joint-SETTING.json
-    python lab/joint.py looks             # at which dev evaluation the recorded trainings of today's mix were best
+    python lab/joint.py looks             # at which dev evaluation the recorded trainings of the whole mix were best
 
 The first needs GRASP_LORA_DATA.
 """

@@ -414,9 +414,12 @@ class TestMethods:
         assert (paper.policy.ratio_min, paper.policy.ratio_max) == (policy.ratio_min, policy.ratio_max)
         assert paper.training == recipe.controller.training
 
-    def test_joint_trains_on_both_languages_and_keeps_the_best_of_at_least_four_looks_an_epoch(
+    def test_joint_trains_on_as_many_rows_of_both_languages_and_keeps_the_best_of_four_looks(
         self, tiny_workspace
     ) -> None:
+        halves = steps_of("target.training.epochs=1").joint()  # 12 rows of the source are more than the target's 10
+        assert halves.made is not None
+        assert halves.made.result.trained_examples == 10 + 10
         steps = steps_of("target.training.epochs=3", "source.training.patience=1", "source.training.learning_rate=0.5")
         trained = steps.joint()
         assert trained.made is not None

@@ -303,6 +303,6 @@ def most_trained(names: Collection[str], session: Session, ratios: int = 0) -> t
     }
     seeded = sum(epochs.get(part, final) for part in trains - {"source", "joint"}) * len(splits.train)
     source = recipe.source.training.epochs * len(splits.source_train)
-    passes = recipe.source.training.epochs
-    joint = source + passes * max(1, round(own / passes)) * len(splits.train) if "joint" in trains else 0
+    rows = max(1, round(own)) * len(splits.train)  # of the target; as many of the source
+    joint = rows + min(rows, len(splits.source_train)) if "joint" in trains else 0
     return round(source if "source" in trains else 0), round(seeded + joint)

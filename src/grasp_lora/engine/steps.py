@@ -181,12 +181,19 @@ class Steps:
         return self._train("target", ("train",), ("dev",), stage.training, on=on)
 
     def joint(self) -> Adapter:
-        """One fresh adapter on source and target rows together, the target's repeated about as often as its adapter sees them."""
-        source, target = self._shared.recipe.source.training, self.recipe.target.training
-        repeats = max(1, round(target.epochs / source.epochs))
-        evaluate_every = min(source.evaluate_every, 1 / JOINT_EVALUATIONS)
-        training = replace(source, evaluate_every=evaluate_every, patience=None, keep="best")
-        return self._train("joint", ("source_train", *["train"] * repeats), ("dev",), training)
+        """One fresh adapter on the target rows, as often as their own adapter sees them, and as many source rows, each once."""
+        recipe, splits = self.recipe, self.splits
+        epochs = max(1, round(recipe.target.training.epochs))
+        own = replace(splits, source_train=splits.source_train[: epochs * len(splits.train)])
+        training = replace(
+            self._shared.recipe.source.training,
+            epochs=1.0,
+            evaluate_every=1 / JOINT_EVALUATIONS,
+            patience=None,
+            keep="best",
+        )
+        names = ("source_train", *["train"] * epochs)
+        return self._train("joint", names, ("dev",), training, session=self.session.variant(splits=own))
 
     def parents(self, *, in_paper: bool = False) -> Parents:
         """The adapters to merge and their merge, the target adapter where the recipe says; `in_paper` on the backbone alone.

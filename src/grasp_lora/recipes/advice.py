@@ -43,7 +43,7 @@ def advice(dev: int, *, keeps_best: bool, on: str | None, has_source_rows: bool,
         ]
     if has_source_rows and on is None:
         sentences.append(
-            "one adapter trained on both languages (joint) is a strong rival, and takes the time of another source adapter: try "
+            "one adapter trained on both languages (joint) is a strong rival: try "
             "grasp-lora compare with this recipe and --seeds 42 --methods joint,continued,grasp"
         )
     return sentences
