@@ -1,4 +1,4 @@
-"""`joint` with as many English rows as target rows, beside the proportion that it had, at one length. Plan : `lab/log.md`.
+"""`joint` with as many English rows as target rows, beside the proportion that it had, at one length. Plan: `lab/log.md`.
 
     python lab/joint.py SETTING FOLDER    # tydiqa-sw or nusax-su; goes on where it was stopped, writes joint-SETTING.json
     python lab/joint.py looks             # at which dev evaluation the recorded trainings of the whole mix were best

@@ -69,7 +69,7 @@ MUTATIONS = (
     ),
     Mutation(
         "compare: joint trains on the source alone",
-        '("source_train", *["train"] * repeats)',
+        '("source_train", *["train"] * epochs)',
         '("source_train",)',
         (COMPARE,),
         "GRASP is compared with a joint training that never saw the target language",
