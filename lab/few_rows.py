@@ -108,7 +108,8 @@ def table(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
     for setting, group in groupby(
         sorted(draws, key=lambda draw: str(draw["setting"])), key=lambda draw: draw["setting"]
     ):
-        found = [draw["systems"] for draw in group]
+        drawn_rows = list(group)
+        found = [draw["systems"] for draw in drawn_rows]
         names = [name for name in found[0] if all(name in each for each in found)]
         yield f"{setting}, {len(found)} draws: score (minus continued), test loss (minus continued)"
         for name in names:
@@ -120,6 +121,14 @@ def table(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
             if all_rows and first in names:
                 gains = [over(found, name, first, key) for key in ("test_scores", "test_losses")]
                 yield f"  {name} minus {first}: score {gains[0]}, loss {gains[1]}"
+        handed = [
+            {"before": systems[name], "after": systems[f"{name}{ALL}"]}
+            for systems, name in zip(found, (draw["delivered"] for draw in drawn_rows), strict=True)
+            if f"{name}{ALL}" in systems
+        ]
+        if handed:
+            gains = [over(handed, "after", "before", key) for key in ("test_scores", "test_losses")]
+            yield f"  what was handed over{ALL}, minus before, {len(handed)} draws: score {gains[0]}, loss {gains[1]}"
 
 
 def over(found: Sequence[dict[str, Any]], ours: str, theirs: str, key: str) -> str:

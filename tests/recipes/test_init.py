@@ -154,12 +154,12 @@ def test_the_controller_follows_the_final_run(start: Callable[..., Path]) -> Non
 def test_few_rows_have_a_recipe_of_their_own(
     count: int, on: str | None, labels: bool, start: Callable[..., Path]
 ) -> None:
-    """Adapters that are trained apart, no pruning, and a last training on all rows."""
+    """Adapters that are trained apart, and no pruning."""
     file = start(write(Path("t.jsonl"), labelled(count, ["good", "bad"]) if labels else completion(count)))
     recipe, _ = load_recipe(file)
     few = count < 80
     assert recipe.target.on == on
-    assert (recipe.final.prune_ratio == 0) is recipe.final.all_rows is few
+    assert (recipe.final.prune_ratio == 0) is few
     assert ("better below 40 training rows" in file.read_text()) is few
     assert ("which was better for labels" in file.read_text()) is (on == "source")
 
@@ -169,7 +169,7 @@ def test_summaries_are_not_pruned(start: Callable[..., Path]) -> None:
     rows = [{"document": f"article {i} says more", "summary": f"{i % 9}"} for i in range(100)]
     file = start(write(Path("t.jsonl"), rows))
     recipe, _ = load_recipe(file)
-    assert (recipe.final.prune_ratio, recipe.final.all_rows, recipe.target.on) == (0, False, "auto")
+    assert (recipe.final.prune_ratio, recipe.target.on) == (0, "auto")
     assert "on summaries all ratios came to the same; null learns one" in file.read_text()
     assert "choose when to stop, and which adapter" in file.read_text()
 
