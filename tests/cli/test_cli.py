@@ -24,7 +24,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from grasp_lora.__main__ import main as start
-from grasp_lora.cli import STOPPED, app
+from grasp_lora.cli import STOPPED, app, set_up_libraries
 from grasp_lora.cli.comparisons import compare
 from grasp_lora.engine.comparison import ComparisonSettings
 from grasp_lora.engine.results import Prediction
@@ -550,3 +550,16 @@ class TestInterrupted:
         assert result.status == STOPPED
         assert "stopped by SIGINT while the report was written; run the same command again to go on" in result.err
         assert not list(finished_run.glob("report.html*"))
+
+
+@pytest.mark.parametrize(
+    ("own", "spins"), [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)]
+)
+def test_threads_wait_briefly_unless_the_user_says_how(
+    own: dict[str, str], spins: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = dict(own)
+    monkeypatch.setattr(os, "environ", environment)
+    set_up_libraries()
+    assert environment.get("GOMP_SPINCOUNT") == spins
+    assert {name: environment[name] for name in own} == own
