@@ -108,8 +108,8 @@ def table(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
     for setting, group in groupby(
         sorted(draws, key=lambda draw: str(draw["setting"])), key=lambda draw: draw["setting"]
     ):
-        drawn_rows = list(group)
-        found = [draw["systems"] for draw in drawn_rows]
+        of_setting = list(group)
+        found = [draw["systems"] for draw in of_setting]
         names = [name for name in found[0] if all(name in each for each in found)]
         yield f"{setting}, {len(found)} draws: score (minus continued), test loss (minus continued)"
         for name in names:
@@ -122,9 +122,9 @@ def table(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
                 gains = [over(found, name, first, key) for key in ("test_scores", "test_losses")]
                 yield f"  {name} minus {first}: score {gains[0]}, loss {gains[1]}"
         handed = [
-            {"before": systems[name], "after": systems[f"{name}{ALL}"]}
-            for systems, name in zip(found, (draw["delivered"] for draw in drawn_rows), strict=True)
-            if f"{name}{ALL}" in systems
+            {"before": draw["systems"][draw["delivered"]], "after": draw["systems"][f"{draw['delivered']}{ALL}"]}
+            for draw in of_setting
+            if f"{draw['delivered']}{ALL}" in draw["systems"]
         ]
         if handed:
             gains = [over(handed, "after", "before", key) for key in ("test_scores", "test_losses")]

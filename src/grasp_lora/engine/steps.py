@@ -184,7 +184,7 @@ class Steps:
         """One fresh adapter on the target rows, as often as their own adapter sees them, and as many source rows, each once."""
         recipe, splits = self.recipe, self.splits
         epochs = max(1, round(recipe.target.training.epochs))
-        own = replace(splits, source_train=splits.source_train[: epochs * len(splits.train)])
+        halves = replace(splits, source_train=splits.source_train[: epochs * len(splits.train)])
         training = replace(
             self._shared.recipe.source.training,
             epochs=1.0,
@@ -193,7 +193,7 @@ class Steps:
             keep="best",
         )
         names = ("source_train", *["train"] * epochs)
-        return self._train("joint", names, ("dev",), training, session=self.session.variant(splits=own))
+        return self._train("joint", names, ("dev",), training, session=self.session.variant(splits=halves))
 
     def parents(self, *, in_paper: bool = False) -> Parents:
         """The adapters to merge and their merge, the target adapter where the recipe says; `in_paper` on the backbone alone.

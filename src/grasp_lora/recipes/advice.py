@@ -19,7 +19,7 @@ def advice(dev: int, *, keeps_best: bool, on: str | None, has_source_rows: bool,
     if dev and keeps_best:
         gain = "Pruning alone then gains little"
         if not prunes:
-            gain = "Nothing is pruned. To learn how much to prune, which takes more dev rows, set final.prune_ratio to null"
+            gain = "Nothing is pruned. To learn how much to prune, set final.prune_ratio to null"
         elif on == "source":
             gain = (
                 "Pruning lowered the loss of both adapters' sum in three of six measured settings. Answers were better in one, "

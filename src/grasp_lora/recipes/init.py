@@ -212,8 +212,8 @@ def _render(
         # `auto` goes by the dev loss, which for labels took the merge that answers worse.
         on=None if few else "source" if TASKS[target.task].chooses else AUTO,
         few=few,
-        prunes=not few
-        and target.task != "summarization",  # the worst ratio costs at most 0.02 nats there (lab/worth.py)
+        # On summaries the worst ratio costs at most 0.02 nats (lab/worth.py).
+        prunes=not few and target.task != "summarization",
         fewest=FEW,
         preset=WITH_DEV,
         most_tokens=token_limit(target, sources),
