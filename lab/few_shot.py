@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import Any
 
 import bm25s
-from few_rows import COMMON, SETTINGS, drawn
+from few_rows import SETTINGS, drawn
 
 from grasp_lora.data.encode import Example
 from grasp_lora.engine.check import check
@@ -51,10 +51,10 @@ def with_shots(test: Sequence[Example], pool: Sequence[Example], shots: int, bet
 
 def main(setting: str, draw: str, place: str) -> None:
     """Answer the test rows with each number of shots, by the backbone and by the source adapter."""
-    name, changes = SETTINGS[setting]
-    loaded = Session(load_recipe(name, [*COMMON, *changes])[0], Path.cwd())
+    name, size, changes = SETTINGS[setting]
+    loaded = Session(load_recipe(name, changes)[0], Path.cwd())
     check(loaded)
-    splits = drawn(loaded.splits, int(draw))
+    splits = drawn(loaded.splits, int(draw), size)
     pool, tokenizer = [*splits.train, *splits.dev], loaded.backbone.tokenizer
     between = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
     found: dict[str, Any] = {"setting": setting, "draw": int(draw), "pool": len(pool)}
