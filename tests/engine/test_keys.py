@@ -74,7 +74,6 @@ TABLE: dict[str, str] = {
     "final.prune_ratio": NOTHING,  # a final run is told its ratio, wherever that comes from
     **{f"final.training.{name}": "final" for name in TRAINING},
     "final.deliver": NOTHING,  # a choice among finished adapters
-    "final.all_rows": NOTHING,  # a training of its own
     "generation.max_new_tokens": "answers rows",
     "generation.stop": "answers rows",
     "generation.allow_empty": "answers rows",

@@ -253,8 +253,6 @@ def test_what_the_recipe_asks_for_is_counted(check: Check) -> None:
     assert not {"rounds", "probes"} & set(given)
     assert given["cost"].text.startswith("at most 32 training examples and 0 probed ones, 64 forward passes")
     assert trained("target.on=auto") == 42 + 10  # the target's once more
-    both = ("final.deliver=best", "target.training.epochs=3", "final.training.epochs=2")
-    assert trained(*both, "final.all_rows=true") - trained(*both) == (3 + 2) * (10 + 6 + 4)
     none = ("target.on=auto", "data.target.dev=0", "data.target.micro_dev=0", "final.prune_ratio=0.5")
     assert "it will be on the backbone alone" in check(*none, "final.training.patience=null")["target.on"].text
 

@@ -97,12 +97,6 @@ class TestOnSource:
         assert run_tiny(ON).metrics == whole.metrics
         assert weights_in("run/adapter") == weights_in("whole/adapter")
 
-    def test_the_last_training_on_all_rows_lies_on_the_source_adapter_too(self, tiny_workspace: Path) -> None:
-        metrics = run_tiny(ON, "final.all_rows=true").metrics
-        assert metrics.all_rows is not None
-        assert set(metrics.all_rows.steps) == {"target", "grasp"}
-        assert metrics.handed_over == "all_rows"
-
     def test_the_rows_of_the_paper_are_what_they_are_without_it(self, tiny_workspace: Path) -> None:
         paper = ("target_only", "ties", "adaptive_merge", "grid_paper", "grasp_paper")
         plain, on = ({row.method: row for row in compared("both", *paper, "merged", "grasp", changes=changes)[0].rows}

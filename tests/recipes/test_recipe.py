@@ -73,7 +73,7 @@ def test_paths_are_written_as_they_are_seen_from_the_folder(load: Load, tmp_path
     [
         "seed=7", "backbone.name=other", "backbone.dtype=float32", "data.max_tokens=100", "data.target.train=9", "lora.rank=4",
         "source.training.epochs=1", "target.adapter=x", "merge.rule=svd", "mask.score=input_aware", "controller.preset=paper",
-        "controller.rounds.every=3", "controller.rule=smooth_fit", "final.mode=reselect", "final.all_rows=true",
+        "controller.rounds.every=3", "controller.rule=smooth_fit", "final.mode=reselect",
         "final.training.batch_size=2", "generation.max_new_tokens=5", "metrics=[bleu]",
     ],
 )  # fmt: skip

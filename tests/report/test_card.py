@@ -21,7 +21,7 @@ from made_runs import (  # noqa: F401
     with_report,
 )  # fmt: skip
 
-from grasp_lora.engine.run_folder import AllRows, GivenAdapter, Parent, Run, SystemScores
+from grasp_lora.engine.run_folder import GivenAdapter, Parent, Run
 from grasp_lora.report.card import write_model_card
 
 
@@ -133,48 +133,25 @@ ON_SOURCE = "a target adapter was trained on top of a source adapter and added t
         ("grasp", 0.0, "final", f"{MERGED}, nothing was pruned, and the fine-tuning was discarded"),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("on_all_rows", [False, True])
 @pytest.mark.parametrize("on_source", [False, True])
 def test_every_sentence_of_the_card_is_true_of_what_is_handed_over(
-    run: Run, folder: Path, tmp_path: Path, name: str, ratio: float, discarded: str, made: str, on_all_rows: bool,
-    on_source: bool,
+    run: Run, folder: Path, tmp_path: Path, name: str, ratio: float, discarded: str, made: str, on_source: bool,
 ) -> None:  # fmt: skip
     run = with_recipe(with_discarded(run, *filter(None, [discarded])), final={"deliver": "best"})
     run = with_estimate(replace(run, target_alone=not on_source), ratio=ratio)
     systems = {**run.metrics.systems, "continued": run.metrics.systems["source"]}
-    again = AllRows("Once more.", 20, {name: 5}) if on_all_rows else None
-    if on_all_rows:
-        systems["all_rows"] = run.metrics.systems["grasp"]
     run = replace(run, predictions=dict.fromkeys(systems, run.predictions["source"]))
-    run = with_metrics(with_delivered(run, name=name, title="this one"), systems=systems, all_rows=again)
+    run = with_metrics(with_delivered(run, name=name, title="this one"), systems=systems)
     text = card(run, folder, tmp_path)
     first = text.split("\n# ")[1].split("\n")[2]
     assert first.partition("2601.06702): ")[2] == f"{made.replace(MERGED, ON_SOURCE) if on_source else made}."
     gone = bool(discarded) and name != "merged"
     assert text.count("no step lowered the dev loss, so this training was discarded") == gone
-    assert ("It is: this one, not trained further (no step lowered the dev loss)." in text) == (
-        gone and not on_all_rows
-    )
-    assert ("It is: this one, trained once more on all rows." in text) == on_all_rows
+    assert ("It is: this one, not trained further (no step lowered the dev loss)." in text) == gone
     assert ("Prune ratio: " in text) == (name == "grasp")
     assert not re.search(r"[Ii]t was (trained and|made|pruned)|trained on (prompts|the weights|a model)", text)
     languages = {"source": ["en"], "target": ["de"], "continued": ["en"] if gone else ["de", "en"]}
     assert ModelCard(text).data.to_dict()["language"] == languages.get(name, ["de", "en"])
-
-
-def test_after_a_training_on_all_rows_the_first_target_adapter_is_no_part(
-    run: Run, folder: Path, tmp_path: Path
-) -> None:
-    last = SystemScores(None, 0.8, {"f1": 45.0, "exact_match": 27.0})
-    run = with_metrics(
-        run, systems={**run.metrics.systems, "all_rows": last}, all_rows=AllRows("Once more.", 20, {"target": 5})
-    )
-    text = card(replace(run, predictions={**run.predictions, "all_rows": run.predictions["grasp"]}), folder, tmp_path)
-    assert "Once more. Test F1 45.0; 43.2 before." in text
-    assert "| Target adapter | trained again on all rows | – |" in text
-    assert "| Source adapter | the run's folder source | sha256:" in text
-    assert {result.metric_value for result in ModelCard(text).data.eval_results} == {0.8, 45.0, 27.0}
-    assert "Test F1 43.2 against" not in text  # which is not what is handed over
 
 
 def test_the_prompt_of_the_card_has_the_braces_that_training_saw(run: Run, folder: Path, tmp_path: Path) -> None:

@@ -266,7 +266,7 @@ def test_labels_have_a_table_of_what_was_answered_to_each(run: Run, tmp_path: Pa
     run = with_report(run, labels=labels, prompt="Text: {text}")
     run = answered(
         run,
-        run.metrics.handed_over,
+        run.metrics.delivered.name,
         lambda place: {"references": ("nzuri" if place < 3 else "mbaya",), "prediction": ("nzuri", "mbaya")[place % 2]},
     )
     table = confusion(run)

@@ -80,13 +80,11 @@ def _run(recipe: str, overrides: list[str], output: Path | None, allow_code: boo
         say(gain, style="bold")
     if higher := words.higher(record, compared, folder):
         say(higher)
-    say(words.reason(record))
-    if again := words.trained_again(record):
-        say(again)
+    say(metrics.delivered.why)
     if warning := words.warning_of(record):
         say(warning, style="bold yellow")
     learned = not result.delivered.nothing_learned and not is_unpruned(record)
-    if metrics.handed_over != "grasp":
+    if metrics.delivered.name != "grasp":
         say(f"{final_text(record)} lies in {folder / FINAL_FOLDER}{':' if learned else ''}")
     if learned:
         say(result.ratio.summary if record.learned else f"prune ratio {100 * result.ratio.ratio:.3g} % (given)")

@@ -71,7 +71,7 @@ def print_scores(run: "Run") -> None:
         losses = ("-" if loss is None else f"{loss:.4f}" for loss in (system.test_loss, system.dev_loss))
         values = {metric: column[number] for metric, column in scores.items()}
         texts = ("unavailable" if value is None else f"{value:.{digits[metric]}f}" for metric, value in values.items())
-        table.add_row(titles[name], *texts, *losses, style="bold" if name == run.metrics.handed_over else "")
+        table.add_row(titles[name], *texts, *losses, style="bold" if name == run.metrics.delivered.name else "")
     wide(console).print(table)
 
 

@@ -80,10 +80,6 @@ def _prepared(session: Session, folder: Path, settings: ComparisonSettings) -> l
     recipe, folds = session.recipe, settings.folds
     if folds and (problem := why_no_folds(recipe)):
         raise RecipeError(problem)
-    if recipe.final.all_rows and "delivered" in settings.names:
-        logger.warning(
-            "final.all_rows is left aside: the row 'delivered' is what a run chooses, before that last training"
-        )
     first = Session(recipe, session.base, session.progress, Fold(1, folds) if folds else None)
     check(first)
     check_splits(first)  # with rounds, also where the recipe gives the ratio

@@ -298,9 +298,6 @@ def _cost(recipe: Recipe, session: Session) -> tuple[float, int]:
     """How many examples are trained on and probed at most."""
     train, probed = len(session.splits.train), 0
     trained = float(sum(most_trained(["delivered"], session)))
-    if recipe.final.all_rows:
-        epochs = recipe.final.training.epochs + (0 if recipe.target.adapter else recipe.target.training.epochs)
-        trained += epochs * (train + len(session.splits.dev) + len(session.splits.micro_dev))
     if recipe.final.prune_ratio is None:
         probed = len(recipe.controller.round_steps(train)) * recipe.controller.probed_examples(len(session.probe_pool))
     return trained, probed

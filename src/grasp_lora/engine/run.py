@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from grasp_lora.engine import deliver
-from grasp_lora.engine.all_rows import train_again
 from grasp_lora.engine.check import check
 from grasp_lora.engine.results import Adapter, Finished, Learned, Measured, each_once
 from grasp_lora.engine.run_folder import (
     ADAPTER_FOLDER,
-    ALL_ROWS,
     CONTINUED_FOLDER,
     FINAL_FOLDER,
     MERGED_FOLDER,
@@ -117,9 +115,9 @@ def main_job(steps: Steps, info: RunInfo) -> Run:
     made = make(steps)
     parents, learned, rivals = made.parents, made.learned, made.systems
     systems = {deliver.ALONE: steps.alone(), **rivals}
-    total = len(systems) + steps.recipe.final.all_rows
     measured = {
-        name: _measure(steps, name, system, number, total) for number, (name, system) in enumerate(systems.items(), 1)
+        name: _measure(steps, name, system, number, len(systems))
+        for number, (name, system) in enumerate(systems.items(), 1)
     }
     delivered = made.choose(steps)
 
@@ -131,12 +129,6 @@ def main_job(steps: Steps, info: RunInfo) -> Run:
     }
     if made.continued is not None:
         adapters[CONTINUED_FOLDER] = made.continued
-    all_rows = None
-    if steps.recipe.final.all_rows:
-        all_rows, again, on_all_rows = train_again(steps, parents, delivered.name, rivals[delivered.name], made.ratio)
-        if again is not None:
-            adapters |= {ALL_ROWS: again, ADAPTER_FOLDER: again}
-            measured[ALL_ROWS] = _measure(on_all_rows, ALL_ROWS, again, total, total)
 
     test = steps.splits.test
     estimate = learned.result.estimate if learned else None
@@ -151,7 +143,6 @@ def main_job(steps: Steps, info: RunInfo) -> Run:
         metrics=Metrics(
             systems={name: SystemScores.of(system) for name, system in measured.items()},
             delivered=delivered,
-            all_rows=all_rows,
             target_on=parents.choice,
             prune_ratio=made.ratio,
             prune_ratio_interval=(estimate.low, estimate.high) if estimate else None,

@@ -2,7 +2,7 @@
 
 runs/NAME/
     adapter/                    what is handed over: an ordinary PEFT adapter with its card
-    source/ target/ merged/ continued/ final/ all_rows/    the other adapters, each with the history of its training
+    source/ target/ merged/ continued/ final/    the other adapters, each with the history of its training
     controller/                 rounds.jsonl, timings.jsonl, history.jsonl, ratio.json
     evaluation/SYSTEM.jsonl     every answer; prompts.jsonl
     metrics.json                what each system is worth, what is handed over and why; written last
@@ -15,7 +15,7 @@ import platform
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -39,7 +39,7 @@ from grasp_lora.storage.writing import discard, sync, sync_all, write_json, writ
 
 VERSION = 2  # of the folder
 ADAPTER_FOLDER, FINAL_FOLDER, CONTROLLER_FOLDER, MERGED_FOLDER = "adapter", "final", "controller", "merged"
-CONTINUED_FOLDER, ALL_ROWS, PREDICTIONS_FOLDER = "continued", "all_rows", "evaluation"
+CONTINUED_FOLDER, PREDICTIONS_FOLDER = "continued", "evaluation"
 STORE_FOLDER, COMPARE_FOLDER = "store", "compare"
 DATA_FILE, METRICS_FILE, COST_FILE, PROMPT_FILE = "data.json", "metrics.json", "cost.json", "prompt.jsonl"
 REPORT_FILE, CARD_FILE = "report.html", "README.md"
@@ -50,7 +50,7 @@ LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "sacrebl
 DISCARDED = "no step lowered the dev loss, so the fine-tuning was discarded (best step 0)"
 TRAINED = {  # folder -> what was trained, in the order in which it happens
     "source": "Source", "target": "Target", "controller": "Controller run", "final": "Final run",
-    "continued": "Source, continued", "all_rows": "On all rows",
+    "continued": "Source, continued",
 }  # fmt: skip
 
 
@@ -173,21 +173,6 @@ class Delivered:
 
 
 @dataclass(frozen=True)
-class AllRows:
-    """What became of `final.all_rows`.
-
-    Args:
-        why: a sentence or two.
-        rows: how many were trained on; 0 where nothing was.
-        steps: optimizer steps of each training on them, `target` and the chosen system; 0 where it was left as it was.
-    """
-
-    why: str
-    rows: int = 0
-    steps: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class SystemScores:
     """What one system scored; None where a metric was not available."""
 
@@ -207,7 +192,6 @@ class Metrics:
 
     systems: Mapping[str, SystemScores]
     delivered: Delivered
-    all_rows: AllRows | None
     target_on: TargetOn | None
     prune_ratio: float
     prune_ratio_interval: tuple[float, float] | None
@@ -216,11 +200,6 @@ class Metrics:
     signatures: Mapping[str, str]
     test_examples: int
     language: str
-
-    @property
-    def handed_over(self) -> str:
-        """The system whose adapter lies in `adapter/`."""
-        return ALL_ROWS if ALL_ROWS in self.systems else self.delivered.name
 
 
 @dataclass(frozen=True)

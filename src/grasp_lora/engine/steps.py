@@ -443,22 +443,6 @@ class Steps:
 
         return self.store.step("controller", inputs, Learned, work, trains=True)
 
-    def on_all_rows(self, target_epochs: float, final_epochs: float) -> "Steps":
-        """The steps whose training rows are all rows outside the test, so that none is left to stop by.
-
-        Args:
-            target_epochs, final_epochs: of the target adapter's training and of what follows the merge; 0 leaves the recipe's.
-        """
-        recipe, splits = self.recipe, self.splits
-        changes = {
-            name: replace(stage, training=replace(stage.training, epochs=epochs))
-            for name, stage, epochs in (("target", recipe.target, target_epochs), ("final", recipe.final, final_epochs))
-            if epochs
-        }
-        rows = replace(splits, train=(*splits.train, *splits.dev, *splits.micro_dev), dev=(), micro_dev=())
-        session = self.session.variant(recipe.model_copy(update=changes), rows)
-        return Steps(session, self.store, self._shared, self.grid, self._stop_requested)
-
     def _how(self, training: TrainingSettings, seed: int, folder: Path) -> dict[str, Any]:
         """What every training is told; several processes share the rows of each optimizer step."""
         return {

@@ -9,6 +9,7 @@ GONE_KEYS: dict[str, str] = {  # the end of a dotted key
     "bertscore.rescale": "leave it out; scores are not rescaled",
     "data.split_seed": "leave it out; the recipe's seed draws the splits, and compare keeps them over its seeds",
     "dev_files": "write files: {train: [...], dev: [...], test: [...]}",
+    "final.all_rows": "leave it out; to train on more rows, lower data.target.dev",
     "final.mask": "leave it out; final.mode reselect prunes by gradient_of_delta, and hold by mask.score",
     "final.start": "leave it out; the final run starts from the merge",
     "format": "leave it out; it is read off the rows, and columns name what is called otherwise",

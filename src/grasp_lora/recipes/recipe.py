@@ -143,9 +143,8 @@ class Recipe(BaseModel):
     def choices(self) -> set[str]:
         """Return the fingerprints of all recipes that take the same steps and differ in what becomes of them in the end."""
         return {
-            self.model_copy(update={"final": replace(self.final, deliver=deliver, all_rows=all_rows)}).fingerprint()
+            self.model_copy(update={"final": replace(self.final, deliver=deliver)}).fingerprint()
             for deliver in get_args(Deliver)
-            for all_rows in (False, True)
         }
 
     def to_yaml(self, folder: Path | None = None) -> str:

@@ -190,8 +190,6 @@ class FinalStage:
         training: how it is trained.
         deliver: what the run hands over: `best`, this run's result unless another adapter's dev loss is more than 5 % lower, or
             its dev answers are clearly better; or `grasp`, this run's result in any case.
-        all_rows: train what is handed over once more, on the target's train, dev and micro-dev rows together, for as many
-            epochs as the adapter had that was kept. `compare` leaves this aside.
     """
 
     mode: Literal["hold", "reselect"] = "hold"
@@ -199,4 +197,3 @@ class FinalStage:
     prune_ratio: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     training: Training = field(default_factory=TrainingSettings)
     deliver: Deliver = "best"
-    all_rows: bool = False

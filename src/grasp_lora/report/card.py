@@ -17,13 +17,13 @@ from huggingface_hub import EvalResult, ModelCardData
 from grasp_lora.data.data_settings import CorpusSettings
 from grasp_lora.data.splits import SPLITS
 from grasp_lora.data.tasks import options_of
-from grasp_lora.engine.run_folder import ALL_ROWS, CARD_FILE, FINAL_FOLDER, TRAINED, Run
+from grasp_lora.engine.run_folder import CARD_FILE, FINAL_FOLDER, TRAINED, Run
 from grasp_lora.engine.steps import names_of
 from grasp_lora.models.adapter_files import WEIGHTS_FILE
 from grasp_lora.models.embedded import PUBLIC_NAME
 from grasp_lora.models.model_settings import EMBEDDED_HUB_ID, EMBEDDED_LICENCE
 from grasp_lora.recipes.recipe import TEXTS
-from grasp_lora.report.delivered import discarded, headline, made_of, upload_command
+from grasp_lora.report.delivered import discarded, made_of, upload_command
 from grasp_lora.report.pages import languages_of, public_name, render, sizes_of, view_of
 from grasp_lora.report.tables import METRIC_NAMES
 from grasp_lora.storage.reading import sha256_of
@@ -46,7 +46,7 @@ def write_model_card(run: Run, folder: Path, adapter_folder: Path) -> Path:
         adapter_folder: the PEFT folder of what is handed over.
     """
     report, generation = run.data.report, run.recipe.generation
-    name, system = run.metrics.delivered.name, run.metrics.handed_over
+    name = run.metrics.delivered.name
     kind = name.partition("_")[0]
     sides, borrowed = PARTS.get(kind, ("source", "target")), _borrowed(run, name)
     trained_on = [side for side in sides if not borrowed[side]]
@@ -58,7 +58,7 @@ def write_model_card(run: Run, folder: Path, adapter_folder: Path) -> Path:
     backbone, prompt, recipe = public_name(run.info.backbone.name), report["prompt"], _public_recipe(run)
     view = view_of(run, folder)
     context = view | {
-        "front_matter": _front_matter(run, backbone, system, corpora),
+        "front_matter": _front_matter(run, backbone, name, corpora),
         "made": made_of(kind, run, given_target=bool(borrowed["target"])),
         "is": (view["verdict"] or "").replace("Take this adapter", "It is"),
         "pruned": kind == "grasp",
@@ -84,8 +84,6 @@ def write_model_card(run: Run, folder: Path, adapter_folder: Path) -> Path:
         "fence": "`" * max(3, 1 + max(map(len, re.findall("`+", recipe)), default=0)),
         "upload": upload_command(),
     }
-    if system == ALL_ROWS:  # whose scores are not those of the final run
-        context["headline"] = headline(run, {})
     write_whole(adapter_folder / CARD_FILE, render("model_card.md.j2", context))
     return adapter_folder / CARD_FILE
 
@@ -106,12 +104,9 @@ def _parents(
     """What the adapter was made of: part, name and hash."""
     quantised = f", quantised as {run.info.quantise}" if run.info.quantise else ""
     parents = [("Backbone", f"{backbone}{quantised}", run.info.backbone.fingerprint)]
-    again = run.metrics.all_rows.steps if run.metrics.all_rows else {}
     for side in sides:
         weights = folder / side / WEIGHTS_FILE
-        if again.get(side):  # so that the one in the run's folder has no part in this one
-            parents.append((f"{side.capitalize()} adapter", "trained again on all rows", "–"))
-        elif not borrowed[side] and weights.is_file():
+        if not borrowed[side] and weights.is_file():
             parents.append((f"{side.capitalize()} adapter", f"the run's folder {side}", f"sha256:{sha256_of(weights)}"))
     return parents + [
         ("Given adapter", adapter.name, f"sha256:{adapter.sha256}") for side in sides for adapter in borrowed[side]

@@ -10,7 +10,7 @@ from grasp_lora.engine.check import why_no_folds
 from grasp_lora.engine.compare import LEAST_TEST
 from grasp_lora.engine.judge import turned
 from grasp_lora.engine.results import main_metric
-from grasp_lora.engine.run_folder import ADAPTER_FOLDER, ALL_ROWS, FINAL_FOLDER, PROMPT_FILE, Run
+from grasp_lora.engine.run_folder import ADAPTER_FOLDER, FINAL_FOLDER, PROMPT_FILE, Run
 from grasp_lora.engine.steps import TargetOn, names_of
 from grasp_lora.report.examples import best_guess
 from grasp_lora.report.tables import (
@@ -21,7 +21,6 @@ from grasp_lora.report.tables import (
     in_text,
     is_unpruned,
     percent,
-    score_digits,
     titles_of,
 )
 
@@ -51,9 +50,7 @@ def verdict(run: Run, compared: Mapping[str, Difference]) -> str:
     """
     delivered = run.metrics.delivered
     taken = delivered.title
-    if run.metrics.handed_over == ALL_ROWS:
-        taken += ", trained once more on all rows"
-    elif discarded(run, delivered.name):
+    if discarded(run, delivered.name):
         taken += ", not trained further (no step lowered the dev loss)"
     start = f"{NOTHING_LEARNED} Handed over all the same" if delivered.nothing_learned else "Take this adapter"
     return f"{start}: {taken}.{_surpassed(run, compared)}"
@@ -66,12 +63,6 @@ def _surpassed(run: Run, compared: Mapping[str, Difference]) -> str:
         return ""
     best = max(better, key=lambda name: better[name].theirs)
     return f" The test rows show another to be better ({in_text(titles_of(run)[best])}): {gain_text(better[best])}."
-
-
-def reason(run: Run) -> str:
-    """Why that one was chosen; its losses are those before a last training on all rows."""
-    why = run.metrics.delivered.why
-    return f"Chosen before that: {why[0].lower()}{why[1:]}" if run.metrics.handed_over == ALL_ROWS and why else why
 
 
 def gain(run: Run, compared: Mapping[str, Difference]) -> str | None:
@@ -139,7 +130,7 @@ def headline(run: Run, compared: Mapping[str, Difference]) -> str:
         if run.target_alone
         else {"merged": "the target adapter on the source adapter"}
     )
-    if run.metrics.handed_over != "grasp":
+    if run.metrics.delivered.name != "grasp":
         beside = {"grasp": "what is handed over"}
     rival = next((name for name in beside if name in compared), None)
     if rival is not None:
@@ -183,27 +174,11 @@ def made_of(kind: str, run: Run, *, given_target: bool) -> str:
     return made
 
 
-def trained_again(run: Run) -> str | None:
-    """What became of `final.all_rows`, with the test score after it and before; None where the recipe does not ask for it."""
-    metrics = run.metrics
-    if metrics.all_rows is None:
-        return None
-    if ALL_ROWS not in metrics.systems:
-        return metrics.all_rows.why
-    after, before = (metrics.systems[name].metrics for name in (ALL_ROWS, metrics.delivered.name))
-    metric = main_metric(list(after))
-    scores = [score for score in (after.get(metric), before.get(metric)) if score is not None]
-    if len(scores) < 2:
-        return metrics.all_rows.why
-    now, once = (f"{score:.{score_digits(metric, scores, 1)}f}" for score in scores)
-    return f"{metrics.all_rows.why} Test {METRIC_NAMES.get(metric, metric)} {now}; {once} before."
-
-
 def warning_of(run: Run) -> str | None:
     """What has to be known before the adapter is taken, as sentences; None where there is nothing."""
     metrics, guess = run.metrics, best_guess(run)
     warnings = [metrics.delivered.warning] if metrics.delivered.warning else []
-    scores = metrics.systems[metrics.handed_over].metrics
+    scores = metrics.systems[metrics.delivered.name].metrics
     right, main = scores.get("accuracy"), main_metric(list(scores))
     score, weak = scores.get(main), False
     if main in IN_POINTS and score is not None and score < WEAK:

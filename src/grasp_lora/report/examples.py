@@ -55,7 +55,7 @@ def examples_of(run: Run) -> Examples:
     """Return at most `MOST_SHOWN` test examples, those first whose answers differ most by the leading metric."""
     titles = titles_of(run)
     answers = {titles[name]: rows for name, rows in run.predictions.items()}
-    return differing(answers, run.prompts, run.data.ids["test"], titles.get(run.metrics.handed_over))
+    return differing(answers, run.prompts, run.data.ids["test"], titles.get(run.metrics.delivered.name))
 
 
 def differing(
@@ -91,7 +91,7 @@ def differing(
 
 def label_note(run: Run) -> list[str]:
     """Of a classification, what the same label for every test row is worth, and how often each label is answered."""
-    guess, system = best_guess(run), run.metrics.handed_over
+    guess, system = best_guess(run), run.metrics.delivered.name
     if guess is None:
         return []
     label, share = guess
@@ -106,7 +106,7 @@ def label_note(run: Run) -> list[str]:
 def best_guess(run: Run) -> tuple[str, float] | None:
     """Of a classification, the most frequent label of the training rows, and the accuracy in percent of answering it always."""
     counts: dict[str, dict[str, int]] = run.data.report.get("labels") or {}
-    rows = run.predictions[run.metrics.handed_over]
+    rows = run.predictions[run.metrics.delivered.name]
     if not counts or not rows:
         return None
     label = max(counts, key=lambda name: counts[name].get("train", 0))

@@ -80,11 +80,10 @@ def view_of(run: Run, folder: Path) -> dict[str, Any]:
         "info": run.info,
         "name": run.info.name,
         "verdict": delivered.verdict(run, compared) if chosen else None,
-        "why_delivered": delivered.reason(run) if chosen else None,
-        "apart": metrics.handed_over != "grasp",  # so that the result of the final run is another adapter
+        "why_delivered": metrics.delivered.why if chosen else None,
+        "apart": metrics.delivered.name != "grasp",  # so that the result of the final run is another adapter
         "final": tables.final_text(run),
-        "system": metrics.handed_over,
-        "all_rows": delivered.trained_again(run),
+        "system": metrics.delivered.name,
         "target_on": delivered.where_trained(choice, len(run.recipe.source.adapters)) if choice else None,
         "warning": delivered.warning_of(run),
         "headline": delivered.headline(run, compared),

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from grasp_lora.engine.comparison import Comparison, MeanAndSd, MethodRow, saves_over_confidence
 from grasp_lora.engine.results import TEST_LOSS, Prediction, main_metric
-from grasp_lora.engine.run_folder import ALL_ROWS, TRAINED, Run
+from grasp_lora.engine.run_folder import TRAINED, Run
 from grasp_lora.engine.steps import names_of
 from grasp_lora.evaluation.metrics import METRICS
 from grasp_lora.evaluation.statistics import PairedComparison, compare_with_baselines
@@ -132,13 +132,12 @@ def titles_of(run: Run) -> dict[str, str]:
         "merged": "Merged, not pruned" if run.target_alone else "Target on source, not pruned",
         "continued": "Source, continued",
         "grasp": "Merged, trained further" if is_unpruned(run) else "GRASP",
-        ALL_ROWS: "The chosen one, on all rows",
     }
 
 
 def confusion(run: Run) -> TextTable | None:
     """Of a classification with few labels, how often what is handed over answers each label (columns) to rows of each (rows)."""
-    labels, rows = list(run.data.report.get("labels") or {}), run.predictions[run.metrics.handed_over]
+    labels, rows = list(run.data.report.get("labels") or {}), run.predictions[run.metrics.delivered.name]
     if not rows or not 0 < len(labels) <= MOST_LABELS_SHOWN:
         return None
     counts = Counter((row.references[0], row.prediction) for row in rows)
@@ -152,16 +151,15 @@ def scores_table(run: Run) -> TextTable:
     titles, systems = titles_of(run), run.metrics.systems
     used = {key for system in systems.values() for key in system.metrics}
     keys = [key for key in METRIC_NAMES if key in used] + sorted(used - METRIC_NAMES.keys())
-    pruned = {"grasp", *([ALL_ROWS] if run.metrics.delivered.name == "grasp" else [])}
     share = 0.0 if is_unpruned(run) else 1 - kept_share(run.sparsity)  # zeros of an untrained factor are not pruned
-    columns: list[list[Cell]] = [[Cell(titles[name], name == run.metrics.handed_over) for name in systems]]
+    columns: list[list[Cell]] = [[Cell(titles[name], name == run.metrics.delivered.name) for name in systems]]
     for key in keys:
         values = [score.metrics.get(key) for score in systems.values()]
         columns.append(column_of(values, score_digits(key, values, 1), max, "unavailable"))
     columns += [
         column_of([score.test_loss for score in systems.values()], 3, min),
         column_of([score.dev_loss for score in systems.values()], 3, min),
-        [Cell(percent(share, 1) if name in pruned else percent(0)) for name in systems],
+        [Cell(percent(share, 1) if name == "grasp" else percent(0)) for name in systems],
     ]
     names = [f"{METRIC_NAMES.get(key, key)}\u00a0↑" for key in keys]
     heads = ["System", *names, "Test loss\u00a0↓", "Dev loss\u00a0↓", "Pruned"]
@@ -208,7 +206,7 @@ class Difference:
 
 def compare_handed_over(run: Run) -> dict[str, Difference]:
     """What is handed over against every other system: the one family of comparisons of a run, corrected for each other."""
-    ours = run.metrics.handed_over
+    ours = run.metrics.delivered.name
     return _differences(run, ours, [name for name in run.metrics.systems if name != ours])
 
 
@@ -271,7 +269,7 @@ def score_notes(run: Run, compared: Mapping[str, Difference]) -> list[str]:
     has_mean = any(name not in METRICS or METRICS[name].from_statistics is None for name in names)
     worth = f": one example is worth {100 / count:.2f} points of a score that is a mean over examples and runs from 0 to 100"
     notes = [f"The test set has {count} example{'' if count == 1 else 's'}{worth if has_mean else ''}."]
-    ours = titles["grasp"] if run.metrics.handed_over == "grasp" else "What is handed over"
+    ours = titles["grasp"] if run.metrics.delivered.name == "grasp" else "What is handed over"
     for name, difference in compared.items():
         points = " points" if difference.metric in METRIC_NAMES else ""
         gap = f"{difference.name} {_signed(difference.ours - difference.theirs, difference.digits)}{points}"
