@@ -77,20 +77,23 @@ def measured(steps: Steps, adapter: Adapter) -> dict[str, Any]:
     return record
 
 
-def draw_of(setting: str, draw: int, folder: Path, work: Workplace) -> None:
+def steps_of(setting: str, draw: int, folder: Path, work: Workplace) -> Steps:
+    """The steps of one draw; its recipe and rows are loaded."""
     name, size, changes = SETTINGS[setting]
-    recipe, _ = load_recipe(name, changes)
-    loaded = Session(recipe, Path.cwd())
+    loaded = Session(load_recipe(name, changes)[0], Path.cwd())
     check(loaded)
     session = loaded.variant(splits=drawn(loaded.splits, draw, size))
-    steps = Steps(
-        session, Store(folder / "steps", session.progress, work), stop_requested=lambda: work.interruption.asked_by
-    )
+    store = Store(folder / "steps", session.progress, work)
+    return Steps(session, store, stop_requested=lambda: work.interruption.asked_by)
+
+
+def draw_of(setting: str, draw: int, folder: Path, work: Workplace) -> None:
+    steps = steps_of(setting, draw, folder, work)
     made = make(steps)
     systems = dict(made.systems)
     if made.continued is not None:
         systems["continued"] = made.continued
-    record: dict[str, Any] = {"setting": setting, "draw": draw, "train": len(session.splits.train)}
+    record: dict[str, Any] = {"setting": setting, "draw": draw, "train": len(steps.splits.train)}
     record["delivered"] = made.choose(steps).name
     if made.learned is not None:
         record["ratio"] = asdict(made.learned.result.estimate)
