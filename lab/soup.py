@@ -8,23 +8,28 @@ Needs GRASP_LORA_DATA.
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import torch
 from few_rows import measured, steps_of
 from scipy.stats import t as student
+from torch import Tensor
 
 from grasp_lora.engine.results import Adapter
 from grasp_lora.engine.run import make
 from grasp_lora.engine.steps import Steps
+from grasp_lora.engine.store import key_of
+from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.merging import MergeSettings
 from grasp_lora.storage.claims import Workplace, working_in
 from grasp_lora.storage.writing import write_json
 
 SEEDS = (1, 2)  # beside the recipe's own
+WAYS = ("soup", "factors")
 
 
 def draw_of(setting: str, draw: int, folder: Path, work: Workplace) -> None:
@@ -42,6 +47,7 @@ def draw_of(setting: str, draw: int, folder: Path, work: Workplace) -> None:
         for number, adapter in enumerate(orders, 1):
             record["systems"][f"{kind} {number}"] = measured(steps, adapter)
         record["systems"][f"{kind}, soup"] = measured(steps, averaged(steps, orders))
+        record["systems"][f"{kind}, factors"] = measured(steps, factors_of(orders))
     record["systems"]["both, soup"] = measured(steps, averaged(steps, [*kinds["grasp"], *kinds["continued"]]))
     write_json(folder / f"soup-{setting}-{draw}.json", record)
 
@@ -51,24 +57,43 @@ def averaged(steps: Steps, adapters: Sequence[Adapter]) -> Adapter:
     return steps.merge("soup", adapters, [f"order {number}" for number in range(len(adapters))], MergeSettings("exact"))
 
 
+def factors_of(adapters: Sequence[Adapter]) -> Adapter:
+    """The average of their factors, which came from the same start: its rank is theirs."""
+
+    def load() -> AdapterWeights:
+        weights = [adapter.weights for adapter in adapters]
+        means = {
+            name: (mean_of(of[name].A for of in weights), mean_of(of[name].B for of in weights)) for name in weights[0]
+        }
+        return AdapterWeights({name: replace(weights[0][name], A=A, B=B) for name, (A, B) in means.items()})
+
+    return Adapter(key_of("factors", {"parents": [adapter.key for adapter in adapters]}), load)
+
+
+def mean_of(factors: Iterable[Tensor]) -> Tensor:
+    return torch.stack([factor.float() for factor in factors]).mean(0)
+
+
 def table(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Of each kind the soup minus the mean of its three orders, and how far these lie apart."""
+    """Of each kind three orders -> their average, of the updates and of the factors; then what that gains on their mean."""
     keys = {"test_scores": 1, "test_losses": 3}
     for kind in ("grasp", "continued"):
-        gains: dict[str, list[float]] = {key: [] for key in keys}
+        gains: dict[tuple[str, str], list[float]] = {(how, key): [] for how in WAYS for key in keys}
         for draw in draws:
             cells = []
             for key, digits in keys.items():
                 singles = [fmean(draw["systems"][f"{kind} {number}"][key]) for number in (1, 2, 3)]
-                soup = fmean(draw["systems"][f"{kind}, soup"][key])
-                gains[key].append(soup - fmean(singles))
-                cells.append(f"{' '.join(f'{one:.{digits}f}' for one in singles)} -> {soup:.{digits}f}")
+                soups = [fmean(draw["systems"][f"{kind}, {how}"][key]) for how in WAYS]
+                for how, soup in zip(WAYS, soups, strict=True):
+                    gains[how, key].append(soup - fmean(singles))
+                cells.append(" -> ".join(" ".join(f"{one:.{digits}f}" for one in of) for of in (singles, soups)))
             yield f"{draw['setting']} {draw['draw']}, {kind}: {'; '.join(cells)}"
-        yield f"  {kind}: soup minus the mean of three orders: {', '.join(over(gains[key], keys[key]) for key in keys)}"
-    for _, group in groupby(sorted(draws, key=lambda draw: str(draw["setting"])), key=lambda draw: draw["setting"]):
-        for draw in group:
-            both = draw["systems"]["both, soup"]
-            yield f"{draw['setting']} {draw['draw']}, all six: {fmean(both['test_scores']):.1f}, {fmean(both['test_losses']):.3f}"
+        for how in WAYS:
+            told = ", ".join(over(gains[how, key], keys[key]) for key in keys)
+            yield f"  {kind}, {how} minus the mean of three orders: {told}"
+    for draw in draws:
+        both = draw["systems"]["both, soup"]
+        yield f"{draw['setting']} {draw['draw']}, all six: {fmean(both['test_scores']):.1f}, {fmean(both['test_losses']):.3f}"
 
 
 def over(gains: Sequence[float], digits: int) -> str:
