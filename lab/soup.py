@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -28,28 +29,40 @@ from grasp_lora.method.merging import MergeSettings
 from grasp_lora.storage.claims import Workplace, working_in
 from grasp_lora.storage.writing import write_json
 
-SEEDS = (1, 2)  # beside the recipe's own
-WAYS = ("soup", "factors")
+SEEDS = (42, 1, 2)  # the first is the recipe's own
+KINDS, LENGTHS = ("grasp", "continued"), ("", ", all epochs")
+WAYS, ONE = ("soup", "factors"), "one order"
 
 
 def draw_of(setting: str, draw: int, folder: Path, work: Workplace) -> None:
-    """Train the merge and the source adapter further in other orders, average the three of each, and measure all."""
+    """Train the merge and the source adapter further in three orders, average the three of each, and measure all."""
     steps = steps_of(setting, draw, folder, work)
     made = make(steps)
-    kinds: dict[str, list[Adapter]] = {"grasp": [made.grasp], "continued": [steps.continued()]}
-    for seed in SEEDS:
-        recipe = steps.recipe.model_copy(update={"seed": seed})
-        other = Steps(steps.session.variant(recipe), steps.store, steps.session)
-        kinds["grasp"].append(other.finetune(made.parents.merged, 0.0))
-        kinds["continued"].append(other.continued())
     record: dict[str, Any] = {"setting": setting, "draw": draw, "systems": {}}
-    for kind, orders in kinds.items():
-        for number, adapter in enumerate(orders, 1):
-            record["systems"][f"{kind} {number}"] = measured(steps, adapter)
-        record["systems"][f"{kind}, soup"] = measured(steps, averaged(steps, orders))
-        record["systems"][f"{kind}, factors"] = measured(steps, factors_of(orders))
-    record["systems"]["both, soup"] = measured(steps, averaged(steps, [*kinds["grasp"], *kinds["continued"]]))
-    write_json(folder / f"soup-{setting}-{draw}.json", record)
+    for length in LENGTHS:
+        kinds: dict[str, list[Adapter]] = {kind: [] for kind in KINDS}
+        for seed in SEEDS:
+            other = in_order(steps, seed, all_epochs=length != LENGTHS[0])
+            kinds["grasp"].append(other.finetune(made.parents.merged, 0.0))
+            kinds["continued"].append(other.continued())
+        for kind, orders in kinds.items():
+            for number, adapter in enumerate(orders, 1):
+                record["systems"][f"{kind}{length} {number}"] = measured(steps, adapter)
+            record["systems"][f"{kind}{length}, soup"] = measured(steps, averaged(steps, orders))
+            record["systems"][f"{kind}{length}, factors"] = measured(steps, factors_of(orders))
+        both = averaged(steps, [*kinds["grasp"], *kinds["continued"]])
+        record["systems"][f"both{length}, soup"] = measured(steps, both)
+        write_json(folder / f"soup-{setting}-{draw}.json", record)
+
+
+def in_order(steps: Steps, seed: int, *, all_epochs: bool) -> Steps:
+    """The same steps with another order of rows, and on request without a dev set to stop by: the last step is kept then."""
+    recipe, splits = steps.recipe.model_copy(update={"seed": seed}), steps.splits
+    if all_epochs:
+        training = replace(recipe.final.training, patience=None)
+        recipe = recipe.model_copy(update={"final": replace(recipe.final, training=training)})
+        splits = replace(splits, dev=())
+    return Steps(steps.session.variant(recipe, splits), steps.store, steps.session)
 
 
 def averaged(steps: Steps, adapters: Sequence[Adapter]) -> Adapter:
@@ -77,23 +90,27 @@ def mean_of(factors: Iterable[Tensor]) -> Tensor:
 def table(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Of each kind three orders -> their average, of the updates and of the factors; then what that gains on their mean."""
     keys = {"test_scores": 1, "test_losses": 3}
-    for kind in ("grasp", "continued"):
-        gains: dict[tuple[str, str], list[float]] = {(how, key): [] for how in WAYS for key in keys}
+    for kind in (f"{kind}{length}" for length in LENGTHS for kind in KINDS):
+        if any(f"{kind} 1" not in draw["systems"] for draw in draws):
+            continue
+        gains: dict[tuple[str, str], list[float]] = {(how, key): [] for how in (ONE, *WAYS) for key in keys}
         for draw in draws:
             cells = []
             for key, digits in keys.items():
                 singles = [fmean(draw["systems"][f"{kind} {number}"][key]) for number in (1, 2, 3)]
                 soups = [fmean(draw["systems"][f"{kind}, {how}"][key]) for how in WAYS]
-                for how, soup in zip(WAYS, soups, strict=True):
-                    gains[how, key].append(soup - fmean(singles))
+                today = [fmean(draw["systems"][f"{kind.partition(',')[0]} {number}"][key]) for number in (1, 2, 3)]
+                for how, found in zip((ONE, *WAYS), (fmean(singles), *soups), strict=True):
+                    gains[how, key].append(found - fmean(today))
                 cells.append(" -> ".join(" ".join(f"{one:.{digits}f}" for one in of) for of in (singles, soups)))
             yield f"{draw['setting']} {draw['draw']}, {kind}: {'; '.join(cells)}"
-        for how in WAYS:
+        for how in (ONE, *WAYS):
             told = ", ".join(over(gains[how, key], keys[key]) for key in keys)
-            yield f"  {kind}, {how} minus the mean of three orders: {told}"
-    for draw in draws:
-        both = draw["systems"]["both, soup"]
-        yield f"{draw['setting']} {draw['draw']}, all six: {fmean(both['test_scores']):.1f}, {fmean(both['test_losses']):.3f}"
+            yield f"  {kind}, {how} minus the mean of three orders, stopped early: {told}"
+    for draw, length in product(draws, LENGTHS):
+        if both := draw["systems"].get(f"both{length}, soup"):
+            score, loss = fmean(both["test_scores"]), fmean(both["test_losses"])
+            yield f"{draw['setting']} {draw['draw']}, all six{length}: {score:.1f}, {loss:.3f}"
 
 
 def over(gains: Sequence[float], digits: int) -> str:
