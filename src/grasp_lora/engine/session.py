@@ -118,13 +118,6 @@ class Session:
         return [example for split in self.recipe.controller.rounds.splits for example in getattr(self.splits, split)]
 
     @property
-    def parent_ranks(self) -> list[int]:
-        """The highest rank of each adapter that is merged, the sources first."""
-        recipe = self.recipe
-        places = (*(recipe.source.adapters or [""]), recipe.target.adapter or "")
-        return [self.given[place].highest_rank if place in self.given else recipe.lora.rank for place in places]
-
-    @property
     def ranks(self) -> set[int]:
         """All ranks that occur in the adapters to merge."""
         recipe = self.recipe

@@ -82,15 +82,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def least_resamples(comparisons: int, confidence: float = 0.95) -> int:
-    """Return how many draws so many comparisons need, so that one lies beyond each bound.
-
-    >>> least_resamples(1), least_resamples(20)
-    (39, 799)
-    """
-    return max(1, math.ceil(2.0 * comparisons / (1.0 - confidence) - 1e-9) - 1)
-
-
 def half_width(sd: float, examples: int, comparisons: int = 1, groups: int | None = None) -> float:
     """Return how far an interval of a mean difference at 95 % reaches to each side (Student's, Bonferroni).
 

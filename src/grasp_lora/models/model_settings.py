@@ -13,7 +13,6 @@ from grasp_lora.data.data_settings import Texts
 
 EMBEDDED_NAME = "gemma3-270m"
 ALL_LINEAR = "all-linear"  # PEFT's word
-MOST_RANK = 16_384  # of an adapter
 EMBEDDED_ADAPTER = "english-qa"  # a source adapter for the embedded model that comes along
 EMBEDDED_HUB_ID = "google/gemma-3-270m"
 EMBEDDED_LICENCE = "gemma"  # as the hub calls it
