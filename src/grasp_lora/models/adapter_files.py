@@ -132,11 +132,6 @@ class LoadedAdapter:
         return _to_load(self.base_model, self.info)
 
     @property
-    def highest_rank(self) -> int:
-        """The rank of the module that has the highest."""
-        return max(pair.rank for pair in self.weights.values())
-
-    @property
     def facts(self) -> dict[str, list[Any]]:
         """What the file of weights does not hold and decides as much: scaling and segments of each module, as JSON values."""
         return {
