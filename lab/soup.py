@@ -8,6 +8,7 @@ Needs GRASP_LORA_DATA.
 
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import product
@@ -25,13 +26,11 @@ from grasp_lora.engine.run import make
 from grasp_lora.engine.steps import Steps
 from grasp_lora.engine.store import key_of
 from grasp_lora.method.lora import AdapterWeights
-from grasp_lora.method.merging import MergeSettings
 from grasp_lora.storage.claims import Workplace, working_in
 from grasp_lora.storage.writing import write_json
 
 SEEDS = (42, 1, 2)  # the first is the recipe's own
 KINDS, LENGTHS = ("grasp", "continued"), ("", ", all epochs")
-WAYS, ONE = ("soup", "factors"), "one order"
 
 
 def draw_of(setting: str, draw: int, folder: Path, work: Workplace) -> None:
@@ -46,13 +45,11 @@ def draw_of(setting: str, draw: int, folder: Path, work: Workplace) -> None:
             kinds["grasp"].append(other.finetune(made.parents.merged, 0.0))
             kinds["continued"].append(other.continued())
         for kind, orders in kinds.items():
-            for number, adapter in enumerate(orders, 1):
-                record["systems"][f"{kind}{length} {number}"] = measured(steps, adapter)
-            record["systems"][f"{kind}{length}, soup"] = measured(steps, averaged(steps, orders))
-            record["systems"][f"{kind}{length}, factors"] = measured(steps, factors_of(orders))
-        both = averaged(steps, [*kinds["grasp"], *kinds["continued"]])
-        record["systems"][f"both{length}, soup"] = measured(steps, both)
-        write_json(folder / f"soup-{setting}-{draw}.json", record)
+            if length == LENGTHS[0]:
+                for number, adapter in enumerate(orders, 1):
+                    record["systems"][f"{kind} {number}"] = measured(steps, adapter)
+            record["systems"][f"{kind}{length}, average"] = measured(steps, average_of(orders))
+            write_json(folder / f"soup-{setting}-{draw}.json", record)
 
 
 def in_order(steps: Steps, seed: int, *, all_epochs: bool) -> Steps:
@@ -65,12 +62,7 @@ def in_order(steps: Steps, seed: int, *, all_epochs: bool) -> Steps:
     return Steps(steps.session.variant(recipe, splits), steps.store, steps.session)
 
 
-def averaged(steps: Steps, adapters: Sequence[Adapter]) -> Adapter:
-    """The average of the updates themselves, not of their factors."""
-    return steps.merge("soup", adapters, [f"order {number}" for number in range(len(adapters))], MergeSettings("exact"))
-
-
-def factors_of(adapters: Sequence[Adapter]) -> Adapter:
+def average_of(adapters: Sequence[Adapter]) -> Adapter:
     """The average of their factors, which came from the same start: its rank is theirs."""
 
     def load() -> AdapterWeights:
@@ -80,7 +72,7 @@ def factors_of(adapters: Sequence[Adapter]) -> Adapter:
         }
         return AdapterWeights({name: replace(weights[0][name], A=A, B=B) for name, (A, B) in means.items()})
 
-    return Adapter(key_of("factors", {"parents": [adapter.key for adapter in adapters]}), load)
+    return Adapter(key_of("average", {"parents": [adapter.key for adapter in adapters]}), load)
 
 
 def mean_of(factors: Iterable[Tensor]) -> Tensor:
@@ -88,29 +80,24 @@ def mean_of(factors: Iterable[Tensor]) -> Tensor:
 
 
 def table(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Of each kind three orders -> their average, of the updates and of the factors; then what that gains on their mean."""
+    """Of each kind three orders, stopped early -> the average of each length; then what that gains on the mean of the three."""
     keys = {"test_scores": 1, "test_losses": 3}
-    for kind in (f"{kind}{length}" for length in LENGTHS for kind in KINDS):
-        if any(f"{kind} 1" not in draw["systems"] for draw in draws):
-            continue
-        gains: dict[tuple[str, str], list[float]] = {(how, key): [] for how in (ONE, *WAYS) for key in keys}
-        for draw in draws:
-            cells = []
-            for key, digits in keys.items():
-                singles = [fmean(draw["systems"][f"{kind} {number}"][key]) for number in (1, 2, 3)]
-                soups = [fmean(draw["systems"][f"{kind}, {how}"][key]) for how in WAYS]
-                today = [fmean(draw["systems"][f"{kind.partition(',')[0]} {number}"][key]) for number in (1, 2, 3)]
-                for how, found in zip((ONE, *WAYS), (fmean(singles), *soups), strict=True):
-                    gains[how, key].append(found - fmean(today))
-                cells.append(" -> ".join(" ".join(f"{one:.{digits}f}" for one in of) for of in (singles, soups)))
-            yield f"{draw['setting']} {draw['draw']}, {kind}: {'; '.join(cells)}"
-        for how in (ONE, *WAYS):
-            told = ", ".join(over(gains[how, key], keys[key]) for key in keys)
-            yield f"  {kind}, {how} minus the mean of three orders, stopped early: {told}"
-    for draw, length in product(draws, LENGTHS):
-        if both := draw["systems"].get(f"both{length}, soup"):
-            score, loss = fmean(both["test_scores"]), fmean(both["test_losses"])
-            yield f"{draw['setting']} {draw['draw']}, all six{length}: {score:.1f}, {loss:.3f}"
+    gains: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for draw, kind in product(draws, KINDS):
+        cells = []
+        for key, digits in keys.items():
+            singles = [fmean(draw["systems"][f"{kind} {number}"][key]) for number in (1, 2, 3)]
+            averages = []
+            for length in LENGTHS:
+                if system := draw["systems"].get(f"{kind}{length}, average"):
+                    averages.append(fmean(system[key]))
+                    for of in (kind, "both"):
+                        gains[f"{of}{length}", key].append(averages[-1] - fmean(singles))
+            cells.append(" -> ".join(" ".join(f"{one:.{digits}f}" for one in of) for of in (singles, averages)))
+        yield f"{draw['setting']} {draw['draw']}, {kind}: {'; '.join(cells)}"
+    for kind in (f"{of}{length}" for length in LENGTHS for of in (*KINDS, "both")):
+        told = ", ".join(over(gains[kind, key], keys[key]) for key in keys if gains[kind, key])
+        yield f"  {kind}: the average minus the mean of three orders, stopped early: {told}"
 
 
 def over(gains: Sequence[float], digits: int) -> str:
