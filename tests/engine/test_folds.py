@@ -18,6 +18,7 @@ from grasp_lora.data.records import Pool, Record
 from grasp_lora.data.splits import HELD_OUT, Fold, Share, cut
 from grasp_lora.engine.compare import compare
 from grasp_lora.engine.comparison import Comparison, ComparisonSettings
+from grasp_lora.engine.results import read_json
 from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import Steps
 from grasp_lora.errors import DataError, GraspError, Interrupted, ProbeError
@@ -212,7 +213,7 @@ def test_a_signal_in_the_second_fold_leaves_a_table_of_the_first_and_goes_on(
         patch.setattr(training_module, "finetune", stopped)
         with pytest.raises(Interrupted, match="step 1; run the same command again"):
             compared("parted", "continued")
-    parted = Comparison.read(Path("parted/compare/compare.json"))
+    parted = read_json(Path("parted/compare/compare.json"), Comparison)
     assert (len(parted.folds), parted.test_examples) == (1, whole.folds[0].test)
     comparison, recorder = compared("parted", "continued")
     assert comparison.rows[0].scores == whole.rows[0].scores

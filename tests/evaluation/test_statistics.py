@@ -1,4 +1,4 @@
-"""Means, Holm and the paired bootstrap: by hand, against a slow implementation, and on data whose truth is known."""
+"""The paired bootstrap: by hand, against a slow implementation, and on data whose truth is known."""
 
 import math
 import random
@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from scipy import stats
 
 from grasp_lora.engine.comparison import expected_width
@@ -19,8 +17,6 @@ from grasp_lora.evaluation.statistics import (
     compare_all_pairs,
     compare_with_baselines,
     half_width,
-    holm,
-    mean_and_sd,
 )
 
 
@@ -38,46 +34,24 @@ def mean_of_first(sums: torch.Tensor) -> torch.Tensor:
     return sums[..., 0] / sums[..., 1]
 
 
-def test_mean_and_sample_deviation():
-    assert mean_and_sd([2, 4, 4, 4, 5, 5, 7, 9]) == (5, pytest.approx(math.sqrt(32 / 7)))
-    assert mean_and_sd([3.5]) == (3.5, None)
-    assert mean_and_sd([0.1] * 10) == (0.1, 0.0)
-
-
-@pytest.mark.parametrize(
-    ("p_values", "adjusted"),
-    [
-        ([], []),
-        ([0.03], [0.03]),
-        ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),  # 4 * .005, 3 * .01, 2 * .03, and .04 not below .06
-        ([0.5, 0.4, 0.9], [1.0, 1.0, 1.0]),
-        ([0.02, 0.02], [0.04, 0.04]),
-    ],
-)
-def test_holm_by_hand(p_values, adjusted):
-    assert holm(p_values) == pytest.approx(adjusted)
-
-
 def test_known_answer_of_two_examples():
     # Differences 1 and 3: a draw gives 1, 2 or 3 with shares 1/4, 1/2, 1/4, which is all inside of Student's interval.
     result = compared([3.0, 5.0], [2.0, 2.0], resamples=999)
     assert (result.low, result.high) == pytest.approx((2 - 12.706, 2 + 12.706), rel=0.05)
-    assert result == PairedComparison(
-        2.0, result.low, result.high, result.p_value, confidence=0.95, examples=2, resamples=999
-    )
-    assert result.p_value == pytest.approx(0.5, abs=0.05)  # a quarter of the draws at either side
+    assert result == PairedComparison(2.0, result.low, result.high, confidence=0.95, examples=2, resamples=999)
     assert result.verdict == "no difference shown"
 
 
 def test_equal_methods_differ_by_nothing():
     values = normal(30, 0)
     result = compared([values, values[::-1]], [values[::-1], values])  # equal once averaged
-    assert (result.difference, result.low, result.high, result.p_value) == (0, 0, 0, 1)
+    assert (result.difference, result.low, result.high) == (0, 0, 0)
     assert result.verdict == "no difference shown"
 
 
 def test_rounding_makes_no_winner_of_a_tie():
-    assert compared([[0.1, 0.1], [0.2, 0.2]], [[0.3, 0.3], [0.0, 0.0]]).p_value == 1
+    result = compared([[0.1, 0.1], [0.2, 0.2]], [[0.3, 0.3], [0.0, 0.0]])
+    assert (result.difference, result.low, result.high) == (0, 0, 0)
 
 
 def test_agrees_with_a_slow_implementation():
@@ -97,11 +71,8 @@ def test_agrees_with_a_slow_implementation():
         widened = [student / stats.norm.ppf(tail) * (slow[place] - center) for place in (rank, -1 - rank)]
         low.append(center - max(widened[0], student * spread))
         high.append(center + max(-widened[1], student * spread))
-    beyond = min(sum(value <= 0 for value in low), sum(value >= 0 for value in high))
     # 100 of 4001 draws, the bound included, lie beyond each bound.
-    assert (fast.difference, fast.low, fast.high, fast.p_value) == pytest.approx(
-        (center, low[99], high[99], 2 * (beyond + 1) / 4001), abs=1e-8
-    )
+    assert (fast.difference, fast.low, fast.high) == pytest.approx((center, low[99], high[99]), abs=1e-8)
 
 
 def test_the_interval_of_normal_differences_is_students():
@@ -110,14 +81,12 @@ def test_the_interval_of_normal_differences_is_students():
     result = compare_with_baselines(ours, {str(name): theirs for name in range(20)}, resamples=100_000)["0"]
     reach = stats.t.ppf(1 - 0.025 / 20, 11) * statistics.stdev(differences) / math.sqrt(12)
     assert (result.high - result.low) / 2 == pytest.approx(reach, rel=0.15)
-    assert compared(ours, theirs).p_value == pytest.approx(stats.ttest_rel(ours, theirs).pvalue, abs=0.03)
 
 
 def test_swapping_the_methods_turns_the_result_round():
     ours, theirs = normal(40, 1, 0.4), normal(40, 2)
     one, other = compared(ours, theirs), compared(theirs, ours)
     assert (one.difference, one.low, one.high) == (-other.difference, -other.high, -other.low)
-    assert one.p_value == other.p_value
 
 
 def test_interval_covers_the_truth_about_as_often_as_it_says():
@@ -126,7 +95,7 @@ def test_interval_covers_the_truth_about_as_often_as_it_says():
         result = compared(normal(50, 2 * seed, 0.2), normal(50, 2 * seed + 1), resamples=600, seed=seed)
         covered += result.low <= 0.2 <= result.high
         null = compared(normal(50, 2 * seed), normal(50, 2 * seed + 1), resamples=600, seed=seed)
-        found += null.p_value <= 0.05
+        found += null.verdict != "no difference shown"
     assert 0.90 <= covered / 300 <= 0.98
     assert found / 300 <= 0.10
 
@@ -188,13 +157,10 @@ def test_a_handful_of_examples_shows_nothing_even_where_all_agree(examples, base
     assert result.verdict == verdict
     assert (result.difference, result.high) == (100.0, 100.0)
     assert result.low == (100.0 if verdict == "better" else 0.0)
-    exact = (
-        stats.binomtest(examples, examples).pvalue * baselines
-    )  # by signs, after Bonferroni, which is Holm's first step
-    assert result.p_value >= min(1.0, exact) - 1e-12
-    assert (result.p_value <= 0.05) == (verdict == "better")
+    exact = stats.binomtest(examples, examples).pvalue * baselines  # by signs, after Bonferroni
+    assert (exact <= 0.05) == (verdict == "better")
     worse = compare_with_baselines([0.0] * examples, {name: [100.0] * examples for name in others})["0"]
-    assert (worse.low, worse.high, worse.p_value) == (-result.high, -result.low, result.p_value)
+    assert (worse.low, worse.high) == (-result.high, -result.low)
 
 
 def test_correction_for_the_number_of_methods():
@@ -206,21 +172,9 @@ def test_correction_for_the_number_of_methods():
     assert (
         both["close"].low < alone.low < alone.difference == both["close"].difference < alone.high < both["close"].high
     )
-    assert both["far"].p_value == pytest.approx(4 / 10_001)  # the smallest there is, times two
-    assert both["close"].p_value == alone.p_value  # Holm: the larger of two counts once
     # Two methods at 95 % have the intervals of one at 97.5 %, from the same draws.
     single = compared(ours, close, confidence=0.975)
     assert (both["close"].low, both["close"].high) == (single.low, single.high)
-
-
-@given(st.integers(0, 40), st.sampled_from([0.8, 0.9, 0.95]))
-def test_interval_and_p_value_say_the_same(seed, confidence):
-    draw = random.Random(seed)
-    ours = [float(draw.randint(0, 2)) for _ in range(12)]
-    theirs = [float(draw.randint(0, 1)) for _ in range(12)]
-    result = compared(ours, theirs, resamples=499, confidence=confidence, seed=seed)
-    assert (result.low > 0 or result.high < 0) == (result.p_value <= 1 - confidence + 1e-12)
-    assert 0 < result.p_value <= 1
 
 
 def test_a_mean_through_statistics_equals_the_mean():
@@ -228,7 +182,6 @@ def test_a_mean_through_statistics_equals_the_mean():
     rows = [[[[value, 1.0] for value in run] for run in runs] for runs in (ours, theirs)]
     plain, through = compared(ours, theirs), compared(*rows, corpus_score=mean_of_first)
     assert (through.difference, through.low, through.high) == pytest.approx((plain.difference, plain.low, plain.high))
-    assert through.p_value == plain.p_value
     assert compared(rows[0], rows[1][0], corpus_score=mean_of_first) == through  # a single run, bare
 
 
@@ -328,7 +281,7 @@ class TestGroups:
         alone, groups = compared(ours, theirs), [number for number in range(20) for _ in range(copies)]
         many = compared(*([one for one in values for _ in range(copies)] for values in (ours, theirs)), groups=groups)
         assert (many.difference, many.low, many.high) == pytest.approx((alone.difference, alone.low, alone.high))
-        assert (many.p_value, many.examples) == (alone.p_value, 20 * copies)
+        assert many.examples == 20 * copies
 
     def test_the_interval_covers_the_truth_where_examples_of_a_group_are_alike(self):
         covered = {True: 0, False: 0}

@@ -197,8 +197,8 @@ def test_paper_sum_multiplies_the_sums(unscaled):
 def test_kept_apart_the_released_codes_adapters_stay_as_they_were():
     adapters = [adapter(0, scaling=4.0), adapter(1, scaling=0.5)]
     merged = merge(adapters, MergeSettings("paper_apart"))
-    assert merged.apart
-    assert not merged.together().apart
+    assert all(pair.apart for pair in merged.values())
+    assert not any(pair.apart for pair in merged.together().values())
     for module, pair in merged.items():
         first, second = (one[module] for one in adapters)
         assert [segment.name for segment in pair.segments] == ["source", "target"]

@@ -11,25 +11,24 @@ from grasp_lora.recipes.load import load_recipe
 
 
 @pytest.mark.parametrize(
-    ("dev", "keeps_best", "says"),
+    ("dev", "says"),
     [
-        (50, True, "50 dev rows stop the trainings in time"),
-        (0, True, "no dev rows stop the trainings, so the training rows are overfitted: prune"),
-        (50, False, "the last step is kept, whatever the dev rows say, so the training rows are overfitted: prune"),
+        (50, "50 dev rows stop the trainings in time"),
+        (0, "no dev rows stop the trainings, so the training rows are overfitted: prune"),
     ],
 )
-def test_what_stops_a_training_decides(dev: int, keeps_best: bool, says: str) -> None:
+def test_what_stops_a_training_decides(dev: int, says: str) -> None:
     for on in (None, "source", "auto"):
-        [said] = advice(dev, keeps_best=keeps_best, on=on, has_source_rows=False, prunes=True)
+        [said] = advice(dev, on=on, has_source_rows=False, prunes=True)
         assert said.startswith(says)
 
 
 def test_where_nothing_is_pruned_it_says_so() -> None:
     for on in (None, "source", "auto"):
-        [said] = advice(15, keeps_best=True, on=on, has_source_rows=False, prunes=False)
+        [said] = advice(15, on=on, has_source_rows=False, prunes=False)
         assert "Nothing is pruned" in said
         assert "GRASP" not in said
-        [said] = advice(0, keeps_best=True, on=on, has_source_rows=False, prunes=False)
+        [said] = advice(0, on=on, has_source_rows=False, prunes=False)
         assert "which this recipe does not" in said
 
 
@@ -50,4 +49,4 @@ def test_check_says_it_of_the_recipes_own_numbers(overrides: tuple[str, ...], sa
 
 def test_joint_training_is_a_rival_of_adapters_trained_apart() -> None:
     for on, sentences in ((None, 2), ("source", 1), ("auto", 1)):
-        assert len(advice(50, keeps_best=True, on=on, has_source_rows=True, prunes=True)) == sentences
+        assert len(advice(50, on=on, has_source_rows=True, prunes=True)) == sentences

@@ -133,7 +133,7 @@ def compared(method: str, f1: float, loss: float, reference: tuple[float, float]
         gain = ours - value
         verdict = "better" if (gain if metric == "f1" else -gain) > reach else "no difference shown"
         against[metric] = Against(
-            difference=gain, low=gain - reach, high=gain + reach, p_value=0.01, confidence=0.95, examples=100, resamples=1000,
+            difference=gain, low=gain - reach, high=gain + reach, confidence=0.95, examples=100, resamples=1000,
             comparisons=3, higher_is_better=metric == "f1", verdict=verdict if method in PLANNED else None,
         )  # fmt: skip
     grid = 8 if method.startswith("grid") else 1
@@ -162,10 +162,10 @@ def fixture_comparison() -> Comparison:
     places = [(seed, ratio) for seed in (42, 1337, 9001) for ratio in (0.2, 0.6)]
     missing = MethodRow(method="lorahub", title="LoRAHub", unavailable="needs nevergrad", failed=False, merges=True)
     return Comparison(
-        name="demo", recipe_hash="4f1e", settings=ComparisonSettings(methods=("continued", "lorahub", "merged", "grid", "grasp")),
+        name="demo", recipe_hash="4f1e", settings=ComparisonSettings(methods=("continued", "lorahub", "merged", "grid", "grasp"), resamples=1000),
         backbone="tiny", language="de", seeds=[42, 1337, 9001], test_examples=100, dev_examples=6, stops_early=True,
-        keeps_best=True, micro_dev_examples=4, reference="grasp", metrics=["test_loss", "f1"],
-        signatures={"f1": "refs:best"}, resamples=1000, comparisons=2, rows=[rows[0], missing, *rows[1:]],
+        micro_dev_examples=4, metrics=["test_loss", "f1"],
+        signatures={"f1": "refs:best"}, rows=[rows[0], missing, *rows[1:]],
         curve=[CurvePoint(seed=seed, prune_ratio=ratio, dev=1.0 + ratio, test=1.1) for seed, ratio in places],
         warnings=[], made_with=[{"device": "cpu"}],
     )  # fmt: skip

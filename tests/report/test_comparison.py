@@ -68,7 +68,7 @@ def test_speed_ups_name_their_grid_and_count_the_merged_adapters_where_a_row_doe
 
 
 def test_a_cross_validation_says_its_folds(comparison: Comparison, tmp_path: Path) -> None:
-    folds = [FoldSizes(test=25, train=60, source_train=12), FoldSizes(test=26, train=59, source_train=12)]
+    folds = [FoldSizes(test=25, train=60), FoldSizes(test=26, train=59)]
     settings = comparison.settings.model_copy(update={"folds": 4, "seeds": (42,)})
     content = comparison.model_copy(
         update={"folds": folds, "settings": settings, "seeds": [42], "merge": "the sum (1, 2)"}

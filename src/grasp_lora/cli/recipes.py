@@ -110,7 +110,6 @@ def init(
     say(f"rows: {f'all others, about {left},' if target.train is None else target.train} to train on, {held_out}")
     for sentence in advice(
         recipe.data.target.dev or 0,
-        keeps_best=recipe.final.training.keep == "best",
         on=recipe.target.on,
         has_source_rows=recipe.data.source is not None,
         prunes=recipe.final.prune_ratio != 0,

@@ -7,7 +7,7 @@ target: {language: ar, hub: [facebook/mlqa, mlqa.ar.ar, test]}          # name, 
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
@@ -57,8 +57,6 @@ class CorpusSettings:
     Raises:
         ValueError: the language is no code, or two ways to give the data are mixed.
     """
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     language: str
     files: Files = field(default_factory=dict)
@@ -119,8 +117,6 @@ class DataSettings:
     Raises:
         ValueError: settings contradict each other, or a template names an unknown field.
     """
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     task: str
     target: CorpusSettings

@@ -43,40 +43,26 @@ Member = TypeVar("Member")
 
 
 @dataclass(frozen=True)
-class SplitSize:
-    """How large a split is; of the lengths in tokens the least, median, 95th percentile and largest, empty without examples."""
-
-    examples: int
-    groups: int
-    prompt_tokens: dict[str, int]
-    completion_tokens: dict[str, int]
-
-
-@dataclass(frozen=True)
 class DataReport:
     """What became of the data.
 
     Args:
-        task, split_seed, max_tokens: as they were set.
+        task: as it was set.
         chat_template: whether prompts stand in the tokenizer's chat template.
         prompt: template of the target's prompts.
         numbers_as_ids: whole numbers that are ids of several pools at once: often they only count the rows of each file.
         target, source: what became of their records.
-        splits: size of each of SPLITS.
         labels: of a classification, how often each stands in the target's splits.
         completion: of a classification, the template of the target's answers.
         end_of_turn: the token that ends an answer in a chat, where that is not the tokenizer's EOS.
     """
 
     task: str
-    split_seed: int
-    max_tokens: int
     chat_template: bool
     prompt: str
     numbers_as_ids: int
     target: Tally
     source: Tally | None
-    splits: dict[str, SplitSize]
     labels: dict[str, dict[str, int]] | None = None
     completion: str | None = None
     end_of_turn: str | None = None
@@ -211,14 +197,11 @@ def build_splits(
     target, end = encoders["target"].template, encoders["target"].end
     report = DataReport(
         settings.task,
-        seed,
-        settings.max_tokens,
         chat,
         target.prompt + ("\n" if encoders["target"].ends_turns and not chat else ""),  # which ends the user's turn
         _numbers_as_ids(shares),
         tallies["target"],
         tallies.get("source"),
-        {name: measure(splits[name]) for name in SPLITS},
         labels,
         target.completion if labels else None,
         None if end == tokenizer.eos_token_id else str(tokenizer.convert_ids_to_tokens(end)),
@@ -229,13 +212,13 @@ def build_splits(
         labels=encode_labels(labels or (), encoders["target"]),
     )
     check_disjoint(result)
-    micro_dev = report.splits["micro_dev"]
-    if micro_dev.groups < min(FEW_GROUPS, micro_dev.examples // FEW_GROUPS):
+    articles = len({example.group for example in result.micro_dev})
+    if articles < min(FEW_GROUPS, len(result.micro_dev) // FEW_GROUPS):
         logger.warning(
             "the %d micro-dev examples come from %d group(s) only, so their losses say little about other articles; "
             "set data.target.train to a number, so that they can be drawn from more",
-            micro_dev.examples,
-            micro_dev.groups,
+            len(result.micro_dev),
+            articles,
         )
     return result
 
@@ -426,22 +409,6 @@ def stratified(order: Sequence[str], members: Mapping[str, Sequence[Record]]) ->
     places = {name: middles[name] / sizes[labels[name]] for name in order}
     single = {label for label, count in Counter(labels.values()).items() if count == 1}
     return sorted(order, key=lambda name: (labels[name] in single, places[name]))
-
-
-def measure(examples: Sequence[Example]) -> SplitSize:
-    """Measure a split."""
-
-    def quantiles(lengths: list[int]) -> dict[str, int]:
-        ordered = sorted(lengths)
-        shares = {"min": 0.0, "median": 0.5, "p95": 0.95, "max": 1.0}
-        return {name: ordered[round(share * (len(ordered) - 1))] for name, share in shares.items()} if ordered else {}
-
-    return SplitSize(
-        examples=len(examples),
-        groups=len({example.group for example in examples}),
-        prompt_tokens=quantiles([len(example.prompt_ids) for example in examples]),
-        completion_tokens=quantiles([len(example.completion_ids) for example in examples]),
-    )
 
 
 def _shortage(

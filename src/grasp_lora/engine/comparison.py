@@ -8,18 +8,17 @@ Paper: main table and runtime table.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from grasp_lora.data.splits import Splits, group_numbers, group_size
+from grasp_lora.data.splits import Splits, group_numbers
 from grasp_lora.engine.methods import METHODS, Outcome
-from grasp_lora.engine.results import TEST_LOSS, Finished, Losses, Measured, main_metric, read_json
+from grasp_lora.engine.results import TEST_LOSS, Finished, Losses, Measured, main_metric
 from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import GRID
-from grasp_lora.evaluation.statistics import PairedComparison, compare_with_baselines, half_width, mean_and_sd
+from grasp_lora.evaluation.statistics import PairedComparison, compare_with_baselines, half_width
 from grasp_lora.text.display import listed
 
 COMPARISON_FILE = "compare.json"
@@ -80,11 +79,10 @@ class ComparisonSettings(_Shape):
 
 
 class FoldSizes(_Shape):
-    """How many examples a fold of a cross-validation has for the test and for training, and how many of the source."""
+    """How many examples a fold of a cross-validation has for the test and for training."""
 
     test: int
     train: int
-    source_train: int
 
 
 class MeanAndSd(_Shape):
@@ -149,8 +147,8 @@ class CurvePoint(_Shape):
 class Comparison(_Shape):
     """The whole content of `compare.json`; `folds` are those of a cross-validation that are finished, `test_examples` of all.
 
-    `test_groups`: how many groups of those that belong together they form, where that is fewer, and `test_group_size` how large
-    the group of one is on average. `merge`: with `target.on: auto`, the sum or the average, each with its seeds or folds.
+    `test_groups`: how many groups of those that belong together they form, where that is fewer. `merge`: with
+    `target.on: auto`, the sum or the average, each with its seeds or folds.
     """
 
     name: str
@@ -162,30 +160,16 @@ class Comparison(_Shape):
     test_examples: int
     dev_examples: int
     stops_early: bool
-    keeps_best: bool
     micro_dev_examples: int
-    reference: str
     metrics: list[str]
     signatures: dict[str, str]
-    resamples: int
-    comparisons: int
     rows: list[MethodRow]
     curve: list[CurvePoint]
     warnings: list[str]
     made_with: list[dict[str, str]]
     folds: list[FoldSizes] = []
     test_groups: int | None = None
-    test_group_size: float = 1.0
     merge: str | None = None
-
-    @classmethod
-    def read(cls, file: Path) -> Self:
-        """Read a `compare.json`.
-
-        Raises:
-            RecipeError: it is not there, or not of this shape.
-        """
-        return read_json(file, cls)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; what was not set is left out."""
@@ -209,7 +193,7 @@ class Comparison(_Shape):
     @property
     def reference_title(self) -> str:
         """The reference method as tables call it."""
-        return next((row.title for row in self.rows if row.method == self.reference), self.reference)
+        return next((row.title for row in self.rows if row.method == self.settings.reference), self.settings.reference)
 
 
 @dataclass
@@ -238,12 +222,11 @@ def summary(session: Session, settings: ComparisonSettings, rows: Rows, folds: S
     metrics = _metrics(session, finished)
     optional: dict[str, Any] = {}
     if folds:
-        sizes = [(len(splits.test), len(splits.train), len(splits.source_train)) for splits in folds]
-        optional["folds"] = [FoldSizes(test=test, train=train, source_train=source) for test, train, source in sizes]
+        optional["folds"] = [FoldSizes(test=len(splits.test), train=len(splits.train)) for splits in folds]
     test = [example for splits in folds or [session.splits] for example in splits.test]
     tested = group_numbers(test)
     if len(set(tested)) < len(tested):
-        optional |= {"test_groups": len(set(tested)), "test_group_size": group_size(test)}
+        optional["test_groups"] = len(set(tested))
     if merges := _merges(finished):
         optional["merge"] = _taken(merges)
     comparisons = {metric: _comparisons(session, settings, finished, metric, tested) for metric in metrics}
@@ -263,13 +246,9 @@ def summary(session: Session, settings: ComparisonSettings, rows: Rows, folds: S
         test_examples=len(test),
         dev_examples=len(session.splits.dev),
         stops_early=session.recipe.final.training.patience is not None,
-        keeps_best=session.recipe.final.training.keep == "best",
         micro_dev_examples=len(session.splits.micro_dev),
-        reference=settings.reference,
         metrics=metrics,
         signatures=signatures,
-        resamples=settings.resamples,
-        comparisons=len(planned_against(settings.reference, list(finished))),
         rows=[_row(name, row, metrics, comparisons) for name, row in rows.items()],
         curve=_curve(finished),
         warnings=[
@@ -390,8 +369,7 @@ def _mean_and_sd(values: Sequence[float | None]) -> MeanAndSd | None:
     scores = [value for value in values if value is not None]
     if not scores or len(scores) < len(values):
         return None
-    average, deviation = mean_and_sd(scores)
-    return MeanAndSd(mean=average, sd=deviation, values=scores)
+    return MeanAndSd(mean=fmean(scores), sd=stdev(scores) if len(scores) > 1 else None, values=scores)
 
 
 def _cost(row: Outcomes) -> Cost:

@@ -108,15 +108,13 @@ class Trial:
 
     @property
     def metric(self) -> str:
-        """The score that ranks: the main one of the task, or the loss where no other is there."""
-        values = next(iter(self.scores.values()))
-        return main_metric([name for name, value in values.items() if value is not None])
+        """The score that ranks: the main one of the task."""
+        return main_metric(list(self.signatures))
 
     @property
     def ranking(self) -> list[str]:
         """The contestants, the best first; of equal ones the first that was named."""
-        sign = 1 if self.metric == TEST_LOSS else -1
-        return sorted(self.scores, key=lambda name: sign * (self.scores[name][self.metric] or 0.0))
+        return sorted(self.scores, key=lambda name: -(self.scores[name][self.metric] or 0.0))
 
     def against(self, name: str, other: str, score: str | None = None) -> PairedComparison | None:
         """One contestant minus another by a score (None: that which ranks); None where there is no interval."""

@@ -277,10 +277,8 @@ def _plan(session: Session) -> Iterator[Finding]:
     passes = TRAINED_AS_MEASURED * trained + probed
     text = f"at most {trained:.0f} training examples and {probed} probed ones, {passes:.0f} forward passes"
     yield _ok("cost", f"{text}; dev losses and answers come on top")
-    keeps_best = recipe.final.training.keep == "best"
     for sentence in advice(
         len(splits.dev),
-        keeps_best=keeps_best,
         on=recipe.target.on,
         has_source_rows=bool(splits.source_train),
         prunes=recipe.final.prune_ratio != 0,

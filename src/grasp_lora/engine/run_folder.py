@@ -127,11 +127,10 @@ class RunInfo:
 
 @dataclass(frozen=True)
 class DataFacts:
-    """data.json: what was read, the ids of each split, a hash of all rows, and the number of each test row's group."""
+    """data.json: what was read, the ids of each split, and the number of each test row's group."""
 
     report: Mapping[str, Any]
     ids: Mapping[str, list[str]]
-    sha256: str
     test_groups: list[int]
 
     @classmethod
@@ -139,7 +138,7 @@ class DataFacts:
         """The facts of a session's rows."""
         splits = session.splits
         ids = {name: [row.public_id for row in getattr(splits, name)] for name in SPLITS}
-        return cls(splits.report.to_json(), ids, hash_of(splits), group_numbers(splits.test))
+        return cls(splits.report.to_json(), ids, group_numbers(splits.test))
 
 
 @dataclass(frozen=True)

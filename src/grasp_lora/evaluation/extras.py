@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from grasp_lora.errors import RecipeError
 from grasp_lora.evaluation.short_answers import MetricScore, Outputs, score_of_similarities
@@ -31,8 +31,6 @@ class BertScoreSettings:
             safetensors weights. A language without one has no BERTScore. The layer whose states are compared is the one that
             bert-score found best for a model of this name, else three quarters of the layers, rounded up.
     """
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     models: dict[str, str] = field(default_factory=dict)
 

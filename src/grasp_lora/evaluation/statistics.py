@@ -5,7 +5,6 @@ every method; how hard they happen to be cancels out.
 """
 
 import math
-import statistics
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -31,7 +30,6 @@ class PairedComparison:
     Args:
         difference: score of ours minus score of theirs.
         low, high: bounds of the difference; see `comparisons`.
-        p_value: two-sided, in (0, 1]; corrected where `comparisons` is above 1.
         confidence: level in (0, 1) of the interval, or of all intervals of the comparison jointly.
         examples: test examples behind it.
         resamples: how often they were drawn.
@@ -42,7 +40,6 @@ class PairedComparison:
     difference: float
     low: float
     high: float
-    p_value: float
     confidence: float
     examples: int
     resamples: int
@@ -55,31 +52,6 @@ class PairedComparison:
         if self.low <= 0.0 <= self.high:
             return "no difference shown"
         return "better" if (self.low > 0.0) == self.higher_is_better else "worse"
-
-
-def mean_and_sd(values: Sequence[float]) -> tuple[float, float | None]:
-    """Return mean and sample standard deviation (n - 1); a single value has no deviation.
-
-    >>> mean_and_sd([1.0, 2.0, 3.0]), mean_and_sd([5.0])
-    ((2.0, 1.0), (5.0, None))
-    """
-    return math.fsum(values) / len(values), statistics.stdev(values) if len(values) > 1 else None
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Correct p values that are looked at together, in their order, so that one below alpha is rarely a fluke.
-
-    Source: Holm 1979; it holds whatever the dependence between them.
-
-    >>> holm([0.02, 0.01, 0.5])
-    [0.04, 0.03, 0.5]
-    """
-    adjusted = [1.0] * len(p_values)
-    largest = 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = largest
-    return adjusted
 
 
 def half_width(sd: float, examples: int, comparisons: int = 1, groups: int | None = None) -> float:
@@ -115,16 +87,13 @@ def compare_with_baselines(
     Test examples are drawn with replacement, the same ones for all methods, and in whole groups of those that belong together:
     two systems differ alike on the questions of one article, so single draws would make the interval too narrow. Runs are
     averaged within a draw: each example's values where the score is a mean over examples, the corpus scores of the runs
-    otherwise. The interval is about other examples of this kind, not about other seeds. With m baselines together, interval and
-    p value come from the same sorted draws:
+    otherwise. The interval is about other examples of this kind, not about other seeds. With m baselines together:
 
     - Draws of few examples spread too little. So each one's distance from the observed difference is widened by what separates
       Student's interval of a mean from the percentile one of normal draws at its level, and is never less than Student's.
     - The interval is the percentile interval at 1 - (1 - confidence) / m (Bonferroni), so all of them hold at once.
     - Where n groups would say nothing even if all agreed, m 2^(1 - n) > 1 - confidence (the exact test by signs), the
-      interval is stretched to hold 0, and p is at least 2^(1 - n).
-    - p is min(1, 2 (k + 1) / (resamples + 1)), k the widened draws of at most 0 or of at least 0, whichever are fewer, then
-      corrected after Holm: less strictly than the interval, whose verdict may still be that no difference is shown.
+      interval is stretched to hold 0.
 
     >>> compare_with_baselines([3.0, 2.0, 4.0, 3.0, 4.0, 3.0], {"grid": [1.0, 2.0, 1.0, 2.0, 2.0, 0.0]})["grid"].verdict
     'better'
@@ -178,15 +147,8 @@ def compare_with_baselines(
     above = torch.maximum(widening * (draws.flip(0)[: len(reach)] - center), reach)
     below, above = ((center + bound).round(decimals=_DECIMALS) + 0.0 for bound in (below, above))
     below, above = below.cummax(dim=0).values, above.cummin(dim=0).values
-    beyond = torch.minimum((below <= 0).sum(dim=0), (above >= 0).sum(dim=0)).tolist()
-    least = 2.0 ** (1 - units)
-    p_values = {
-        name: min(1.0, max(least, 2.0 * (count + 1) / (resamples + 1)))
-        for name, count in zip(others, beyond, strict=True)
-    }
-    p_values |= zip(corrected, holm([p_values[name] for name in corrected]), strict=True)
     low, high = (bounds.gather(0, outside[None] - 1)[0] for bounds in (below, above))
-    silent = least > 2.0 * tails
+    silent = 2.0 ** (1 - units) > 2.0 * tails
     lows = torch.where(silent, low.clamp(max=0.0), low).tolist()
     highs = torch.where(silent, high.clamp(min=0.0), high).tolist()
     return {
@@ -194,7 +156,6 @@ def compare_with_baselines(
             difference=observed[index],
             low=lows[index],
             high=highs[index],
-            p_value=p_values[name],
             confidence=confidence,
             examples=examples,
             resamples=resamples,
@@ -238,10 +199,8 @@ def compare_all_pairs(
             **settings,
         )
         compared |= {(name, later): comparison for later, comparison in each.items()}
-    p_values = holm([comparison.p_value for comparison in compared.values()])
     return {
-        pair: replace(comparison, p_value=p_value, confidence=confidence, comparisons=pairs)
-        for (pair, comparison), p_value in zip(compared.items(), p_values, strict=True)
+        pair: replace(comparison, confidence=confidence, comparisons=pairs) for pair, comparison in compared.items()
     }
 
 

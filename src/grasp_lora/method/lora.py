@@ -145,11 +145,6 @@ class AdapterWeights(Mapping[str, LoraPair]):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    @property
-    def apart(self) -> bool:
-        """Whether adapters are kept apart in it."""
-        return any(pair.apart for pair in self.pairs.values())
-
     def together(self) -> "AdapterWeights":
         """Return the ordinary adapter that acts as this one; see `LoraPair.together`."""
         return AdapterWeights({name: pair.together() for name, pair in self.pairs.items()})

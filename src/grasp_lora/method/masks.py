@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -154,8 +154,6 @@ class MaskSettings:
         ValueError: a name that does not exist.
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-
     score: ScoreOrName = "magnitude"
 
     def __post_init__(self) -> None:
@@ -272,10 +270,6 @@ class Ranking:
     def by_factor(self) -> dict[WeightKey, Tensor]:
         """Return the places of each factor, shaped as it."""
         return views(self.places, self.shapes)
-
-    def keep_masks(self, prune_ratio: float) -> dict[WeightKey, Tensor]:
-        """Return the keep masks at a ratio, each shaped as its factor."""
-        return views(self.groups.keep(self.places, prune_ratio), self.shapes)
 
 
 def views(flat: Tensor, shapes: Mapping[WeightKey, torch.Size]) -> dict[WeightKey, Tensor]:

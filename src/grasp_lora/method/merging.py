@@ -12,7 +12,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -47,13 +47,11 @@ class Space:
         merge: merges the parts of one module.
         equal_ranks: whether all adapters need the same rank in a module.
         takes_rank: whether `MergeSettings.rank` applies.
-        apart: whether the merged pairs keep the adapters apart (`LoraPair.apart`).
     """
 
     merge: "Callable[[list[Part], MergeRule, MergeSettings, torch.Generator], LoraPair]"
     equal_ranks: bool = False
     takes_rank: bool = False
-    apart: bool = False
 
 
 def keep_all(tensor: Tensor, density: float, generator: torch.Generator) -> Tensor:
@@ -107,7 +105,7 @@ def _components_svd(
     q_B, r_B = torch.linalg.qr(exact.B.double())
     q_A, r_A = torch.linalg.qr(exact.A.double().T)
     left, sizes, right = torch.linalg.svd(r_B @ r_A.T)
-    rank = settings.result_rank([part.pair.rank for part in parts])
+    rank = settings.rank or max(part.pair.rank for part in parts)
     if rank > sizes.numel():
         logger.info("rank %d is more than the %d components there are; the result has %d", rank, len(sizes), len(sizes))
         rank = sizes.numel()
@@ -167,7 +165,7 @@ def _lorahub(part: Part) -> tuple[float, float]:
 COMPONENTS = Space(_components)
 COMPONENTS_SVD = Space(_components_svd, takes_rank=True)
 FACTOR_SPACE = factors(_roots)
-APART = Space(_apart, equal_ranks=True, apart=True)
+APART = Space(_apart, equal_ranks=True)
 
 
 @dataclass(frozen=True)
@@ -256,8 +254,6 @@ class MergeSettings:
         ValueError: a setting is outside its range, or does not belong to the rule.
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-
     rule: RuleOrName = "exact"
     weights: tuple[float, ...] | None = None
     rank: int | None = None
@@ -282,10 +278,6 @@ class MergeSettings:
             density=(0.0 < self.density <= 1.0, "lie in (0, 1]"),
             dropout=(self.dropout is None or 0.0 <= self.dropout < 1.0, "lie in [0, 1)"),
         )
-
-    def result_rank(self, ranks: Sequence[int]) -> int:
-        """The highest rank that the merge of adapters of these ranks can have."""
-        return sum(ranks) if merge_rule(self.rule).space is COMPONENTS else self.rank or max(ranks)
 
 
 def merge(

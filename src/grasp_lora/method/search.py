@@ -70,8 +70,6 @@ class Rounds:
         ValueError: a setting is outside its range, or two contradict each other.
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-
     every: Spacing = 10
     start: float = 0.0
     before_training: bool = False
@@ -305,7 +303,6 @@ class RatioPolicy(ABC):
         ValueError: a setting is outside its range.
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
     regime: ClassVar[Regime] = "held"
 
     ratio_min: float = 0.10

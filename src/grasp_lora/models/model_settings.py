@@ -5,7 +5,7 @@ Ranges are checked by pydantic, where a recipe or a command is read.
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -40,8 +40,6 @@ class BackboneSettings:
         gradient_checkpointing: compute activations again in each backward pass, in all trainings: slower, with less memory.
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-
     name: str = EMBEDDED_NAME
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     quantise: Literal["nf4", "int8"] | None = None
@@ -67,8 +65,6 @@ class LoraSettings:
     Paper: r 8, alpha 32, dropout 0.05, q_proj and v_proj.
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-
     rank: Annotated[int, Field(ge=1)] = 8
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 32.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
@@ -90,8 +86,6 @@ class GenerationSettings:
     Raises:
         ValueError: a stop text spells a line break with a backslash.
     """
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     max_new_tokens: Annotated[int, Field(ge=1)] = 32
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ("\n",)

@@ -6,17 +6,16 @@ adapter, and, where it is not, whether the rows of the source language are there
 """
 
 
-def advice(dev: int, *, keeps_best: bool, on: str | None, has_source_rows: bool, prunes: bool) -> list[str]:
+def advice(dev: int, *, on: str | None, has_source_rows: bool, prunes: bool) -> list[str]:
     """Say what to expect the most of, a sentence each.
 
     Args:
         dev: target rows that decide when a training stops.
-        keeps_best: whether a final run keeps its adapter of the lowest dev loss.
         on: where the target adapter is trained (`target.on`).
         has_source_rows: whether there is data of the source language, not a source adapter alone.
         prunes: whether a prune ratio is learned, or given above 0.
     """
-    if dev and keeps_best:
+    if dev:
         gain = "Pruning alone then gains little"
         if not prunes:
             gain = "Nothing is pruned. To learn how much to prune, set final.prune_ratio to null"
@@ -32,14 +31,13 @@ def advice(dev: int, *, keeps_best: bool, on: str | None, has_source_rows: bool,
             )
         sentences = [f"{dev} dev rows stop the trainings in time, and choose which adapter you get. {gain}"]
     else:
-        why = "the last step is kept, whatever the dev rows say" if dev else "no dev rows stop the trainings"
         prune = (
             "prune, as this recipe does" if prunes else "prune (final.prune_ratio: null), which this recipe does not"
         )
         sentences = [
-            f"{why}, so the training rows are overfitted: {prune}. Wherever it was measured, its loss was "
-            "lower than that of the merge trained as long without pruning. The merge that nobody trains further may have a lower "
-            "one yet"
+            f"no dev rows stop the trainings, so the training rows are overfitted: {prune}. Wherever it was measured, its loss "
+            "was lower than that of the merge trained as long without pruning. The merge that nobody trains further may have a "
+            "lower one yet"
         ]
     if has_source_rows and on is None:
         sentences.append(

@@ -7,9 +7,10 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
+
+import numpy as np
 
 from grasp_lora.engine.run_folder import TRAINED, Run
 
@@ -126,15 +127,11 @@ def _differences(row: Mapping[str, Any], curve: Curve) -> list[tuple[float, floa
     """
     ratios = [row["ratio_before"], *row["candidates"]]
     losses = [0.0, *(-reward for reward in row["rewards"])]
-    shift = fmean(_interpolated(curve, ratio) for ratio in ratios) - fmean(losses) if curve else 0.0
+    shift = 0.0
+    if curve:
+        places, heights, *_ = zip(*curve, strict=True)
+        shift = fmean(np.interp(ratios, places, heights).tolist()) - fmean(losses)
     return [(ratio, loss + shift) for ratio, loss in zip(ratios, losses, strict=True)]
-
-
-def _interpolated(curve: Curve, ratio: float) -> float:
-    for (x0, y0, *_), (x1, y1, *_) in pairwise(curve):
-        if x0 <= ratio <= x1 and x1 > x0:
-            return y0 + (y1 - y0) * (ratio - x0) / (x1 - x0)
-    return curve[0][1] if ratio < curve[0][0] else curve[-1][1]
 
 
 def _trajectory(run: Run) -> Figure | None:

@@ -29,9 +29,8 @@ def sentence(trial: Trial) -> str:
     compared = {name: trial.against(best, name) for name in others}
     beaten = [name for name, comparison in compared.items() if comparison and comparison.verdict == "better"]
     level = [name for name in others if name not in beaten]
-    value, loss = trial.scores[best][trial.metric], trial.metric == TEST_LOSS
-    what = f"the lowest loss, {value:.3f}" if loss else f"the highest {_name(trial.metric)}, {value:.1f}"
-    text = f"{best} has {what} on {trial.examples} rows. "
+    value = trial.scores[best][trial.metric]
+    text = f"{best} has the highest {_name(trial.metric)}, {value:.1f}, on {trial.examples} rows. "
     if beaten:
         text += f"It is shown to be better than {listed(beaten)}"
         return text + (f"; no difference is shown to {listed(level)}." if level else ".")
@@ -47,8 +46,7 @@ def scores_of(trial: Trial) -> TextTable:
         values = [trial.scores[name][key] for name in names]
         columns.append(column_of(values, 3 if key == TEST_LOSS else 1, min if key == TEST_LOSS else max, "unavailable"))
     ahead = [trial.against(names[0], name) for name in names[1:]]
-    digits = 3 if metric == TEST_LOSS else 1
-    texts = ["unavailable" if comparison is None else interval_text(comparison, digits) for comparison in ahead]
+    texts = ["unavailable" if comparison is None else interval_text(comparison, 1) for comparison in ahead]
     columns.append([Cell("–"), *map(Cell, texts)])
     heads = ["Adapter", *(f"{_name(key)}\u00a0{'↓' if key == TEST_LOSS else '↑'}" for key in metrics)]
     heads.append(f"{_name(metric)}: {names[0]} minus it")
@@ -78,7 +76,7 @@ def print_judgement(judgement: Judgement, console: Console) -> None:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
     trial = judgement.rows
     pair = {name: trial.answers[name] for name in trial.ranking[:2]}
-    for question in differing(pair, trial.prompts, _ids(trial), metric=_orders(trial)).shown[:SHOWN]:
+    for question in differing(pair, trial.prompts, _ids(trial), metric=trial.metric).shown[:SHOWN]:
         console.print(
             f"row {question.number}, expected: {_short(question.references[0])}", markup=False, soft_wrap=True
         )
@@ -95,7 +93,7 @@ def write_judgement(judgement: Judgement, folder: Path) -> None:
             "how": how(trial),
             "table": scores_of(trial),
             "language": trial.language.replace("_", "-"),
-            "examples": differing(trial.answers, trial.prompts, _ids(trial), trial.ranking[0], _orders(trial)),
+            "examples": differing(trial.answers, trial.prompts, _ids(trial), trial.ranking[0], trial.metric),
             "signatures": {_name(key): text for key, text in trial.signatures.items()},
         }
         for trial, title in _titled(judgement)
@@ -137,11 +135,6 @@ def _answer(row: Prediction) -> dict[str, Any]:
 
 def _ids(trial: Trial) -> list[str]:
     return [row.id for row in next(iter(trial.answers.values()))]
-
-
-def _orders(trial: Trial) -> str | None:
-    """The metric by which rows differ, None where only losses rank."""
-    return None if trial.metric == TEST_LOSS else trial.metric
 
 
 def _name(metric: str) -> str:

@@ -259,9 +259,7 @@ def _stopping(comparison: Comparison) -> str:
     if not comparison.dev_examples:
         return "There is no dev set: final runs train to their end."
     stopping = "stop early on the dev set" if comparison.stops_early else "train to their end"
-    if comparison.keeps_best:
-        return f"Final runs {stopping} and keep the adapter with the lowest dev loss."
-    return f"Final runs {stopping}." if comparison.stops_early else f"Final runs {stopping} and keep the last adapter."
+    return f"Final runs {stopping} and keep the adapter with the lowest dev loss."
 
 
 def _sizes(comparison: Comparison) -> str:
@@ -283,13 +281,13 @@ def _drawn(comparison: Comparison) -> str:
     ends = "widened as Student's for few examples. They say what other test examples of this kind would show, not what"
     if comparison.folds:
         return (
-            f"Paired bootstrap over the {comparison.test_examples} examples of all folds together{groups}, each tested once, in "
-            f"{comparison.resamples} resamples, {ends} other training examples would, since the folds train on one another's. "
-            "A difference is that of the scores of all examples together, not the mean over the folds."
+            f"Paired bootstrap over the {comparison.test_examples} examples of all folds together{groups}, each tested once, "
+            f"in {comparison.settings.resamples} resamples, {ends} other training examples would, since the folds train on one "
+            "another's. A difference is that of the scores of all examples together, not the mean over the folds."
         )
     return (
         f"Paired bootstrap over the {comparison.test_examples} test examples{groups}, the mean over the seeds in each of "
-        f"{comparison.resamples} resamples, {ends} other seeds or another split would."
+        f"{comparison.settings.resamples} resamples, {ends} other seeds or another split would."
     )
 
 

@@ -466,7 +466,7 @@ def _against(row: MethodRow, metric: str, digits: int) -> str:
 
 
 def _verdict(row: MethodRow, comparison: Comparison, digits: Mapping[str, int]) -> str:
-    if row.method == comparison.reference:
+    if row.method == comparison.settings.reference:
         return "it is the reference"
     if not row.against:
         return "–"

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 from grasp_lora.text.checking import require
 
@@ -34,8 +33,6 @@ class TrainingSettings:
 
     Paper: AdamW lr 1e-4, weight decay 0, lr times 0.85 an epoch, 10 epochs, patience 3, batch 1 with 8 accumulation steps.
     """
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     epochs: float = 5.0
     batch_size: int = 1
