@@ -80,23 +80,6 @@ class TestHub:
         monkeypatch.setattr(datasets, "load_dataset", load)
         assert len(read_hub("org/sums", "arabic", "train").rows) == 1
 
-    def test_offline_is_on_only_while_it_reads(self, monkeypatch):
-        import huggingface_hub
-
-        seen = []
-
-        def load(*args: object, **kwargs: object) -> datasets.Dataset:
-            seen.append((datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE))
-            return self.ROWS
-
-        monkeypatch.setattr(datasets, "load_dataset", load)
-        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        for offline in (True, False):
-            read_hub("org/sums", None, "train", offline=offline)
-        assert seen == [(True, True), (False, False)]
-        assert not datasets.config.HF_HUB_OFFLINE
-
     def test_what_the_library_says_is_one_line_with_the_name(self):
         with pytest.raises(DataError, match=r"^hub:no/such/train: [^\n]*no/such") as caught:
             read_hub("no/such", None, "train")

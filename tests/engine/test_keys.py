@@ -40,7 +40,7 @@ TABLE: dict[str, str] = {
     "name": NOTHING,
     "seed": TRAINED,
     **dict.fromkeys((f"backbone.{name}" for name in (
-        "name", "dtype", "quantise", "revision", "trust_remote_code", "offline", "device", "shard", "gradient_checkpointing",
+        "name", "dtype", "quantise", "revision", "trust_remote_code", "device", "shard", "gradient_checkpointing",
     )), BY_BACKBONE),
     **dict.fromkeys((f"data.{name}" for name in (
         "root", "max_tokens", "max_document_tokens", "labels", "prompt", "completion", "chat_template", "skip_unanswered",

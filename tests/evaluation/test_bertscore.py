@@ -104,4 +104,4 @@ def test_signature_names_the_model_as_the_recipe_does(encoder):
 @pytest.mark.parametrize("place", ["no-such-model-anywhere", "a/b/c"])
 def test_a_model_that_cannot_be_used_is_an_error_of_one_line(place):
     with pytest.raises(RecipeError, match=rf"^BERTScore model {place}: [^\n]+$"):
-        lack_of_bertscore("zh", BertScoreSettings({"zh": place}), offline=True)
+        lack_of_bertscore("zh", BertScoreSettings({"zh": place}))

@@ -444,7 +444,7 @@ def test_a_place_that_is_neither_folder_nor_hub_id_is_refused(tmp_path):
     with pytest.raises(AdapterError, match="there is no such folder"):
         read_adapter(tmp_path / "nowhere")
     with pytest.raises(AdapterError, match="there is no such folder") as error:
-        read_adapter("lab/never-downloaded", offline=True)
+        read_adapter("lab/never-downloaded")
     assert "\n" not in str(error.value)
 
 

@@ -149,7 +149,7 @@ def test_a_place_where_nothing_is_or_no_tokenizer(folder, tmp_path):
     with pytest.raises(GraspError, match=r"there is no such folder, and it is no hub id either; check the path"):
         load(tmp_path / "nothing")
     with pytest.raises(GraspError, match=r"there is no such folder, and the hub gave: "):
-        load("nobody/no-such-model", offline=True)
+        load("nobody/no-such-model")
     for file in folder.glob("tokenizer*"):
         file.unlink()
     with pytest.raises(GraspError, match=r"Cannot load backbone.*tokenizer") as caught:

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from grasp_lora.errors import DataError
-from grasp_lora.storage.network import no_network
 from grasp_lora.storage.reading import expanded, is_file, reading
 from grasp_lora.text.characters import INVISIBLE
 from grasp_lora.text.display import escaped, listed, quoted
@@ -283,16 +282,15 @@ def resolve_file(name: str, root: str | None = None, base: Path | None = None) -
     return places[first]
 
 
-def read_hub(name: str, config: str | None = None, split: str = "train", *, offline: bool = False) -> Table:
+def read_hub(name: str, config: str | None = None, split: str = "train") -> Table:
     """Read one split of a data set on the hub; never runs code of its repository.
 
-    A repository with a loading script is read from the hub's own parquet export of it. With `offline`, only what is in the
-    cache is used, and no connection is tried.
+    A repository with a loading script is read from the hub's own parquet export of it.
     """
     import datasets
 
     label = "/".join(part for part in ("hub:" + name, config, split) if part)
-    with reading(label), no_network(offline):
+    with reading(label):
         try:
             table = datasets.load_dataset(name, config, split=split)
         except RuntimeError:  # it has a loading script; the export knows no configurations: each is a folder

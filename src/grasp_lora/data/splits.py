@@ -136,7 +136,6 @@ def build_splits(
     seed: int,
     base: Path | None = None,
     *,
-    offline: bool = False,
     fold: Fold | None = None,
 ) -> Splits:
     """Read, filter, tokenise and split the data; the result is proved disjoint.
@@ -149,7 +148,6 @@ def build_splits(
         tokenizer: with an EOS token.
         seed: of the splits, that of the recipe.
         base: folder of the recipe, for relative paths; None for the working folder.
-        offline: take data sets of the hub from the cache only.
         fold: of a cross-validation: the target's pool is cut into so many parts, and this one is the test set.
 
     Raises:
@@ -159,7 +157,7 @@ def build_splits(
     corpora = {"target": settings.target}
     if settings.source is not None:
         corpora["source"] = settings.source
-    shares = {role: read_shares(settings, corpus, role, base, offline) for role, corpus in corpora.items()}
+    shares = {role: read_shares(settings, corpus, role, base) for role, corpus in corpora.items()}
     groups = join_groups(
         keys_with_turns(record for parts in shares.values() for part in parts for record in part.pool.records)
     )
@@ -223,9 +221,7 @@ def build_splits(
     return result
 
 
-def read_shares(
-    settings: DataSettings, corpus: CorpusSettings, role: str, base: Path | None, offline: bool
-) -> list[Share]:
+def read_shares(settings: DataSettings, corpus: CorpusSettings, role: str, base: Path | None) -> list[Share]:
     """Read each pool of a corpus (`source` or `target` by its role), with the splits it serves in the order of filling."""
 
     def pool_of(tables: Iterable[Table]) -> Pool:
@@ -239,7 +235,7 @@ def read_shares(
     if corpus.explicit:
         parts = [(corpus.files.get(part), counts) for part, counts in _given_splits(corpus, role).items()]
         return [_given_share(read(names), counts, corpus) for names, counts in parts if names]
-    pool = pool_of([read_hub(*corpus.hub, offline=offline)]) if corpus.hub else read(corpus.files["pool"])
+    pool = pool_of([read_hub(*corpus.hub)]) if corpus.hub else read(corpus.files["pool"])
     if role == "source":
         most = len(pool.records) if corpus.train is None else corpus.train
         dev = min(most // SOURCE_DEV_SHARE, SOURCE_DEV_MOST) if corpus.dev is None else corpus.dev

@@ -169,10 +169,10 @@ def _doubts_of_rows(session: Session) -> Iterator[Finding]:
 
 def _strange_rows(session: Session) -> Iterator[Finding]:
     """Rows of the target's files, in no split or any, that may not belong there."""
-    data, base, offline = session.recipe.data, session.base, session.recipe.backbone.offline
+    data, base = session.recipe.data, session.base
     corpora = {"target": data.target} | ({"source": data.source} if data.source else {})
     records = {
-        role: [record for share in read_shares(data, corpus, role, base, offline) for record in share.pool.records]
+        role: [record for share in read_shares(data, corpus, role, base) for record in share.pool.records]
         for role, corpus in corpora.items()
     }
     target = records["target"]

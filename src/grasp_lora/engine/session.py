@@ -67,8 +67,7 @@ class Session:
     @cached_property
     def splits(self) -> Splits:
         """The tokenised rows."""
-        recipe, tokenizer, offline = self.recipe, self.backbone.tokenizer, self.recipe.backbone.offline
-        return build_splits(recipe.data, tokenizer, recipe.seed, self.base, offline=offline, fold=self.fold)
+        return build_splits(self.recipe.data, self.backbone.tokenizer, self.recipe.seed, self.base, fold=self.fold)
 
     @cached_property
     def given(self) -> dict[str, LoadedAdapter]:
@@ -80,7 +79,7 @@ class Session:
         """Read an adapter (a folder, relative to the recipe's, or a hub id) and check that it fits the backbone."""
         beside_recipe = self.base / place
         folder = beside_recipe if is_folder(beside_recipe) else place
-        adapter = read_adapter(folder, offline=self.recipe.backbone.offline)
+        adapter = read_adapter(folder)
         check_fits(adapter, self.backbone)
         return adapter
 
@@ -89,7 +88,7 @@ class Session:
         """The metrics of the recipe, or else those of its task, by name."""
         recipe = self.recipe
         names = recipe.metrics or task_fields(recipe.data.task).metrics
-        return resolve_metrics(names, recipe.bertscore, base=self.base, offline=recipe.backbone.offline)
+        return resolve_metrics(names, recipe.bertscore, base=self.base)
 
     def score(self, answers: Sequence[str], split: str, names: Sequence[str] = ()) -> Mapping[str, MetricScore]:
         """Score answers to the prompts of a split, in its order, by all metrics or by those of these names."""

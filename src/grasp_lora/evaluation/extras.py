@@ -55,9 +55,7 @@ class _Encoder:
         return values
 
 
-def bertscore(
-    outputs: Outputs, settings: BertScoreSettings | None = None, *, base: Path = Path(), offline: bool = False
-) -> MetricScore:
+def bertscore(outputs: Outputs, settings: BertScoreSettings | None = None, *, base: Path = Path()) -> MetricScore:
     """Score the BERTScore-F1 of each prediction against its best reference, without idf weights.
 
     A blank text scores 0, where bert-score fails. Texts longer than the model's context are cut off.
@@ -66,13 +64,12 @@ def bertscore(
         outputs: what to score, in a language that has a model.
         settings: the models; None: there are none.
         base: folder that relative folders start from.
-        offline: use only models that are on this machine.
 
     Source: Zhang et al. 2020; bert-score.
     """
     settings = settings or BertScoreSettings()
     code = outputs.language_code
-    encoder = _load(settings.models[code], base, offline)
+    encoder = _load(settings.models[code], base)
     return score_of_similarities(
         "bertscore",
         outputs,
@@ -88,23 +85,21 @@ def bertscore(
     )
 
 
-def lack_of_bertscore(
-    language: str, settings: BertScoreSettings | None = None, *, base: Path = Path(), offline: bool = False
-) -> str | None:
+def lack_of_bertscore(language: str, settings: BertScoreSettings | None = None, *, base: Path = Path()) -> str | None:
     """Say what a language lacks, or load its model, so that what does not fit shows before hours of training.
 
     Args:
         language: its code, see `language_code`.
-        settings, base, offline: see `bertscore`.
+        settings, base: see `bertscore`.
     """
     if settings is None or language not in settings.models:
         return f"no model for {language}"
-    _load(settings.models[language], base, offline)
+    _load(settings.models[language], base)
     return None
 
 
 @lru_cache(maxsize=1)  # a comparison scores dozens of systems with the same model
-def _load(place: str, base: Path, offline: bool) -> _Encoder:
+def _load(place: str, base: Path) -> _Encoder:
     needs("BERTScore", "bert_score", "bert-score", extra="eval")
     import torch
     from bert_score.utils import get_model, model2layers
@@ -114,7 +109,7 @@ def _load(place: str, base: Path, offline: bool) -> _Encoder:
     with reading(f"BERTScore model {place}", RecipeError):
         folder = next((str(path) for path in (base / place, expanded(place)) if is_folder(path)), None)
         patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
-        folder = folder or snapshot_download(place, allow_patterns=patterns, local_files_only=offline)
+        folder = folder or snapshot_download(place, allow_patterns=patterns)
         config = AutoConfig.from_pretrained(folder)
         layers = int(config.num_hidden_layers)
         tuned = model2layers.get(place, model2layers.get(Path(place).name))

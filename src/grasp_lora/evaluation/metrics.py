@@ -116,22 +116,22 @@ def score(
 
 
 def resolve_metrics(
-    names: Sequence[str], settings: BertScoreSettings | None = None, *, base: Path = Path(), offline: bool = False
+    names: Sequence[str], settings: BertScoreSettings | None = None, *, base: Path = Path()
 ) -> dict[str, Metric]:
     """Find metrics by name.
 
     Args:
         names: keys of METRICS, or the import path `package.module:name` of a function from `Outputs` to `MetricScore`, or of a
             `Metric`; importing it runs its code.
-        settings, base, offline: for BERTScore (see `bertscore`).
+        settings, base: for BERTScore (see `bertscore`).
 
     Raises:
         RecipeError: a name is unknown, or is that of no function.
     """
     metrics = METRICS
     if settings is not None:
-        function = partial(bertscore, settings=settings, base=base, offline=offline)
-        lack = partial(lack_of_bertscore, settings=settings, base=base, offline=offline)
+        function = partial(bertscore, settings=settings, base=base)
+        lack = partial(lack_of_bertscore, settings=settings, base=base)
         metrics = METRICS | {"bertscore": replace(METRICS["bertscore"], function=function, lack=lack)}
     return {name: metrics[name] if name in metrics else _imported(name) for name in names}
 

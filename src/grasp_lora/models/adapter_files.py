@@ -20,7 +20,7 @@ from pydantic import Field, TypeAdapter
 from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
 from grasp_lora.models.model_settings import EMBEDDED_ADAPTER, EMBEDDED_HUB_ID, EMBEDDED_NAME
-from grasp_lora.storage.network import no_network, not_there
+from grasp_lora.storage.network import not_there
 from grasp_lora.storage.reading import expanded, is_folder, reading, sha256_of
 from grasp_lora.text.display import escaped
 
@@ -140,7 +140,7 @@ class LoadedAdapter:
         }
 
 
-def read_adapter(place: str | Path, *, offline: bool = False) -> LoadedAdapter:
+def read_adapter(place: str | Path) -> LoadedAdapter:
     """Read a LoRA adapter from a PEFT folder or a hub id, or the one that comes along, `english-qa`.
 
     Raises:
@@ -151,7 +151,7 @@ def read_adapter(place: str | Path, *, offline: bool = False) -> LoadedAdapter:
     from peft.utils import load_peft_weights
 
     shown, here = escaped(str(place)), _on_this_machine(place)
-    folder = (here or _download(str(place), offline)).absolute()
+    folder = (here or _download(str(place))).absolute()
     with (
         reading(f"adapter {shown}: {CONFIG_FILE}", AdapterError),
         warnings.catch_warnings(record=True, action="always", category=UserWarning) as noted,
@@ -201,7 +201,7 @@ def read_backbone(place: str) -> str | None:
     Raises:
         AdapterError: there is no such adapter, or its config cannot be used.
     """
-    folder = _on_this_machine(place) or _download(place, False, [CONFIG_FILE, OUR_FILE])
+    folder = _on_this_machine(place) or _download(place, [CONFIG_FILE, OUR_FILE])
     return _to_load(read_base_model(str(folder)), _read_info(folder, escaped(place)))
 
 
@@ -221,16 +221,13 @@ def _to_load(base_model: str | None, info: AdapterInfo) -> str | None:
     return EMBEDDED_NAME if base_model == EMBEDDED_HUB_ID and info.embedded else base_model
 
 
-def _download(
-    hub_id: str, offline: bool, wanted: Sequence[str] = (CONFIG_FILE, WEIGHTS_FILE, OUR_FILE, CHAT_FILE)
-) -> Path:
+def _download(hub_id: str, wanted: Sequence[str] = (CONFIG_FILE, WEIGHTS_FILE, OUR_FILE, CHAT_FILE)) -> Path:
     """Fetch the files that count, and not the gigabytes that may lie beside them."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     try:
-        with no_network(offline):
-            return Path(snapshot_download(hub_id, allow_patterns=list(wanted), local_files_only=offline))
+        return Path(snapshot_download(hub_id, allow_patterns=list(wanted)))
     except (HFValidationError, OSError) as error:  # network, authorisation and missing repositories are OSErrors
         raise AdapterError(f"adapter {escaped(hub_id)}: {not_there(error)}") from error
 

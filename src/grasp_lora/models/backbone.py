@@ -103,7 +103,7 @@ def load_backbone(settings: BackboneSettings) -> Backbone:
     if settings.trust_remote_code and not is_embedded:
         text = "trust_remote_code is on: Python code that comes with %s will run on this machine"
         logger.warning(text, one_line(name))
-    with _explained(name, settings), _without_bars():
+    with _explained(name), _without_bars():
         model, tokenizer = _load(location, settings, device)
         stop_ids = find_stop_ids(model, tokenizer)
         if tokenizer.eos_token_id is None:
@@ -357,10 +357,10 @@ def _kind(config: "PretrainedConfig") -> str:
 
 
 @contextmanager
-def _explained(name: str, settings: BackboneSettings) -> Iterator[None]:
-    """Turn what transformers raises into one line, and keep it off the network where that is asked for."""
+def _explained(name: str) -> Iterator[None]:
+    """Turn what transformers raises into one line."""
     try:
-        with no_network(settings.offline), enough_memory(f"backbone {name!r}", _SMALLER):
+        with enough_memory(f"backbone {name!r}", _SMALLER):
             yield
     except GraspError:
         raise
@@ -449,7 +449,7 @@ def _quantiser(name: str, dtype: torch.dtype) -> Any:
     needs(f"backbone.quantise: {name}", library, library, extra="quant")
     # It warns at each product that activations are rounded to float16.
     logging.getLogger(library).setLevel(logging.ERROR)
-    with no_network(True):  # bitsandbytes fetches compiled code from the hub where it can
+    with no_network():  # bitsandbytes fetches compiled code from the hub where it can
         import bitsandbytes  # noqa: F401
         from transformers import BitsAndBytesConfig
 
@@ -461,11 +461,7 @@ def _load(location: str, settings: BackboneSettings, device: str) -> tuple[Any, 
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.distributed.configuration_utils import DistributedConfig
 
-    source = {
-        "revision": settings.revision,
-        "trust_remote_code": settings.trust_remote_code,
-        "local_files_only": settings.offline,
-    }
+    source = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     if is_folder(Path(location)):
         problem = None if settings.revision is None else f"has no revision {quoted(settings.revision)}: leave that out"
         if is_there(Path(location) / CONFIG_FILE):  # transformers would put the adapter on the model

@@ -33,7 +33,6 @@ class BackboneSettings:
             bitsandbytes; None as they are.
         revision: branch, tag or commit of a hub id.
         trust_remote_code: run the Python code that comes with the model.
-        offline: use only what is on this machine.
         device: "auto" takes a CUDA GPU where there is one.
         shard: split the weights over the processes that torchrun starts, each of which holds its part; for models that are too
             large for one GPU.
@@ -45,7 +44,6 @@ class BackboneSettings:
     quantise: Literal["nf4", "int8"] | None = None
     revision: str | None = None
     trust_remote_code: bool = False
-    offline: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     shard: bool = False
     gradient_checkpointing: bool = False

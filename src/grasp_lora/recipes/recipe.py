@@ -62,7 +62,7 @@ class Recipe(BaseModel):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     seed: int = Field(default=42, ge=0)
-    backbone: Annotated[BackboneSettings, Section(("device", "offline"))] = Field(default_factory=BackboneSettings)
+    backbone: Annotated[BackboneSettings, Section(("device",))] = Field(default_factory=BackboneSettings)
     data: Annotated[DataSettings, DATA]
     lora: Annotated[LoraSettings, Section(("rslora",))] = Field(default_factory=LoraSettings)
     source: Annotated[SourceStage, Section()] = Field(default_factory=SourceStage)
