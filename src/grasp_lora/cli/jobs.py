@@ -8,7 +8,7 @@ import typer
 from rich.text import Text
 
 from grasp_lora.cli.options import AllowCodeOption, OutputOption, RecipeArgument, SetOption, VerboseOption, session_of
-from grasp_lora.cli.terminal import console, loading, log_to_terminal, print_scores, say
+from grasp_lora.cli.terminal import console, loading, log_to_terminal, say
 from grasp_lora.recipes.text import line_of
 from grasp_lora.storage.processes import leave
 from grasp_lora.text.display import one_line
@@ -70,11 +70,12 @@ def _run(recipe: str, overrides: list[str], output: Path | None, allow_code: boo
         from grasp_lora.engine.run_folder import CARD_FILE, DISCARDED, FINAL_FOLDER, PROMPT_FILE, REPORT_FILE
         from grasp_lora.report import delivered as words
         from grasp_lora.report.bars import TerminalProgress
-        from grasp_lora.report.tables import compare_handed_over, final_text, is_unpruned
+        from grasp_lora.report.pages import print_table
+        from grasp_lora.report.tables import compare_handed_over, final_text, is_unpruned, scores_table
     result = api.run(recipe, overrides, output, TerminalProgress(console, answers), allow_code=allow_code)
     record, metrics, folder = result.record, result.metrics, result.folder
     compared = compare_handed_over(record)
-    print_scores(record)
+    print_table(scores_table(record), console)
     say(words.verdict(record, compared), style="bold")
     if gain := words.gain(record, compared):
         say(gain, style="bold")

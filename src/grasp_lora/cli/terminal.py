@@ -5,17 +5,12 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from grasp_lora.storage.processes import is_first
 from grasp_lora.text.display import one_line
-
-if TYPE_CHECKING:
-    from grasp_lora.engine.run_folder import Run
 
 console = Console(quiet=not is_first(), emoji=False)  # of processes that torchrun started one speaks
 error_console = Console(stderr=True, emoji=False)
@@ -54,25 +49,6 @@ def print_error(message: str, style: str = "red") -> None:
     """Print one line as it is where errors go; what a library or a file put into it may hold line breaks, or worse."""
     whole = not error_console.is_terminal
     error_console.print(one_line(message), style=style, markup=False, highlight=False, soft_wrap=whole)
-
-
-def print_scores(run: "Run") -> None:
-    """Print losses and scores of every system, the one that is handed over bold."""
-    from grasp_lora.report.pages import wide
-    from grasp_lora.report.tables import METRIC_NAMES, score_digits, titles_of
-
-    titles, systems, names = titles_of(run), run.metrics.systems, list(run.metrics.signatures)
-    scores = {name: [system.metrics.get(name) for system in systems.values()] for name in names}
-    digits = {name: score_digits(name, values, 1) for name, values in scores.items()}
-    table = Table()
-    for column in ("system", *(METRIC_NAMES.get(name, name) for name in names), "test loss", "dev loss"):
-        table.add_column(column, overflow="fold")  # a narrow terminal cuts no word off
-    for number, (name, system) in enumerate(systems.items()):
-        losses = ("-" if loss is None else f"{loss:.4f}" for loss in (system.test_loss, system.dev_loss))
-        values = {metric: column[number] for metric, column in scores.items()}
-        texts = ("unavailable" if value is None else f"{value:.{digits[metric]}f}" for metric, value in values.items())
-        table.add_row(titles[name], *texts, *losses, style="bold" if name == run.metrics.delivered.name else "")
-    wide(console).print(table)
 
 
 def log_to_terminal(verbose: bool) -> None:

@@ -3,7 +3,7 @@
 The rule, for `final.deliver: best`, by the mean loss on dev, or on micro-dev where there is no dev set. The test split has no
 part in it.
 
-1. Candidates stand in the order of `IN_ORDER`. One whose losses are not finite is left out; a run itself stops at such a loss.
+1. Candidates stand in the order of `IN_ORDER`. A run has stopped before at a loss that is not finite.
 2. Where the lowest mean is more than `NEAR` below that of GRASP's result, it is handed over, of equal ones the first. Else
    GRASP's result is: where losses are near, it answered better in the mean of all that was measured.
 3. A loss tells little of answers. So the candidates answer these rows, too. Of those whose main score is above that of the
@@ -119,11 +119,7 @@ def answers_that_count(steps: Steps, systems: Mapping[str, Adapter]) -> dict[str
 
 def answers_better(scores: Mapping[str, RowScores], losses: Mapping[str, Sequence[float]], chosen: str) -> str | None:
     """The candidate whose answers are clearly better than those of the one that was chosen, if there is one: rule 3."""
-    ahead = [
-        name
-        for name, of in scores.items()
-        if of.scores and all(map(math.isfinite, losses[name])) and _ahead(of.scores, scores[chosen].scores)
-    ]
+    ahead = [name for name, of in scores.items() if of.scores and _ahead(of.scores, scores[chosen].scores)]
     return max(ahead, key=lambda name: (fmean(scores[name].scores), -fmean(losses[name])), default=None)
 
 
@@ -152,18 +148,14 @@ def best_of(
         titles: what each kind of candidate is called.
     """
     order = sorted(losses, key=lambda name: list(IN_ORDER).index(_kind(name)))
-    usable = [name for name in order if len(losses[name]) >= FEWEST and all(map(math.isfinite, losses[name]))]
-    if len(usable) < 2:
-        chosen = usable[0] if usable else "grasp"
-        why = f"There are no {split} losses to choose by, so {title_of(chosen, titles)} is handed over."
-        if usable:
-            why = f"Only its {split} losses are finite."
-        return Delivered(name=chosen, title=title_of(chosen, titles), why=f"{why} {left_out}".strip())
-    means = {name: fmean(losses[name]) for name in usable}
-    best = min(usable, key=means.__getitem__)  # of equal ones the first in the order
-    near = "grasp" in usable and means[best] >= (1 - NEAR) * means["grasp"]
+    if len(losses[order[0]]) < FEWEST:
+        why = f"There are no {split} losses to choose by, so {title_of('grasp', titles)} is handed over."
+        return Delivered(name="grasp", title=title_of("grasp", titles), why=f"{why} {left_out}".strip())
+    means = {name: fmean(losses[name]) for name in order}
+    best = min(order, key=means.__getitem__)  # of equal ones the first in the order
+    near = means[best] >= (1 - NEAR) * means["grasp"]
     chosen = "grasp" if near else best
-    against = min((name for name in usable if name != chosen), key=means.__getitem__)
+    against = min((name for name in order if name != chosen), key=means.__getitem__)
     compared = compare_with_baselines(losses[chosen], {against: losses[against]}, groups=groups, higher_is_better=False)
     comparison = compared[against]
     why = f"Its {split} loss is {means[chosen]:.3f}, the lowest; next is {means[against]:.3f}, {title_of(against, titles)}."
@@ -217,24 +209,21 @@ def warned(
         losses, split, titles: as of `best_of`.
         alone: losses of the backbone without an adapter.
     """
-    if len(alone) < FEWEST_TOLD or not all(map(math.isfinite, alone)):
+    if len(alone) < FEWEST_TOLD:
         return delivered
-    usable = {
-        name: values for name, values in losses.items() if len(values) == len(alone) and all(map(math.isfinite, values))
-    }
     better = {
         name
-        for name, values in usable.items()
+        for name, values in losses.items()
         if compare_with_baselines(values, {"alone": alone}, higher_is_better=False)["alone"].verdict == "better"
     }
-    if delivered.name in better or not usable:
+    if delivered.name in better:
         return delivered
     rows, without = f"{len(alone)} {split} rows", f"the backbone alone ({split} loss {fmean(alone):.3f})"
-    best = min(usable, key=lambda name: fmean(usable[name]))
-    lowest = f"{fmean(usable[best]):.3f}, {title_of(best, titles)}"
+    best = min(losses, key=lambda name: fmean(losses[name]))
+    lowest = f"{fmean(losses[best]):.3f}, {title_of(best, titles)}"
     if better:
         warning = f"The {rows} do not show that this adapter is better than {without}; others are: it may have learned nothing."
-    elif fmean(usable[best]) >= fmean(alone):
+    elif fmean(losses[best]) >= fmean(alone):
         warning = (
             f"No adapter learned anything: on the {rows} none has a lower loss than {without}; the next is {lowest}."
         )
