@@ -1,4 +1,4 @@
-"""The average of trainings in three orders of the same rows, beside each of them. The plan is in `lab/log.md`.
+"""Trainings in three orders of the same rows, stopped early and not, and their average. The plans are in `lab/log.md`.
 
     python lab/soup.py draw SETTING DRAW FOLDER    # settings and draws of few_rows.py; FOLDER holds its steps
     python lab/soup.py table FILE [FILE ...]       # means over draws, with 95 % intervals over the draws
@@ -30,7 +30,8 @@ from grasp_lora.storage.claims import Workplace, working_in
 from grasp_lora.storage.writing import write_json
 
 SEEDS = (42, 1, 2)  # the first is the recipe's own
-KINDS, LENGTHS = ("grasp", "continued"), ("", ", all epochs")
+KINDS, ALL = ("grasp", "continued"), "all epochs"
+LENGTHS = ("", f", {ALL}")
 
 
 def draw_of(setting: str, draw: int, folder: Path, work: Workplace) -> None:
@@ -45,9 +46,8 @@ def draw_of(setting: str, draw: int, folder: Path, work: Workplace) -> None:
             kinds["grasp"].append(other.finetune(made.parents.merged, 0.0))
             kinds["continued"].append(other.continued())
         for kind, orders in kinds.items():
-            if length == LENGTHS[0]:
-                for number, adapter in enumerate(orders, 1):
-                    record["systems"][f"{kind} {number}"] = measured(steps, adapter)
+            for number, adapter in enumerate(orders if length == LENGTHS[0] else orders[:1], 1):
+                record["systems"][f"{kind}{length} {number}"] = measured(steps, adapter)
             record["systems"][f"{kind}{length}, average"] = measured(steps, average_of(orders))
             write_json(folder / f"soup-{setting}-{draw}.json", record)
 
@@ -80,24 +80,28 @@ def mean_of(factors: Iterable[Tensor]) -> Tensor:
 
 
 def table(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Of each kind three orders, stopped early -> the average of each length; then what that gains on the mean of the three."""
+    """Of each kind three orders, stopped early -> their average; one order of all epochs -> the average of three.
+
+    Then what each gains on the mean of the three orders, after +- half of the 95 % interval over the draws.
+    """
     keys = {"test_scores": 1, "test_losses": 3}
-    gains: dict[tuple[str, str], list[float]] = defaultdict(list)
+    ways = ("average", ALL + " 1", f"{ALL}, average")
+    gains: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     for draw, kind in product(draws, KINDS):
+        systems = draw["systems"]
         cells = []
         for key, digits in keys.items():
-            singles = [fmean(draw["systems"][f"{kind} {number}"][key]) for number in (1, 2, 3)]
-            averages = []
-            for length in LENGTHS:
-                if system := draw["systems"].get(f"{kind}{length}, average"):
-                    averages.append(fmean(system[key]))
-                    for of in (kind, "both"):
-                        gains[f"{of}{length}", key].append(averages[-1] - fmean(singles))
-            cells.append(" -> ".join(" ".join(f"{one:.{digits}f}" for one in of) for of in (singles, averages)))
+            singles = [fmean(systems[f"{kind} {number}"][key]) for number in (1, 2, 3)]
+            others = {way: fmean(systems[f"{kind}, {way}"][key]) for way in ways if f"{kind}, {way}" in systems}
+            for way, value in others.items():
+                for of in (kind, "both"):
+                    gains[of, way, key].append(value - fmean(singles))
+            texts = [" ".join(f"{one:.{digits}f}" for one in of) for of in (singles, others.values())]
+            cells.append(" -> ".join(texts))
         yield f"{draw['setting']} {draw['draw']}, {kind}: {'; '.join(cells)}"
-    for kind in (f"{of}{length}" for length in LENGTHS for of in (*KINDS, "both")):
-        told = ", ".join(over(gains[kind, key], keys[key]) for key in keys if gains[kind, key])
-        yield f"  {kind}: the average minus the mean of three orders, stopped early: {told}"
+    for way, of in product(ways, (*KINDS, "both")):
+        told = ", ".join(over(gains[of, way, key], keys[key]) for key in keys if gains[of, way, key])
+        yield f"  {of}, {way}: minus the mean of three orders, stopped early: {told}"
 
 
 def over(gains: Sequence[float], digits: int) -> str:
