@@ -88,8 +88,9 @@ def table(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
     ways = ("average", ALL + " 1", f"{ALL}, average")
     gains: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     for draw, kind in product(draws, KINDS):
-        systems = draw["systems"]
-        cells = []
+        systems, cells = draw["systems"], []
+        if f"{kind} 3" not in systems:  # the draw is under way
+            continue
         for key, digits in keys.items():
             singles = [fmean(systems[f"{kind} {number}"][key]) for number in (1, 2, 3)]
             others = {way: fmean(systems[f"{kind}, {way}"][key]) for way in ways if f"{kind}, {way}" in systems}
