@@ -315,7 +315,7 @@ class Lab:
         """A new callback of a final run."""
         calibration = ProbeSet(self.session.splits.train[:CALIBRATION_EXAMPLES], self.session.pad_id)
         final = self.recipe.final
-        mask, segments = final.mask or self.recipe.mask, segments_of(self.merged)
+        mask, segments = final.mask_of(self.recipe.mask), segments_of(self.merged)
         return PrunedTraining(RATIO, calibration, mask, final.mode, segments)
 
 

@@ -146,7 +146,7 @@ def test_the_papers_recipes_are_as_the_released_code_runs(name, tokens):
     assert recipe.mask == MaskSettings("magnitude")
     assert (recipe.controller.policy, recipe.controller.rounds) == (Gaussian(), Rounds(10))
     assert recipe.controller.rule == "best_reward"
-    assert (recipe.final.mode, recipe.final.mask) == ("reselect", MaskSettings("gradient_of_delta"))
+    assert (recipe.final.mode, recipe.final.mask_of(recipe.mask)) == ("reselect", MaskSettings("gradient_of_delta"))
     assert (recipe.generation.max_new_tokens, recipe.generation.stop) == (tokens, ())
 
 

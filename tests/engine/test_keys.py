@@ -18,7 +18,6 @@ from grasp_lora.engine.results import Adapter, Finished
 from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import Steps
 from grasp_lora.engine.store import Store, key_of
-from grasp_lora.method.masks import MaskSettings
 from grasp_lora.method.search import POLICIES, RatioPolicy
 from grasp_lora.models.adapter_files import AdapterInfo
 
@@ -70,7 +69,6 @@ TABLE: dict[str, str] = {
     "controller.rule": "controller",
     **{f"controller.training.{name}": "controller" for name in TRAINING},
     "final.mode": "final",
-    "final.mask": "final",
     "final.prune_ratio": NOTHING,  # a final run is told its ratio, wherever that comes from
     **{f"final.training.{name}": "final" for name in TRAINING},
     "final.deliver": NOTHING,  # a choice among finished adapters
@@ -86,7 +84,7 @@ TABLE: dict[str, str] = {
 
 OTHER: dict[str, Any] = {  # where not any other value will do
     "source.adapters": ("given",), "target.adapter": "given", "target.on": "source", "merge.rule": "ties",
-    "controller.policy": POLICIES["spread"](), "controller.rounds.pool": "dev", "final.mask": MaskSettings("input_aware"),
+    "controller.policy": POLICIES["spread"](), "controller.rounds.pool": "dev",
     "metrics": ("rouge1",), "data.target.language": "fr",
     "data.task": "translation",
 }  # fmt: skip

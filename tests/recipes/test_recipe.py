@@ -132,8 +132,8 @@ class TestPresets:
             assert {training.max_grad_norm for training in trainings} == {clipped}
             assert {training.lr_decay for training in trainings} == {0.85}
             assert recipe.dropout == dropout
-        assert paper.final.mask == MaskSettings("gradient_of_delta")
-        assert usual.final.mask is None
+        assert paper.final.mask_of(paper.mask) == MaskSettings("gradient_of_delta")
+        assert usual.final.mask_of(usual.mask) == usual.mask
 
     def test_a_training_that_says_something_begins_with_the_usual_settings(self, load: Load) -> None:
         assert load().source.training == TrainingSettings(epochs=2.0, learning_rate=3e-4)

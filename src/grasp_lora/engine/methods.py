@@ -16,7 +16,6 @@ from grasp_lora.engine.run import make
 from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import Parents, Steps, choosing_splits
 from grasp_lora.errors import GraspError, RecipeError
-from grasp_lora.method.masks import MaskSettings
 from grasp_lora.method.merging import MERGE_RULES, MergeSettings
 from grasp_lora.method.search import PRESETS
 from grasp_lora.recipes.recipe import Recipe
@@ -194,9 +193,7 @@ def _paper_controller(recipe: Recipe) -> ControllerStage:
 
 
 def _paper_final(recipe: Recipe) -> FinalStage:
-    return replace(
-        recipe.final, mode="reselect", mask=MaskSettings(score="gradient_of_delta")
-    )  # Paper: adaptive LoRA merge
+    return replace(recipe.final, mode="reselect")  # Paper: adaptive LoRA merge
 
 
 def _paper_has_no_rounds(session: Session) -> str | None:

@@ -334,10 +334,10 @@ class Steps:
         Args:
             start: the adapter it starts from.
             prune_ratio: fraction in [0, 1].
-            stage: in place of the recipe's own; only its training, mode and mask count.
+            stage: in place of the recipe's own; only its training and mode count.
         """
         stage = stage or self.recipe.final
-        mask, training, dev = stage.mask or self.recipe.mask, stage.training, self.splits.dev
+        mask, training, dev = stage.mask_of(self.recipe.mask), stage.training, self.splits.dev
         inputs = self._inputs(
             revision=REVISIONS["training"],
             data=self._data("train", "dev"),

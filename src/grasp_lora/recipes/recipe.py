@@ -70,7 +70,7 @@ class Recipe(BaseModel):
     merge: Annotated[MergeSettings, Section(("seed", "dropout"))] = Field(default_factory=MergeSettings)
     mask: Annotated[MaskSettings, Section()] = Field(default_factory=MaskSettings)
     controller: Annotated[ControllerStage, Section()] = Field(default_factory=ControllerStage)
-    final: Annotated[FinalStage, Section(("mask",))] = Field(default_factory=FinalStage)
+    final: FinalStage = Field(default_factory=FinalStage)
     generation: Annotated[GenerationSettings, Section(("allow_empty",))] = Field(default_factory=GenerationSettings)
     metrics: tuple[str, ...] = ()
     bertscore: Annotated[BertScoreSettings, Section()] = Field(default_factory=BertScoreSettings)
@@ -98,8 +98,6 @@ class Recipe(BaseModel):
                 usual = TrainingSettings() if "training" in section else stage.training
                 training = Based(replace(usual, **common), section.get("training", {}))
                 sections[name] = {**section, "training": training}
-        if isinstance(final := sections.get("final"), Mapping) and final.get("mode") == "reselect":
-            sections["final"] = Based(FinalStage(mask=MaskSettings("gradient_of_delta")), final)
         learned = sections["controller"].get("training")
         if isinstance(learned, Based):
             sections["controller"]["training"] = Based(replace(learned.settings, **common), learned.keys)

@@ -185,7 +185,6 @@ class FinalStage:
 
     Args:
         mode: `hold` one mask, or `reselect` after every optimizer step by the score `gradient_of_delta` (the paper's final run).
-        mask: another score than the controller's; None takes the same.
         prune_ratio: use this fraction, in [0, 1], instead of learning one; the controller run is then left out.
         training: how it is trained.
         deliver: what the run hands over: `best`, this run's result unless another adapter's dev loss is more than 5 % lower, or
@@ -193,7 +192,10 @@ class FinalStage:
     """
 
     mode: Literal["hold", "reselect"] = "hold"
-    mask: MaskSettings | None = None
     prune_ratio: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     training: Training = field(default_factory=TrainingSettings)
     deliver: Deliver = "best"
+
+    def mask_of(self, usual: MaskSettings) -> MaskSettings:
+        """The mask of a final run: the recipe's, but what is selected anew goes by the paper's score."""
+        return MaskSettings("gradient_of_delta") if self.mode == "reselect" else usual
