@@ -1,6 +1,7 @@
 """Trainings in three orders of the same rows, stopped early and not, and their average. The plans are in `lab/log.md`.
 
     python lab/soup.py draw SETTING DRAW FOLDER    # settings and draws of few_rows.py; FOLDER holds its steps
+    python lab/soup.py patient SETTING DRAW FOLDER # what the first look at the dev rows ended, once more for all epochs
     python lab/soup.py table FILE [FILE ...]       # means over draws, with 95 % intervals over the draws
 
 Needs GRASP_LORA_DATA.
@@ -42,7 +43,7 @@ def draw_of(setting: str, draw: int, folder: Path, work: Workplace) -> None:
     for length in LENGTHS:
         kinds: dict[str, list[Adapter]] = {kind: [] for kind in KINDS}
         for seed in SEEDS:
-            other = in_order(steps, seed, all_epochs=length != LENGTHS[0])
+            other = in_order(steps, seed, stops=length == LENGTHS[0])
             kinds["grasp"].append(other.finetune(made.parents.merged, 0.0))
             kinds["continued"].append(other.continued())
         for kind, orders in kinds.items():
@@ -52,13 +53,28 @@ def draw_of(setting: str, draw: int, folder: Path, work: Workplace) -> None:
             write_json(folder / f"soup-{setting}-{draw}.json", record)
 
 
-def in_order(steps: Steps, seed: int, *, all_epochs: bool) -> Steps:
-    """The same steps with another order of rows, and on request without a dev set to stop by: the last step is kept then."""
-    recipe, splits = steps.recipe.model_copy(update={"seed": seed}), steps.splits
-    if all_epochs:
-        training = replace(recipe.final.training, patience=None)
-        recipe = recipe.model_copy(update={"final": replace(recipe.final, training=training)})
-        splits = replace(splits, dev=())
+def patient(setting: str, draw: int, folder: Path, work: Workplace) -> None:
+    """Train once more, for all epochs, what the first look at the dev rows ended; the adapter of the lowest dev loss is kept."""
+    steps = steps_of(setting, draw, folder, work)
+    made = make(steps)
+    record: dict[str, Any] = {"setting": setting, "draw": draw, "systems": {}}
+    for seed, kind in product(SEEDS, KINDS):
+        start = made.parents.merged if kind == "grasp" else steps.source()
+        stopped = in_order(steps, seed).finetune(start, 0.0)
+        if stopped.made is None or stopped.made.result.best_step:
+            continue
+        record["systems"][f"{kind} {seed}"] = measured(steps, stopped)
+        went_on = in_order(steps, seed, patience=None).finetune(start, 0.0)
+        record["systems"][f"{kind} {seed}, patient"] = measured(steps, went_on)
+        write_json(folder / f"patient-{setting}-{draw}.json", record)
+
+
+def in_order(steps: Steps, seed: int, *, patience: int | None = 1, stops: bool = True) -> Steps:
+    """The same steps with another order of rows; what does not stop has no dev rows, and keeps its last step."""
+    recipe = steps.recipe.model_copy(update={"seed": seed})
+    training = replace(recipe.final.training, patience=patience if stops else None)
+    recipe = recipe.model_copy(update={"final": replace(recipe.final, training=training)})
+    splits = steps.splits if stops else replace(steps.splits, dev=())
     return Steps(steps.session.variant(recipe, splits), steps.store, steps.session)
 
 
@@ -118,7 +134,7 @@ def main(job: str, *words: str) -> None:
     folder = Path(place)
     with working_in(folder) as work:
         work.begin(shared=True)
-        draw_of(setting, int(draw), folder, work)
+        (patient if job == "patient" else draw_of)(setting, int(draw), folder, work)
 
 
 if __name__ == "__main__":
