@@ -83,7 +83,6 @@ def view_of(run: Run, folder: Path) -> dict[str, Any]:
         "why_delivered": metrics.delivered.why if chosen else None,
         "apart": metrics.delivered.name != "grasp",  # so that the result of the final run is another adapter
         "final": tables.final_text(run),
-        "system": metrics.delivered.name,
         "target_on": delivered.where_trained(choice, len(run.recipe.source.adapters)) if choice else None,
         "warning": delivered.warning_of(run),
         "headline": delivered.headline(run, compared),
@@ -228,7 +227,6 @@ def _view_of_comparison(comparison: Comparison) -> dict[str, Any]:
     intervals = [interval for row in comparison.rows for interval in row.against.values()]
     return {
         "version": version("grasp-lora"),
-        "paper": PAPER,
         "name": comparison.name,
         "content": comparison,
         "reference": comparison.reference_title,
