@@ -18,11 +18,13 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
+from choices import nearest
 from few_rows import measured, steps_of
 from scipy.stats import t as student
 from torch import Tensor
 
-from grasp_lora.engine.results import Adapter
+from grasp_lora.engine.deliver import NEAR, answers_better
+from grasp_lora.engine.results import Adapter, RowScores
 from grasp_lora.engine.run import make
 from grasp_lora.engine.steps import Steps
 from grasp_lora.engine.store import key_of
@@ -121,6 +123,31 @@ def table(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
         yield f"  {of}, {way}: minus the mean of three orders, stopped early: {told}"
 
 
+def handed_over(files: Sequence[Path]) -> Iterator[str]:
+    """What a run would hand over, mean test score over the draws: by loss and answers as today, and by answers alone."""
+    scores: dict[str, list[float]] = defaultdict(list)
+    for file in files:
+        draw, first = (json.loads(path.read_bytes())["systems"] for path in (file, file.with_name(file.name[5:])))
+        if f"continued, {ALL}, average" not in draw:
+            continue
+        parents = {name: first[name] for name in ("source", "target", "merged") if "dev_losses" in first.get(name, {})}
+        ways = {"one order": (" 1", " 2", " 3"), "average": (", average",), f"{ALL}, average": (f", {ALL}, average",)}
+        for title, ends in ways.items():
+            for by_loss in (True, False):
+                found = [score_of(parents | {kind: draw[f"{kind}{end}"] for kind in KINDS}, by_loss) for end in ends]
+                scores[f"{title}, by {'loss and answers' if by_loss else 'answers'}"].append(fmean(found))
+    for title, of in scores.items():
+        yield f"  handed over, {title}: {fmean(of):.2f} in {len(of)} draws"
+
+
+def score_of(systems: dict[str, Any], by_loss: bool) -> float:
+    losses = {name: fmean(of["dev_losses"]) for name, of in systems.items()}
+    answers = {name: RowScores(metric="", scores=of["dev_scores"]) for name, of in systems.items()}
+    pick = nearest(losses, NEAR) if by_loss else "grasp"
+    pick = answers_better(answers, {name: [loss] for name, loss in losses.items()}, pick) or pick
+    return fmean(systems[pick]["test_scores"])
+
+
 def over(gains: Sequence[float], digits: int) -> str:
     half = student.ppf(0.975, len(gains) - 1) * stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
     return f"{fmean(gains):+.{digits}f} ± {half:.{digits}f}"
@@ -128,7 +155,9 @@ def over(gains: Sequence[float], digits: int) -> str:
 
 def main(job: str, *words: str) -> None:
     if job == "table":
-        sys.stdout.write("\n".join(table([json.loads(Path(file).read_bytes()) for file in words])) + "\n")
+        files = [Path(file) for file in words]
+        lines = [*table([json.loads(file.read_bytes()) for file in files]), *handed_over(files)]
+        sys.stdout.write("\n".join(lines) + "\n")
         return
     setting, draw, place = words
     folder = Path(place)

@@ -154,12 +154,13 @@ def test_the_controller_follows_the_final_run(start: Callable[..., Path]) -> Non
 def test_few_rows_have_a_recipe_of_their_own(
     count: int, on: str | None, labels: bool, start: Callable[..., Path]
 ) -> None:
-    """Adapters that are trained apart, and no pruning."""
+    """Adapters that are trained apart, no pruning, and no training that a first look at a dozen dev rows ends."""
     file = start(write(Path("t.jsonl"), labelled(count, ["good", "bad"]) if labels else completion(count)))
     recipe, _ = load_recipe(file)
     few = count < 80
     assert recipe.target.on == on
     assert (recipe.final.prune_ratio == 0) is few
+    assert (recipe.final.training.patience, recipe.target.training.patience) == (None if few else 1, 1)
     assert ("better below 40 training rows" in file.read_text()) is few
     assert ("which was better for labels" in file.read_text()) is (on == "source")
 
