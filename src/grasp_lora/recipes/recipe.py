@@ -70,7 +70,7 @@ class Recipe(BaseModel):
     merge: Annotated[MergeSettings, Section(("seed", "dropout"))] = Field(default_factory=MergeSettings)
     mask: Annotated[MaskSettings, Section()] = Field(default_factory=MaskSettings)
     controller: Annotated[ControllerStage, Section()] = Field(default_factory=ControllerStage)
-    final: FinalStage = Field(default_factory=FinalStage)
+    final: Annotated[FinalStage, Section()] = Field(default_factory=FinalStage)
     generation: Annotated[GenerationSettings, Section(("allow_empty",))] = Field(default_factory=GenerationSettings)
     metrics: tuple[str, ...] = ()
     bertscore: Annotated[BertScoreSettings, Section()] = Field(default_factory=BertScoreSettings)
