@@ -160,7 +160,7 @@ def test_few_rows_have_a_recipe_of_their_own(
     few = count < 80
     assert recipe.target.on == on
     assert (recipe.final.prune_ratio == 0) is few
-    assert (recipe.final.training.patience, recipe.target.training.patience) == (None if few else 1, 1)
+    assert (recipe.final.training.patience, recipe.target.training.patience) == (2 if few else 1, 1)
     assert ("better below 40 training rows" in file.read_text()) is few
     assert ("which was better for labels" in file.read_text()) is (on == "source")
 
