@@ -85,11 +85,9 @@ def nearest(losses: Mapping[str, float], margin: float) -> str:
 def chosen(rule: str, systems: Mapping[str, System], rows: Sequence[int]) -> str:
     losses = {name: fmean(of[0][row] for row in rows) for name, of in systems.items()}
     scores = {name: [of[1][row] for row in rows] for name, of in systems.items()}
-    if rule == "GRASP":
-        return "grasp"
     if rule == "score":
         return max(scores, key=lambda name: (fmean(scores[name]), -losses[name]))
-    pick = nearest(losses, NEAR if rule.startswith("near") else 0.0)
+    pick = "grasp" if rule.startswith("GRASP") else nearest(losses, NEAR if rule.startswith("near") else 0.0)
     if rule.endswith("answers"):
         row_scores = {name: RowScores(metric="", scores=of) for name, of in scores.items()}
         pick = answers_better(row_scores, {name: [loss] for name, loss in losses.items()}, pick) or pick
@@ -103,6 +101,7 @@ RULES = {
     "lowest": "the lowest loss",
     "score": "the highest score",
     "GRASP": "always GRASP's result",
+    "GRASP, then answers": "GRASP's result; then answers",
 }
 HINDSIGHT = "the highest score of the rows that judge"  # which no rule can reach
 

@@ -32,8 +32,12 @@ from grasp_lora.storage.claims import Workplace, working_in
 from grasp_lora.storage.writing import write_json
 
 PLAIN, WITHOUT = "merge, trained further", ", without a controller"
-SIZES = {60: (45, 15, 6), 100: (75, 25, 6)}  # rows of a draw, those of them to judge by, and draws there is room for
-COMMON = ["data.target.dev=2", "data.target.micro_dev=2", "source.training.epochs=2"]  # as `init` writes them
+SIZES = {60: (45, 15), 100: (75, 25)}  # rows of a draw, those of them to judge by; there is room for six draws
+COMMON = [
+    "data.target.dev=2",
+    "data.target.micro_dev=2",
+    "source.training.epochs=2",
+]  # as `init` writes them, but for patience
 FEW = [*COMMON, "target.on=null", "final.prune_ratio=0", "data.target.train=270"]
 MORE = [*COMMON, "data.target.train=450"]
 QUESTIONS = ["data.source=null", "source.adapters=[english-qa]", "data.target.test=150"]
@@ -49,7 +53,7 @@ SETTINGS = {
 
 def drawn(splits: Splits, draw: int, size: int) -> Splits:
     """The rows of one draw; dev takes the first whole groups."""
-    of_draw, place, _ = SIZES[size]
+    of_draw, place = SIZES[size]
     groups = [
         list(rows) for _, rows in groupby(sorted(splits.train, key=lambda row: row.group), key=lambda row: row.group)
     ]
@@ -132,8 +136,11 @@ def handed_over(draw: dict[str, Any]) -> dict[str, Any]:
 
 def over(found: Sequence[dict[str, Any]], ours: str, theirs: str, key: str) -> str:
     gaps = [fmean(each[ours][key]) - fmean(each[theirs][key]) for each in found]
+    return interval(gaps, 3 if key == "test_losses" else 1)
+
+
+def interval(gaps: Sequence[float], digits: int) -> str:
     half = student.ppf(0.975, len(gaps) - 1) * stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else float("nan")
-    digits = 3 if key == "test_losses" else 1
     return f"{fmean(gaps):+.{digits}f} ± {half:.{digits}f}"
 
 

@@ -2,7 +2,7 @@
 
     python lab/soup.py draw SETTING DRAW FOLDER    # settings and draws of few_rows.py; FOLDER holds its steps
     python lab/soup.py patient SETTING DRAW FOLDER # what the first look at the dev rows ended, once more for all epochs
-    python lab/soup.py table FILE [FILE ...]       # means over draws, with 95 % intervals over the draws
+    python lab/soup.py table FILE [FILE ...]       # soup-*.json and patient-*.json: means over draws, with 95 % intervals
 
 Needs GRASP_LORA_DATA.
 """
@@ -14,17 +14,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
-from choices import nearest
-from few_rows import measured, steps_of
-from scipy.stats import t as student
+from choices import chosen
+from few_rows import interval, measured, steps_of
 from torch import Tensor
 
-from grasp_lora.engine.deliver import NEAR, answers_better
-from grasp_lora.engine.results import Adapter, RowScores
+from grasp_lora.engine.results import Adapter
 from grasp_lora.engine.run import make
 from grasp_lora.engine.steps import Steps
 from grasp_lora.engine.store import key_of
@@ -119,44 +117,60 @@ def table(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
             cells.append(" -> ".join(texts))
         yield f"{draw['setting']} {draw['draw']}, {kind}: {'; '.join(cells)}"
     for way, of in product(ways, (*KINDS, "both")):
-        told = ", ".join(over(gains[of, way, key], keys[key]) for key in keys if gains[of, way, key])
+        told = ", ".join(interval(gains[of, way, key], keys[key]) for key in keys if gains[of, way, key])
         yield f"  {of}, {way}: minus the mean of three orders, stopped early: {told}"
+    steps = [
+        draw["systems"].get(f"{kind} {number}", {}) for draw, kind in product(draws, KINDS) for number in (1, 2, 3)
+    ]
+    ended = [system["best_step"] == 0 for system in steps if system]
+    yield f"  ended by the first look: {sum(ended)} of {len(ended)} trainings"
 
 
 def handed_over(files: Sequence[Path]) -> Iterator[str]:
     """What a run would hand over, mean test score over the draws: by loss and answers as today, and by answers alone."""
     scores: dict[str, list[float]] = defaultdict(list)
     for file in files:
-        draw, first = (json.loads(path.read_bytes())["systems"] for path in (file, file.with_name(file.name[5:])))
+        draw, first = (read(path)["systems"] for path in (file, file.with_name(file.name[5:])))
         if f"continued, {ALL}, average" not in draw:
             continue
         parents = {name: first[name] for name in ("source", "target", "merged") if "dev_losses" in first.get(name, {})}
         ways = {"one order": (" 1", " 2", " 3"), "average": (", average",), f"{ALL}, average": (f", {ALL}, average",)}
         for title, ends in ways.items():
-            for by_loss in (True, False):
-                found = [score_of(parents | {kind: draw[f"{kind}{end}"] for kind in KINDS}, by_loss) for end in ends]
-                scores[f"{title}, by {'loss and answers' if by_loss else 'answers'}"].append(fmean(found))
+            for rule, by in (("near, then answers", "loss and answers"), ("GRASP, then answers", "answers")):
+                found = [score_of(parents | {kind: draw[f"{kind}{end}"] for kind in KINDS}, rule) for end in ends]
+                scores[f"{title}, by {by}"].append(fmean(found))
     for title, of in scores.items():
         yield f"  handed over, {title}: {fmean(of):.2f} in {len(of)} draws"
 
 
-def score_of(systems: dict[str, Any], by_loss: bool) -> float:
-    losses = {name: fmean(of["dev_losses"]) for name, of in systems.items()}
-    answers = {name: RowScores(metric="", scores=of["dev_scores"]) for name, of in systems.items()}
-    pick = nearest(losses, NEAR) if by_loss else "grasp"
-    pick = answers_better(answers, {name: [loss] for name, loss in losses.items()}, pick) or pick
+def score_of(systems: dict[str, Any], rule: str) -> float:
+    rows = range(len(systems["grasp"]["dev_losses"]))
+    pick = chosen(rule, {name: (of["dev_losses"], of["dev_scores"]) for name, of in systems.items()}, rows)
     return fmean(systems[pick]["test_scores"])
 
 
-def over(gains: Sequence[float], digits: int) -> str:
-    half = student.ppf(0.975, len(gains) - 1) * stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
-    return f"{fmean(gains):+.{digits}f} ± {half:.{digits}f}"
+def mended(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """What the first look ended, and what all epochs made of it: test score, test loss, step that was kept."""
+    for draw in draws:
+        for name, patient in draw["systems"].items():
+            kind, _, went_on = name.partition(", ")
+            if went_on == "patient":
+                pair = (draw["systems"][kind], patient)
+                scores, losses = ([fmean(system[key]) for system in pair] for key in ("test_scores", "test_losses"))
+                told = f"score {scores[0]:.1f} -> {scores[1]:.1f}, loss {losses[0]:.3f} -> {losses[1]:.3f}"
+                yield f"{draw['setting']} {draw['draw']}, {kind}: {told}, step {patient['best_step']}"
+
+
+def read(file: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(file.read_bytes())
+    return record
 
 
 def main(job: str, *words: str) -> None:
     if job == "table":
-        files = [Path(file) for file in words]
-        lines = [*table([json.loads(file.read_bytes()) for file in files]), *handed_over(files)]
+        ended = [file for file in map(Path, words) if file.name.startswith("patient")]
+        files = [file for file in map(Path, words) if file not in ended]
+        lines = [*table([*map(read, files)]), *handed_over(files), *mended([*map(read, ended)])]
         sys.stdout.write("\n".join(lines) + "\n")
         return
     setting, draw, place = words
