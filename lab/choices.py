@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from grasp_lora.engine.deliver import AHEAD, NEAR, answers_better
+from grasp_lora.engine.deliver import AHEAD, clearly_ahead
 from grasp_lora.engine.results import RowScores
 
 RESULTS = Path(__file__).parent / "results"
@@ -29,6 +29,7 @@ CHOOSING, DRAWS = (15, 25, 45, 50), 60
 TEN_DRAWS = ("draws-tydiqa-sw", "draws-tydiqa-sw-apart", "draws-tydiqa-sw-auto")
 T_OF_TEN = 2.26  # Student's at 95 % with ten draws
 System = tuple[Sequence[float], Sequence[float]]  # losses and scores of the test rows
+NEAR = 0.05  # of a loss: the rule of before
 
 
 def read_lines(file: Path) -> Iterator[dict[str, Any]]:
@@ -90,7 +91,7 @@ def chosen(rule: str, systems: Mapping[str, System], rows: Sequence[int]) -> str
     pick = "grasp" if rule.startswith("GRASP") else nearest(losses, NEAR if rule.startswith("near") else 0.0)
     if rule.endswith("answers"):
         row_scores = {name: RowScores(metric="", scores=of) for name, of in scores.items()}
-        pick = answers_better(row_scores, {name: [loss] for name, loss in losses.items()}, pick) or pick
+        pick = clearly_ahead(row_scores, {name: [loss] for name, loss in losses.items()}, pick) or pick
     return pick
 
 

@@ -55,9 +55,7 @@ def main(setting: str, folder: Path) -> None:
                 recipe = loaded.recipe.model_copy(update={"seed": seed})
                 session = loaded.variant(recipe, replace(splits, source_train=splits.source_train[:english]))
                 steps = Steps(session, Store(folder / "steps", session.progress, work))
-                training = replace(
-                    recipe.source.training, epochs=1, evaluate_every=1 / JOINT_EVALUATIONS, patience=None
-                )
+                training = replace(recipe.source.training, epochs=1, evaluate_every=1 / JOINT_EVALUATIONS, patience=99)
                 made = steps._train("joint", ("source_train", *["train"] * repeats), ("dev",), training)
                 dev_loss = fmean(steps.losses(made, "dev").result.losses)
                 row: dict[str, Any] = {

@@ -33,6 +33,8 @@ from grasp_lora.storage.writing import write_json
 SEEDS = (42, 1, 2)  # the first is the recipe's own
 KINDS, ALL = ("grasp", "continued"), "all epochs"
 LENGTHS = ("", f", {ALL}")
+WAYS = ("average", f"{ALL} 1", f"{ALL}, average")
+KEYS = {"test_scores": 1, "test_losses": 3}  # and their decimals
 
 
 def draw_of(setting: str, draw: int, folder: Path, work: Workplace) -> None:
@@ -43,7 +45,7 @@ def draw_of(setting: str, draw: int, folder: Path, work: Workplace) -> None:
     for length in LENGTHS:
         kinds: dict[str, list[Adapter]] = {kind: [] for kind in KINDS}
         for seed in SEEDS:
-            other = in_order(steps, seed, stops=length == LENGTHS[0])
+            other = in_order(steps, seed, patience=1 if length == LENGTHS[0] else None)
             kinds["grasp"].append(other.finetune(made.parents.merged, 0.0))
             kinds["continued"].append(other.continued())
         for kind, orders in kinds.items():
@@ -64,18 +66,17 @@ def patient(setting: str, draw: int, folder: Path, work: Workplace) -> None:
         if stopped.made is None or stopped.made.result.best_step:
             continue
         record["systems"][f"{kind} {seed}"] = measured(steps, stopped)
-        went_on = in_order(steps, seed, patience=None).finetune(start, 0.0)
+        went_on = in_order(steps, seed, patience=99).finetune(start, 0.0)
         record["systems"][f"{kind} {seed}, patient"] = measured(steps, went_on)
         write_json(folder / f"patient-{setting}-{draw}.json", record)
 
 
-def in_order(steps: Steps, seed: int, *, patience: int | None = 1, stops: bool = True) -> Steps:
-    """The same steps with another order of rows; what does not stop has no dev rows, and keeps its last step."""
+def in_order(steps: Steps, seed: int, *, patience: int | None = 1) -> Steps:
+    """The same steps with another order of rows; without patience all epochs are trained, and the last step is kept."""
     recipe = steps.recipe.model_copy(update={"seed": seed})
-    training = replace(recipe.final.training, patience=patience if stops else None)
+    training = replace(recipe.final.training, patience=patience)
     recipe = recipe.model_copy(update={"final": replace(recipe.final, training=training)})
-    splits = steps.splits if stops else replace(steps.splits, dev=())
-    return Steps(steps.session.variant(recipe, splits), steps.store, steps.session)
+    return Steps(steps.session.variant(recipe), steps.store, steps.session, stop_requested=steps._stop_requested)
 
 
 def average_of(adapters: Sequence[Adapter]) -> Adapter:
@@ -96,34 +97,41 @@ def mean_of(factors: Iterable[Tensor]) -> Tensor:
 
 
 def table(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Of each kind three orders, stopped early -> their average; one order of all epochs -> the average of three.
-
-    Then what each gains on the mean of the three orders, after +- half of the 95 % interval over the draws.
-    """
-    keys = {"test_scores": 1, "test_losses": 3}
-    ways = ("average", ALL + " 1", f"{ALL}, average")
-    gains: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    """Of each kind three orders, stopped early -> their average; one order of all epochs -> the average of three."""
     for draw, kind in product(draws, KINDS):
         systems, cells = draw["systems"], []
-        if f"{kind} 3" not in systems:  # the draw is under way
-            continue
-        for key, digits in keys.items():
-            singles = [fmean(systems[f"{kind} {number}"][key]) for number in (1, 2, 3)]
-            others = {way: fmean(systems[f"{kind}, {way}"][key]) for way in ways if f"{kind}, {way}" in systems}
-            for way, value in others.items():
-                for of in (kind, "both"):
-                    gains[of, way, key].append(value - fmean(singles))
-            texts = [" ".join(f"{one:.{digits}f}" for one in of) for of in (singles, others.values())]
+        for key, digits in KEYS.items():
+            ways = [way for way in WAYS if f"{kind}, {way}" in systems]
+            parts = ([f"{kind} {number}" for number in (1, 2, 3)], [f"{kind}, {way}" for way in ways])
+            texts = [" ".join(f"{fmean(systems[name][key]):.{digits}f}" for name in names) for names in parts]
             cells.append(" -> ".join(texts))
         yield f"{draw['setting']} {draw['draw']}, {kind}: {'; '.join(cells)}"
-    for way, of in product(ways, (*KINDS, "both")):
-        told = ", ".join(interval(gains[of, way, key], keys[key]) for key in keys if gains[of, way, key])
-        yield f"  {of}, {way}: minus the mean of three orders, stopped early: {told}"
-    steps = [
-        draw["systems"].get(f"{kind} {number}", {}) for draw, kind in product(draws, KINDS) for number in (1, 2, 3)
-    ]
-    ended = [system["best_step"] == 0 for system in steps if system]
-    yield f"  ended by the first look: {sum(ended)} of {len(ended)} trainings"
+    steps = [draw["systems"][f"{kind} {number}"] for draw, kind in product(draws, KINDS) for number in (1, 2, 3)]
+    yield f"  ended by the first look: {sum(step['best_step'] == 0 for step in steps)} of {len(steps)} trainings"
+
+
+def gains(draws: Sequence[dict[str, Any]], title: str) -> Iterator[str]:
+    """What each way gains on the mean of the three orders, after +- half of the 95 % interval over the trainings."""
+    for way, of in product(WAYS, (*KINDS, "both")):
+        told = []
+        for key, digits in KEYS.items():
+            found = []
+            for draw, kind in product(draws, KINDS if of == "both" else (of,)):
+                systems = draw["systems"]
+                if f"{kind}, {way}" in systems:
+                    singles = fmean(fmean(systems[f"{kind} {number}"][key]) for number in (1, 2, 3))
+                    found.append(fmean(systems[f"{kind}, {way}"][key]) - singles)
+            told.append(interval(found, digits))
+        yield f"  {of}, {way}: minus the mean of three orders, {title}: {', '.join(told)}"
+
+
+def mended(draw: dict[str, Any], ended: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The draw with the trainings that the first look ended replaced by the same ones that went on."""
+    systems = dict(draw["systems"])
+    for patient, kind, (number, seed) in product(ended, KINDS, enumerate(SEEDS, 1)):
+        if (patient["setting"], patient["draw"]) == (draw["setting"], draw["draw"]):
+            systems[f"{kind} {number}"] = patient["systems"].get(f"{kind} {seed}, patient", systems[f"{kind} {number}"])
+    return draw | {"systems": systems}
 
 
 def handed_over(files: Sequence[Path]) -> Iterator[str]:
@@ -149,12 +157,12 @@ def score_of(systems: dict[str, Any], rule: str) -> float:
     return fmean(systems[pick]["test_scores"])
 
 
-def mended(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
+def went_on(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
     """What the first look ended, and what all epochs made of it: test score, test loss, step that was kept."""
     for draw in draws:
         for name, patient in draw["systems"].items():
-            kind, _, went_on = name.partition(", ")
-            if went_on == "patient":
+            kind, _, how = name.partition(", ")
+            if how == "patient":
                 pair = (draw["systems"][kind], patient)
                 scores, losses = ([fmean(system[key]) for system in pair] for key in ("test_scores", "test_losses"))
                 told = f"score {scores[0]:.1f} -> {scores[1]:.1f}, loss {losses[0]:.3f} -> {losses[1]:.3f}"
@@ -170,7 +178,9 @@ def main(job: str, *words: str) -> None:
     if job == "table":
         ended = [file for file in map(Path, words) if file.name.startswith("patient")]
         files = [file for file in map(Path, words) if file not in ended]
-        lines = [*table([*map(read, files)]), *handed_over(files), *mended([*map(read, ended)])]
+        draws, patients = [*map(read, files)], [*map(read, ended)]
+        lines = [*table(draws), *gains(draws, "stopped early"), *handed_over(files), *went_on(patients)]
+        lines += gains([mended(draw, patients) for draw in draws], "those that the first look ended as they went on")
         sys.stdout.write("\n".join(lines) + "\n")
         return
     setting, draw, place = words

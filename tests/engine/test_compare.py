@@ -316,14 +316,14 @@ class TestSteps:
     def test_what_a_run_hands_over_is_a_row_that_trains_nothing_anew(
         self, deliver, tiny_workspace, monkeypatch
     ) -> None:
-        def dear(self: Steps, adapter: Any, split: str) -> Any:  # GRASP's result, so that it is not handed over in both
+        def poor(self: Steps, adapter: Any, split: str) -> Any:  # GRASP's result, so that it is not handed over in both
             measured = original(self, adapter, split)
-            if not (adapter.made and adapter.made.name.startswith("final") and adapter.made.name != "final-0.00"):
-                return measured
-            return replace(measured, result=Losses(losses=[9.0] * len(measured.result.losses)))
+            pruned = adapter.made and adapter.made.name.startswith("final") and adapter.made.name != "final-0.00"
+            scores = [0.0 if pruned else 50.0 + row for row in range(len(measured.result.scores))]
+            return replace(measured, result=measured.result.model_copy(update={"scores": scores}))
 
-        original = Steps.losses
-        monkeypatch.setattr(Steps, "losses", dear)
+        original = Steps.row_scores
+        monkeypatch.setattr(Steps, "row_scores", poor)
         metrics = run_tiny(f"final.deliver={deliver}", folder="both").metrics
         comparison, recorder = compared("both", asked("delivered", seeds=(42,)), f"final.deliver={deliver}")
         assert not recorder.did

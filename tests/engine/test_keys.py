@@ -32,7 +32,7 @@ BY_BACKBONE = NOTHING  # by what was loaded
 BY_ROWS = NOTHING  # by what was read, drawn and tokenised
 
 TRAINING = ("epochs", "batch_size", "accumulation", "learning_rate", "weight_decay", "lr_decay", "max_grad_norm", "patience",
-            "evaluate_every", "keep")  # fmt: skip
+            "evaluate_every")  # fmt: skip
 CORPUS = ("files", "sheet", "hub", "columns", "train", "dev", "micro_dev", "test")
 
 TABLE: dict[str, str] = {
@@ -208,6 +208,14 @@ def test_each_row_counts_in_the_steps_that_read_it(change: dict[str, Any], count
         assert differ(session, fewer) == {kind for kind, read in READS.items() if name in read} | (
             {"scores"} if name == "test" else set()
         )
+
+
+def test_dev_rows_that_a_training_does_not_look_at_are_not_in_its_key(session: Session) -> None:
+    splits, stages = session.splits, ("source", "target", "final")
+    endless = session_of("merge.dropout=null", *(f"{stage}.training.patience=null" for stage in stages))
+    endless.given = session.given
+    fewer = endless.variant(splits=replace(splits, dev=splits.dev[:-1], source_dev=splits.source_dev[:-1]))
+    assert differ(endless.variant(splits=splits), fewer) == {"rows"}
 
 
 def test_rows_that_are_another_split_count(session: Session) -> None:

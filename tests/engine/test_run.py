@@ -577,8 +577,7 @@ class TestWays:
     @pytest.mark.parametrize("score", ["magnitude", "input_aware", "gradient_of_delta"])
     def test_a_held_mask_stays_exactly_as_it_was_chosen(self, score: str, finished_run: Path, tmp_path: Path) -> None:
         """The zeros of a final run are those of its first step."""
-        session = session_of(f"mask.score={score}", "final.training.epochs=0.3", "final.training.keep=last",
-                             "final.training.patience=null")  # fmt: skip
+        session = session_of(f"mask.score={score}", "final.training.epochs=0.3", "final.training.patience=null")
         merged, zeros = session.read("run/merged").weights, []
         begin = PrunedTraining.on_train_begin
 

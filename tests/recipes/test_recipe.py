@@ -115,7 +115,7 @@ class TestPresets:
             PRESETS[name].rule,
         )
         assert stage.preset == name
-        assert (stage.training.patience, stage.training.keep) == (None, "last")
+        assert stage.training.patience is None
 
     def test_keys_are_put_on_top_of_the_preset(self, load: Load) -> None:
         stage = load(SMALL, "controller={preset: late, policy: {ratio_min: 0.5}, rounds: {every: 3}}").controller

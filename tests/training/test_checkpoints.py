@@ -75,7 +75,7 @@ class Training:
         self.apart = apart
         self.make_tiny_model, self.folder, self.kind, self.mask = make_tiny_model, folder / "stage", kind, mask
         self.train = make_examples(examples)
-        self.settings = TrainingSettings(**{"epochs": 2, "learning_rate": 1e-2, "patience": None, **settings})
+        self.settings = TrainingSettings(**{"epochs": 2, "learning_rate": 1e-2, "patience": 99, **settings})
 
     def run(self, save_every: int | None = 3, stop_at: int | None = None, die_at: int | None = None):
         """Train on; return all that the training has found."""
@@ -125,12 +125,12 @@ WAYS = {
     "plain": {},
     "loss logged every second step": {"examples": 12, "epochs": 1},
     "accumulation": {"accumulation": 3, "batch_size": 2, "epochs": 4, "evaluate_every": 0.5},
-    "fractions of epochs": {"epochs": 1.5, "keep": "last", "lr_decay": 0.5},
+    "fractions of epochs": {"epochs": 1.5, "patience": None, "lr_decay": 0.5},
     "patience": {"patience": 2, "evaluate_every": 0.2, "learning_rate": 3e-2, "epochs": 3},
     "controller": {"kind": "controller"},
     "controller, inputs": {"kind": "controller", "mask": MaskSettings("input_aware")},
-    "controller, gradient": {"kind": "controller", "mask": MaskSettings("gradient_of_delta"), "keep": "last"},
-    "controller, adapters apart": {"kind": "controller", "apart": True, "patience": 2, "keep": "last"},
+    "controller, gradient": {"kind": "controller", "mask": MaskSettings("gradient_of_delta"), "patience": None},
+    "controller, adapters apart": {"kind": "controller", "apart": True, "patience": 2},
     "reselect, adapters apart": {"kind": "reselect", "apart": True, "mask": MaskSettings("gradient_of_delta")},
     "hold": {"kind": "hold", "mask": MaskSettings("input_aware")},
     "reselect": {"kind": "reselect", "mask": MaskSettings("gradient_of_delta")},

@@ -102,7 +102,7 @@ def pruned_for(weights, ratio=0.5, mode="hold", score="magnitude") -> PrunedTrai
 
 
 def train_ours(model, folder, controller=None, dev=(), callbacks=(), **changes):
-    settings = TrainingSettings(**{"epochs": 1, "learning_rate": 1e-2, "patience": None, **changes})
+    settings = TrainingSettings(**{"epochs": 1, "learning_rate": 1e-2, "patience": 99, **changes})
     more = {"folder": folder / "run", "controller": controller, "callbacks": callbacks}
     return finetune(model, TRAIN, dev, settings, pad_id=PAD, seed=1, **more)
 

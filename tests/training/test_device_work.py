@@ -65,7 +65,7 @@ def counted_steps(make_tiny_model, tmp_path, layers: int, kind: str) -> list[Cou
         pruned = GraspController(probes, settings, segments=segments)
     steps = count_operations(pruned)
     with attached(backbone, weights) as model:
-        training = TrainingSettings(epochs=1, patience=None, keep="last")
+        training = TrainingSettings(epochs=1, patience=None)
         finetune(model, EXAMPLES, (), training, pad_id=0, seed=1, folder=tmp_path, callbacks=[pruned])
         assert pruned.masks.sparsity() > 0.0
     return [steps[step] for step in range(2, STEPS)]

@@ -35,7 +35,7 @@ PAD = 0
 
 
 def settings(**changes) -> TrainingSettings:
-    return TrainingSettings(**{"epochs": 2, "learning_rate": 1e-2, "patience": None, "batch_size": 2, **changes})
+    return TrainingSettings(**{"epochs": 2, "learning_rate": 1e-2, "patience": 99, "batch_size": 2, **changes})
 
 
 @contextmanager
@@ -130,7 +130,7 @@ def test_the_dev_loss_is_measured_when_due_and_at_the_end(run, every, expected):
     [
         ([3.0, 2.0, 1.0, 1.5, 1.6, 0.1, 0.1], 2, 20, 10),  # stops before it could see 0.1
         ([3.0, 2.0, 1.0, 1.5, 0.9, 1.6, 1.6], 2, 30, 20),  # a new best starts the count anew
-        ([3.0, 2.0, 1.0, 1.5, 1.6, 0.1, 0.2], None, 30, 25),
+        ([3.0, 2.0, 1.0, 1.5, 1.6, 0.1, 0.2], 99, 30, 25),
         ([1.0, 2.0, 0.5, 0.4, 0.3, 0.2, 0.1], 1, 5, 0),  # the untrained adapter is a candidate
         ([1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0], 3, 15, 0),  # no better is no better
     ],
@@ -147,21 +147,23 @@ def test_training_stops_early_and_the_best_adapter_is_kept(
     assert torch.equal(values(model), watch.after[best_step] if best_step else untrained)
 
 
-@pytest.mark.parametrize(("dev", "changes", "loss"), [(2, {"keep": "last"}, 0.7), (0, {"patience": 1}, None)])
-def test_keep_last_or_no_dev_set_keep_the_last_adapter(run, model, monkeypatch, dev, changes, loss):
-    script_dev_losses(monkeypatch, [1.0, 0.5, 0.7])
+@pytest.mark.parametrize(("dev", "patience"), [(2, None), (0, 1)])
+def test_without_patience_or_a_dev_set_nobody_looks_and_the_last_adapter_is_kept(
+    run, model, monkeypatch, dev, patience
+):
+    script_dev_losses(monkeypatch, [])
     watch = Watch()
-    result = run(dev=make_examples(dev, 1), callbacks=[watch], **changes)
-    assert (result.steps, result.best_step, result.dev_loss) == (10, 10, loss)
+    result = run(dev=make_examples(dev, 1), callbacks=[watch], patience=patience)
+    assert (result.steps, result.best_step, result.dev_loss) == (10, 10, None)
+    assert not any("dev_loss" in row for row in result.history)
     assert torch.equal(values(model), watch.after[10])
 
 
-@pytest.mark.parametrize("keep", ["best", "last"])
 @pytest.mark.parametrize("architecture", TARGETS)
-def test_the_model_has_the_dev_loss_of_the_result(make_tiny_model, run, architecture, keep):
+def test_the_model_has_the_dev_loss_of_the_result(make_tiny_model, run, architecture):
     dev = make_examples(4, 1)
     with adapted(make_tiny_model, architecture, dropout=0.1) as peft_model:
-        result = run(dev=dev, on=peft_model, keep=keep, epochs=3, learning_rate=3e-2)
+        result = run(dev=dev, on=peft_model, epochs=3, learning_rate=3e-2)
         losses = ProbeSet(dev, PAD).losses(peft_model)
         with torch.no_grad():
             naive = naive_losses(peft_model, dev).mean().item()
@@ -200,8 +202,9 @@ def test_measuring_the_dev_loss_does_not_change_the_training(make_tiny_model, ru
     found = []
     for dev in ([], make_examples(3, 1)):
         with adapted(make_tiny_model, dropout=0.3) as peft_model:
-            run(dev=dev, keep="last", evaluate_every=0.2, on=peft_model)
-            found.append(values(peft_model))
+            watch = Watch()
+            run(dev=dev, evaluate_every=0.2, on=peft_model, callbacks=[watch])
+            found.append(watch.after[10])
     assert torch.equal(*found)
 
 
@@ -307,8 +310,8 @@ def test_one_module_with_a_gradient_is_enough_and_an_adapter_of_zeros_has_none_t
 def test_a_bfloat16_backbone_trains_a_float32_adapter(make_tiny_model, run):
     backbone = make_tiny_model("gemma3").to(torch.bfloat16)
     with attached(backbone, random_adapter(make_tiny_model("gemma3"), "gemma3")) as peft_model:
-        before = values(peft_model)
-        result = run(dev=make_examples(3, 1), on=peft_model, keep="last", learning_rate=1e-4)
-        assert values(peft_model).dtype == torch.float32
-        assert not torch.equal(values(peft_model), before)
+        before, watch = values(peft_model), Watch()
+        result = run(dev=make_examples(3, 1), on=peft_model, learning_rate=1e-4, callbacks=[watch])
+        assert watch.after[10].dtype == torch.float32
+        assert not torch.equal(watch.after[10], before)
     assert math.isfinite(result.dev_loss)

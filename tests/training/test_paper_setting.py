@@ -85,7 +85,7 @@ def our_run(folder: Path) -> tuple[list[int], list[dict[str, Any]]]:
         segments=segments_of(merged),
         on_round=keep,
     )
-    settings = TrainingSettings(2, learning_rate=LEARNING_RATE, max_grad_norm=0.0, patience=3, keep="last")
+    settings = TrainingSettings(2, learning_rate=LEARNING_RATE, max_grad_norm=0.0, patience=3)
     with attached(model, merged) as peft_model:
         peft_model.double().register_forward_pre_hook(see, with_kwargs=True)
         finetune(peft_model, TRAIN, DEV, settings, pad_id=PAD, seed=1, folder=folder, controller=controller)

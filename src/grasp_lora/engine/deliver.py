@@ -1,18 +1,13 @@
-"""Which adapter a run hands over: GRASP's result, unless another is clearly ahead on the dev rows, by loss or by answers.
+"""Which adapter a run hands over: GRASP's result, unless another one answers the dev rows clearly better.
 
-The rule, for `final.deliver: best`, by the mean loss on dev, or on micro-dev where there is no dev set. The test split has no
-part in it.
+The rule, for `final.deliver: best`, on dev, or on micro-dev where there is no dev set. The test split has no part in it.
 
-1. Candidates stand in the order of `IN_ORDER`. A run has stopped before at a loss that is not finite.
-2. Where the lowest mean is more than `NEAR` below that of GRASP's result, it is handed over, of equal ones the first. Else
-   GRASP's result is: where losses are near, it answered better in the mean of all that was measured.
-3. A loss tells little of answers. So the candidates answer these rows, too. Of those whose main score is above that of the
-   adapter so far by more than `AHEAD` standard errors of the difference the highest takes its place, of equal ones the one of
-   the lower loss.
-4. How far the rows tell the choice from the next is said: the paired bootstrap over these rows (`compare_with_baselines`, 95 %).
-   Rows that belong together, such as those of one article, are drawn together.
+1. The candidates answer these rows. Of those whose main score is above that of GRASP's result by more than `AHEAD` standard
+   errors of the difference the highest is handed over, of equal ones the one of the lower loss.
+2. Else GRASP's result is: where rows do not tell, it answered better in the mean of all that was measured.
 
-Rules that wait until the rows show a difference were measured, and left: a dozen rows show nothing (`lab/log.md`).
+Losses have no say: they often rise while answers get better. Rules that go by losses, and rules that wait until the rows show a
+difference, were measured, and left (`lab/log.md`).
 The backbone alone is measured beside them and never handed over: it tells whether any adapter has learned something.
 """
 
@@ -21,24 +16,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean, stdev
 
-from grasp_lora.data.splits import group_numbers
 from grasp_lora.engine.results import Adapter, Finished, RowScores
 from grasp_lora.engine.run_folder import Delivered
-from grasp_lora.engine.steps import FEWEST, Parents, Steps
+from grasp_lora.engine.steps import Parents, Steps
 from grasp_lora.errors import AdapterError, DivergedError, ProbeError
 from grasp_lora.evaluation.statistics import compare_with_baselines
 
-IN_ORDER = {
+TITLES = {
     "continued": "the source adapter continued on the target rows",
     "source": "the source adapter as it is",
     "target": "the target adapter",
     "merged": "the merge, not trained",
     "grasp": "GRASP's result",
 }
-ON_SOURCE = IN_ORDER | {"merged": "the target adapter on top of the source adapter"}  # with `target.on`
+ON_SOURCE = TITLES | {"merged": "the target adapter on top of the source adapter"}  # with `target.on`
 UNPRUNED = "the merge, trained further"  # what GRASP's result is where the recipe says that nothing is pruned
 ALONE = "zero_shot"  # the backbone without an adapter, which is measured and never handed over
-NEAR = 0.05  # of a loss
 AHEAD = 1.0  # standard errors of a difference between scores
 _ROUNDING = 1e-9
 FEWEST_TOLD = 6  # rows from which on one can show a difference at 95 %: of fewer all signs agree by chance too often
@@ -80,7 +73,7 @@ def choose(steps: Steps, systems: Mapping[str, Adapter], parents: Parents, left_
         steps: measure what is not on record yet.
         systems: of `candidates`.
         parents: the adapters that were merged.
-        left_out: as in `best_of`.
+        left_out: why a candidate is missing, as a sentence.
     """
     split, rows = steps.choosing_split, (steps.choosing_split or "dev").replace("_", "-")
 
@@ -88,38 +81,72 @@ def choose(steps: Steps, systems: Mapping[str, Adapter], parents: Parents, left_
         return [] if split is None else steps.losses(adapter, split).result.losses
 
     losses = {name: losses_of(system) for name, system in systems.items()}
-    groups = None if split is None else group_numbers(getattr(steps.splits, split))
     titles = titles_with(parents.on, steps.recipe.final.prune_ratio)
     if steps.recipe.final.deliver != "best":
         chosen = Delivered(name="grasp", title=titles["grasp"], why="The recipe asks for it (final.deliver).")
     else:
-        chosen = best_of(losses, rows, left_out, groups, titles)
         scores = {name: step.result for name, step in answers_that_count(steps, systems).items()}
-        if (best := answers_better(scores, losses, chosen.name)) is not None:
-            ours, theirs = (fmean(scores[name].scores) for name in (best, chosen.name))
-            loss = f"{fmean(losses[best]):.3f} against {fmean(losses[chosen.name]):.3f}"
-            why = f"It answers the {len(scores[best].scores)} {rows} rows better than {chosen.title}: in the mean of the rows "
-            why += f"{ours:.1f} against {theirs:.1f} ({scores[best].metric}). That weighs more than their loss, which is {loss}."
-            chosen = Delivered(
-                best, title_of(best, titles), f"{why} {left_out}".strip(), rows, len(scores[best].scores), chosen.name
-            )
+        chosen = best_of(scores, losses, rows, left_out, titles)
+        if scores:
             alone = answers_that_count(steps, {ALONE: steps.alone()})[ALONE].result
-            if _ahead(scores[best].scores, alone.scores):
+            if _ahead(scores[chosen.name].scores, alone.scores):
                 return chosen  # whatever the losses say of the backbone alone
     return warned(chosen, losses, losses_of(steps.alone()), rows, titles)
 
 
 def answers_that_count(steps: Steps, systems: Mapping[str, Adapter]) -> dict[str, Finished[RowScores]]:
-    """The scores of the candidates' answers that rule 3 compares; none where no rows choose, or no metric is available."""
+    """The scores of the answers that decide; none where no rows choose, or no metric is available."""
     split = steps.choosing_split
     if split is None or not steps.session.available_metrics:
         return {}
     return {name: steps.row_scores(system, split) for name, system in systems.items()}
 
 
-def answers_better(scores: Mapping[str, RowScores], losses: Mapping[str, Sequence[float]], chosen: str) -> str | None:
-    """The candidate whose answers are clearly better than those of the one that was chosen, if there is one: rule 3."""
-    ahead = [name for name, of in scores.items() if of.scores and _ahead(of.scores, scores[chosen].scores)]
+def best_of(
+    scores: Mapping[str, RowScores],
+    losses: Mapping[str, Sequence[float]],
+    split: str,
+    left_out: str = "",
+    titles: Mapping[str, str] = TITLES,
+) -> Delivered:
+    """Choose by the rule above.
+
+    Args:
+        scores: of each candidate's answers, a number a row and the same rows in all; empty where there are none.
+        losses: the same of its losses.
+        split: where they come from, as a reader calls it.
+        left_out: as in `choose`.
+        titles: what each kind of candidate is called.
+    """
+
+    def mean(name: str) -> float:
+        return fmean(scores[name].scores)
+
+    usual = title_of("grasp", titles)
+    measured = [name for name, of in scores.items() if of.scores]  # a metric of one's own may give none
+    if "grasp" not in measured:
+        why = f"No answers to {split} rows can be compared, so {usual} is handed over. {left_out}"
+        return Delivered("grasp", usual, why.strip())
+    examples, metric = len(scores["grasp"].scores), scores["grasp"].metric
+    better, highest = clearly_ahead(scores, losses, "grasp"), max(measured, key=mean)
+    if better is not None:
+        why = f"It answers the {examples} {split} rows better than {usual}: in the mean of the rows {mean(better):.1f} against "
+        why += f"{mean('grasp'):.1f} ({metric}), by more than one standard error."
+    elif mean(highest) > mean("grasp"):
+        why = f"Its answers to the {examples} {split} rows score {mean('grasp'):.1f} ({metric}). The highest is "
+        why += f"{mean(highest):.1f}, {title_of(highest, titles)}, which is not ahead by more than one standard error. Where "
+        why += "rows do not tell, it is the one to expect the best of."
+    else:
+        why = (
+            f"Its answers to the {examples} {split} rows score {mean('grasp'):.1f} ({metric}), and none scores higher."
+        )
+    name = better or "grasp"
+    return Delivered(name, title_of(name, titles), f"{why} {left_out}".strip(), split, examples)
+
+
+def clearly_ahead(scores: Mapping[str, RowScores], losses: Mapping[str, Sequence[float]], usual: str) -> str | None:
+    """The candidate that takes the place of the usual one by rule 1, if there is one."""
+    ahead = [name for name, of in scores.items() if of.scores and _ahead(of.scores, scores[usual].scores)]
     return max(ahead, key=lambda name: (fmean(scores[name].scores), -fmean(losses[name])), default=None)
 
 
@@ -131,58 +158,12 @@ def _ahead(ours: Sequence[float], theirs: Sequence[float]) -> bool:
     return fmean(leads) > AHEAD * stdev(leads) / math.sqrt(len(leads)) * (1 + _ROUNDING)
 
 
-def best_of(
-    losses: Mapping[str, Sequence[float]],
-    split: str,
-    left_out: str = "",
-    groups: Sequence[int] | None = None,
-    titles: Mapping[str, str] = IN_ORDER,
-) -> Delivered:
-    """Choose by the rule above.
-
-    Args:
-        losses: of each candidate, nats per answer token, one a row and the same rows in all; empty where there are none.
-        split: where they come from, as a reader calls it.
-        left_out: why a candidate is missing, as a sentence.
-        groups: what each row belongs to, such as its article; None takes each by itself.
-        titles: what each kind of candidate is called.
-    """
-    order = sorted(losses, key=lambda name: list(IN_ORDER).index(_kind(name)))
-    if len(losses[order[0]]) < FEWEST:
-        why = f"There are no {split} losses to choose by, so {title_of('grasp', titles)} is handed over."
-        return Delivered(name="grasp", title=title_of("grasp", titles), why=f"{why} {left_out}".strip())
-    means = {name: fmean(losses[name]) for name in order}
-    best = min(order, key=means.__getitem__)  # of equal ones the first in the order
-    near = means[best] >= (1 - NEAR) * means["grasp"]
-    chosen = "grasp" if near else best
-    against = min((name for name in order if name != chosen), key=means.__getitem__)
-    compared = compare_with_baselines(losses[chosen], {against: losses[against]}, groups=groups, higher_is_better=False)
-    comparison = compared[against]
-    why = f"Its {split} loss is {means[chosen]:.3f}, the lowest; next is {means[against]:.3f}, {title_of(against, titles)}."
-    if chosen != best:
-        why = f"Its {split} loss is {means[chosen]:.3f}, within {NEAR:.0%} of the lowest, {means[best]:.3f}, "
-        why += f"{title_of(best, titles)}. So near, it is the one to expect the best of."
-    shown = "cannot tell these apart" if comparison.verdict == "no difference shown" else "show the difference"
-    return Delivered(
-        name=chosen,
-        title=title_of(chosen, titles),
-        why=f"{why} {comparison.examples} {split} rows {shown}. {left_out}".strip(),
-        split=split,
-        examples=comparison.examples,
-        against=against,
-        difference=comparison.difference + 0.0,
-        low=comparison.low + 0.0,
-        high=comparison.high + 0.0,
-        confidence=comparison.confidence,
-    )
-
-
 def titles_with(on: str | None, prune_ratio: float | None) -> dict[str, str]:
     """Return what each kind of candidate is called, with `target.on` and a prune ratio that was given."""
-    return (IN_ORDER if on is None else ON_SOURCE) | ({"grasp": UNPRUNED} if prune_ratio == 0 else {})
+    return (TITLES if on is None else ON_SOURCE) | ({"grasp": UNPRUNED} if prune_ratio == 0 else {})
 
 
-def title_of(name: str, titles: Mapping[str, str] = IN_ORDER) -> str:
+def title_of(name: str, titles: Mapping[str, str] = TITLES) -> str:
     """Return what a system is, as a part of a sentence; the second of several sources says so."""
     number = name.partition("_")[2]
     return titles[_kind(name)] + (f" (number {number})" if number else "")
@@ -197,7 +178,7 @@ def warned(
     losses: Mapping[str, Sequence[float]],
     alone: Sequence[float],
     split: str,
-    titles: Mapping[str, str] = IN_ORDER,
+    titles: Mapping[str, str] = TITLES,
 ) -> Delivered:
     """The same, with what has to be said of it where no adapter, or not this one, is shown to be better than the backbone alone.
 

@@ -129,7 +129,7 @@ def _grid(in_paper: bool, curve: bool) -> Callable[[Steps], Outcome]:
             raise busy
         if not runs:
             raise next(iter(failed.values()))
-        points = {ratio: {"dev": float(adapter.made.result.dev_loss)} for ratio, adapter in runs.items()}  # type: ignore[union-attr, arg-type]
+        points = {ratio: {"dev": steps.dev_loss(adapter)} for ratio, adapter in runs.items()}
         if curve and len(steps.splits.test) <= MOST_IN_CURVE:
             for ratio, adapter in runs.items():
                 points[ratio]["test"] = steps.losses(adapter, "test").result.mean

@@ -150,9 +150,6 @@ class Delivered:
         title: what it is, as a part of a sentence.
         why: one or two sentences.
         split, examples: the rows that the choice rests on; None and 0 where there were none.
-        against: the system that it was compared with, None where none was.
-        difference: mean loss of this one minus that of the other, nats per answer token.
-        low, high: bounds of the difference at `confidence`.
         warning: what a reader has to be told of it.
         nothing_learned: no adapter is shown to be better than the backbone alone, so that a prune ratio would say nothing.
     """
@@ -162,11 +159,6 @@ class Delivered:
     why: str
     split: str | None = None
     examples: int = 0
-    against: str | None = None
-    difference: float | None = None
-    low: float | None = None
-    high: float | None = None
-    confidence: float | None = None
     warning: str | None = None
     nothing_learned: bool = False
 

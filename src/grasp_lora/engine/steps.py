@@ -189,8 +189,7 @@ class Steps:
             self._shared.recipe.source.training,
             epochs=1.0,
             evaluate_every=1 / JOINT_EVALUATIONS,
-            patience=None,
-            keep="best",
+            patience=JOINT_EVALUATIONS + 1,  # so that none ends it, and the best is kept
         )
         names = ("source_train", *["train"] * epochs)
         return self._train("joint", names, ("dev",), training, session=self.session.variant(splits=halves))
@@ -298,7 +297,7 @@ class Steps:
         on: Adapter | None = None,
     ) -> Adapter:
         """A fresh adapter, trained on the named splits and judged on others; `on` top of another one, if given."""
-        session = session or self.session
+        session, dev = session or self.session, _looked_at(training, *dev)
         recipe = session.recipe
         train_rows, dev_rows = (
             [row for split in names for row in getattr(session.splits, split)] for names in (train, dev)
@@ -340,7 +339,7 @@ class Steps:
         mask, training, dev = stage.mask_of(self.recipe.mask), stage.training, self.splits.dev
         inputs = self._inputs(
             revision=REVISIONS["training"],
-            data=self._data("train", "dev"),
+            data=self._data("train", *_looked_at(training, "dev")),
             start=start.key,
             prune_ratio=prune_ratio,
             training=_decides(training),
@@ -416,10 +415,9 @@ class Steps:
                 folder / WORK,
                 self.session.progress.round,
             )
-            dev = () if stage.training.patience is None else self.splits.dev
             how = self._how(stage.training, recipe.seed_of("controller order"), folder)
             with attached(self._backbone, weights, dropout=recipe.dropout) as model:
-                result = finetune(model, train, dev, controller=controller, **how)
+                result = finetune(model, train, self.splits.dev, controller=controller, **how)
             rounds, timings = controller.rows()
             # A round before training shows nothing of training. It is enough only where none but it was planned.
             if not any(row["step"] for row in rounds) and stage.round_steps(len(train)) != [0]:
@@ -438,7 +436,7 @@ class Steps:
                 history=[dict(row) for row in result.history],
                 steps=result.steps,
                 trained_examples=_trained_examples(result, stage.training, train),
-                measured_examples=probed + _evaluated_examples(result, dev),
+                measured_examples=probed + _evaluated_examples(result, self.splits.dev),
             )
 
         return self.store.step("controller", inputs, Learned, work, trains=True)
@@ -509,6 +507,11 @@ class Steps:
             return Measured(dev, None, None, None)
         answers = self.answers(adapter)
         return Measured(dev, self.losses(adapter, "test"), answers, self.scores(answers))
+
+    def dev_loss(self, adapter: Adapter) -> float:
+        """The mean loss on dev, as the training saw it that made the adapter, else measured now."""
+        seen = None if adapter.made is None else adapter.made.result.dev_loss
+        return self.losses(adapter, "dev").result.mean if seen is None else seen
 
     def losses(self, adapter: Adapter, split: str) -> Finished[Losses]:
         """The loss of each example of a split: `dev`, `micro_dev` or `test`."""
@@ -673,6 +676,11 @@ def computed_with(backbone: Backbone) -> dict[str, str | None]:
         "dtype": str(backbone.model.dtype),
         "quantise": backbone.quantise,
     }
+
+
+def _looked_at(training: TrainingSettings, *splits: str) -> tuple[str, ...]:
+    """Those of its dev splits that a training looks at, and that so decide what it makes."""
+    return () if training.patience is None else splits
 
 
 def _trained_examples(result: "FineTuneResult", training: TrainingSettings, train: Sequence[Example]) -> int:

@@ -41,7 +41,7 @@ GONE_KEYS: dict[str, str] = {  # the end of a dotted key
     "train_files": "write files: {train: [...], dev: [...], test: [...]}",
     "training.evaluate_every": "leave it out; dev rows are measured once an epoch",
     "training.gradient_checkpointing": "set backbone.gradient_checkpointing, which holds for all trainings",
-    "training.keep": "leave it out; the adapter of the lowest dev loss is kept, or the last where there is no dev set",
+    "training.keep": "leave it out; the adapter of the lowest dev loss is kept, with patience: null that of the last step",
     "training.lr_decay": "leave it out; the learning rate falls to 0.85 of it with each epoch",
     "training.max_grad_norm": "leave it out; it is 1, and nothing is clipped with the preset paper",
     "training.weight_decay": "leave it out; there is none",

@@ -25,7 +25,7 @@ from grasp_lora.recipes.section import Based, Section, values_of
 from grasp_lora.text.display import quoted
 from grasp_lora.training.training_settings import TrainingSettings
 
-HIDDEN = ("weight_decay", "lr_decay", "max_grad_norm", "evaluate_every", "keep", "gradient_checkpointing")
+HIDDEN = ("weight_decay", "lr_decay", "max_grad_norm", "evaluate_every", "gradient_checkpointing")
 Training = Annotated[TrainingSettings, Section(HIDDEN)]
 # A controller run steps after each batch, so that rounds are as many as the steps say.
 ControllerTraining = Annotated[TrainingSettings, Section((*HIDDEN, "accumulation"))]
@@ -92,8 +92,7 @@ def from_preset(stage: Mapping[str, Any], dev: bool) -> dict[str, Any]:
     return values
 
 
-# The masks of a controller run are those of its last step.
-CONTROLLER_TRAINING = TrainingSettings(patience=None, keep="last")
+CONTROLLER_TRAINING = TrainingSettings(patience=None)
 
 
 @dataclass(frozen=True)
@@ -187,8 +186,8 @@ class FinalStage:
         mode: `hold` one mask, or `reselect` after every optimizer step by the score `gradient_of_delta` (the paper's final run).
         prune_ratio: use this fraction, in [0, 1], instead of learning one; the controller run is then left out.
         training: how it is trained.
-        deliver: what the run hands over: `best`, this run's result unless another adapter's dev loss is more than 5 % lower, or
-            its dev answers are clearly better; or `grasp`, this run's result in any case.
+        deliver: what the run hands over: `best`, this run's result unless another adapter's dev answers are clearly better; or
+            `grasp`, this run's result in any case.
     """
 
     mode: Literal["hold", "reselect"] = "hold"

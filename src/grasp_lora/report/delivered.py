@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from grasp_lora.data.splits import HELD_OUT
+from grasp_lora.data.splits import HELD_OUT, PAPER_SIZES
 from grasp_lora.data.tasks import ANY_LANGUAGE, TEMPLATES, options_of
 from grasp_lora.engine.check import why_no_folds
 from grasp_lora.engine.compare import LEAST_TEST
@@ -38,7 +38,7 @@ NOTHING_LEARNED = "No adapter is shown to be better than the backbone alone."
 
 
 def is_chosen(run: Run) -> bool:
-    """Whether the run chose what it hands over by its dev losses; else the recipe asks for GRASP's result."""
+    """Whether the run chose what it hands over by its dev answers; else the recipe asks for GRASP's result."""
     return run.recipe.final.deliver == "best"
 
 
@@ -257,7 +257,7 @@ def next_steps(run: Run, recipe: str, overrides: Sequence[str], folder: Path, al
         ]
         settings = ["--output", str(folder), "--methods", "merged,continued,grasp", *["--folds", str(FOLDS)] * folds]
         steps.append(f"{cost} this run: {shlex.join(['grasp-lora', 'compare', *words, *settings])}")
-    if delivered.low is not None and delivered.high is not None and delivered.low <= 0 <= delivered.high:
+    if 0 < delivered.examples < PAPER_SIZES["dev"]:
         split = (delivered.split or "dev").replace("-", "_")
         files, key = split in target.files, f"data.target.{split}"
         place = f"to data.target.files.{split}" if files else f"and raise {key} (now {delivered.examples})"

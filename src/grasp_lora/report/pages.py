@@ -256,8 +256,9 @@ def _stopping(comparison: Comparison) -> str:
     """What final runs use the dev set for, in a sentence."""
     if not comparison.dev_examples:
         return "There is no dev set: final runs train to their end."
-    stopping = "stop early on the dev set" if comparison.stops_early else "train to their end"
-    return f"Final runs {stopping} and keep the adapter with the lowest dev loss."
+    if not comparison.stops_early:
+        return "Final runs train to their end, and keep their last step."
+    return "Final runs stop early on the dev set, and keep the adapter with the lowest dev loss."
 
 
 def _sizes(comparison: Comparison) -> str:

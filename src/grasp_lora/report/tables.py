@@ -159,7 +159,7 @@ def scores_table(run: Run) -> TextTable:
     columns += [
         column_of([score.test_loss for score in systems.values()], 3, min),
         column_of([score.dev_loss for score in systems.values()], 3, min),
-        [Cell(percent(share, 1) if name == "grasp" else percent(0)) for name in systems],
+        [Cell(percent(share, 1) if share and name == "grasp" else percent(0)) for name in systems],
     ]
     names = [f"{METRIC_NAMES.get(key, key)}\u00a0↑" for key in keys]
     heads = ["System", *names, "Test loss\u00a0↓", "Dev loss\u00a0↓", "Pruned"]

@@ -80,7 +80,7 @@ class FineTuneResult:
     Args:
         steps: optimizer steps taken.
         best_step: the step whose adapter the model holds now, 0 for the untrained one.
-        dev_loss: dev loss at `best_step`, None without a dev set.
+        dev_loss: dev loss at `best_step`, None where no dev rows were looked at.
         history: losses, in the order of steps.
     """
 
@@ -111,7 +111,7 @@ def finetune(
     Args:
         model: PEFT model with one trainable LoRA adapter.
         train: training examples, at least one.
-        dev: examples for early stopping and the choice of the best step; empty for none.
+        dev: examples for early stopping and the choice of the best step; not looked at where `settings.patience` is None.
         settings: epochs, batch, learning rate and the rest.
         pad_id: token id for padding.
         seed: of dropout and the order of examples.
@@ -154,8 +154,8 @@ def finetune(
         trainer.remove_callback(PrinterCallback)  # it prints; progress is shown by whoever passes `on_step`
         if controller is not None:
             controller.add_to(trainer)
-        if dev:  # after the callbacks that prune, so that it measures and keeps pruned weights
-            best = BestOnDev(ProbeSet(dev, pad_id), settings, settings.evaluate_steps(steps_per_epoch))
+        if dev and settings.patience:  # after the callbacks that prune, so that it measures and keeps pruned weights
+            best = BestOnDev(ProbeSet(dev, pad_id), settings.patience, settings.evaluate_steps(steps_per_epoch))
             trainer.add_callback(best)
         if checkpoints is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -187,11 +187,8 @@ def finetune(
     best_step, dev_loss = steps, None
     if best is not None:
         history = sorted(history + best.history, key=lambda row: row["step"])
-        if settings.keep == "best":
-            best.restore(model)
-            best_step, dev_loss = best.best_step, best.best_loss
-        else:
-            dev_loss = best.history[-1]["dev_loss"]
+        best.restore(model)
+        best_step, dev_loss = best.best_step, best.best_loss
     if trainer.is_world_process_zero():
         write_jsonl(folder / "history.jsonl", history)
     return FineTuneResult(steps, best_step, dev_loss, history)
@@ -321,9 +318,9 @@ class BestOnDev(SavedInCheckpoints):
 
     state_name = "dev"
 
-    def __init__(self, dev: ProbeSet, settings: TrainingSettings, evaluate_steps: int) -> None:
+    def __init__(self, dev: ProbeSet, patience: int, evaluate_steps: int) -> None:
         self.dev = dev
-        self.patience = settings.patience
+        self.patience = patience
         self.evaluate_steps = evaluate_steps
         self.best_loss = math.inf
         self.best_step = 0
@@ -347,7 +344,7 @@ class BestOnDev(SavedInCheckpoints):
         if state.global_step % self.evaluate_steps and state.global_step != state.max_steps:
             return
         self._evaluate(kwargs["model"], state)
-        if self.patience is not None and self._bad >= self.patience:
+        if self._bad >= self.patience:
             control.should_training_stop = True
 
     def state(self) -> State:

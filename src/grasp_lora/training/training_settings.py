@@ -8,7 +8,6 @@ from grasp_lora.text.checking import require
 TRAINED_AS_MEASURED = 2  # forward passes that a training example counts as: the frozen backbone has no weight gradients
 
 MOST_EPOCHS = 10_000  # the rounds of a run are planned one by one
-KEEP = ("best", "last")
 
 
 @dataclass(frozen=True)
@@ -23,9 +22,9 @@ class TrainingSettings:
         weight_decay: >= 0.
         lr_decay: factor on the learning rate after each epoch, in (0, 1].
         max_grad_norm: gradient clipping, 0 for none.
-        patience: dev evaluations without a new best before training stops, >= 1; None trains all epochs.
+        patience: dev evaluations without a new best before training stops, >= 1; the adapter of the lowest dev loss is kept.
+            None never looks at the dev rows: all epochs are trained, and the last step is kept.
         evaluate_every: how far apart dev evaluations are, in epochs: 1 is once an epoch, 0.5 twice; in (0, 1].
-        keep: `best` keeps the adapter of the lowest dev loss, `last` that of the last step.
         gradient_checkpointing: trade time for memory.
 
     Raises:
@@ -43,7 +42,6 @@ class TrainingSettings:
     max_grad_norm: float = 1.0
     patience: int | None = 1
     evaluate_every: float = 1.0
-    keep: str = "best"
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
@@ -58,7 +56,6 @@ class TrainingSettings:
             max_grad_norm=(0.0 <= self.max_grad_norm < math.inf, "be a number >= 0"),
             patience=(self.patience is None or self.patience >= 1, "be at least 1, or null to train all epochs"),
             evaluate_every=(0.0 < self.evaluate_every <= 1.0, "lie in (0, 1]"),
-            keep=(self.keep in KEEP, f"be one of {', '.join(KEEP)}"),
         )
 
     def shared_by(self, processes: int) -> "TrainingSettings":
