@@ -337,8 +337,8 @@ def _measured(session: Session) -> list[Finding]:
             answered = (time.perf_counter() - started) / len(prompts)
     training_rows, probed = _cost(recipe, session)
     total = training_rows * trained + probed * measured + SYSTEMS * len(splits.test) * (answered + measured)
-    if recipe.final.deliver == "best":  # the candidates answer the dev rows
-        total += (SYSTEMS - 1) * len(splits.dev or splits.micro_dev) * answered
+    if recipe.final.deliver == "best":  # all of them answer the dev rows
+        total += SYSTEMS * len(splits.dev or splits.micro_dev) * answered
     on_gpu = model.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if on_gpu else peak_memory()
     size = (

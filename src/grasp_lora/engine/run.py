@@ -92,12 +92,13 @@ class Made:
         return deliver.choose(steps, self.systems, self.parents, self.left_out)
 
     def looked_at(self, steps: Steps) -> list[Finished[Any]]:
-        """What the choice measured of the candidates: losses and scores of the rows that decide."""
+        """What the choice measured of the candidates and the backbone alone: losses and scores of the rows that decide."""
         split = steps.choosing_split
         if split is None or steps.recipe.final.deliver != "best":
             return []
-        losses = [steps.losses(system, split) for system in self.systems.values()]
-        return [*losses, *deliver.answers_that_count(steps, self.systems).values()]
+        systems = {**self.systems, deliver.ALONE: steps.alone()}
+        losses = [steps.losses(system, split) for system in systems.values()]
+        return [*losses, *deliver.answers_that_count(steps, systems).values()]
 
 
 def make(steps: Steps) -> Made:
