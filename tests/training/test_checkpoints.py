@@ -24,11 +24,11 @@ from grasp_lora.models.live import segments_of
 from grasp_lora.storage import checkpoints as checkpoint_module
 from grasp_lora.storage.checkpoints import (
     MANIFEST,
-    Checkpointing,
     complete,
     newest_checkpoint,
     remove_checkpoints,
     seconds_of,
+    steps_between,
 )
 from grasp_lora.storage.writing import cannot_write, clear_write_errors, write_whole
 from grasp_lora.training import trainer as trainer_module
@@ -99,7 +99,7 @@ class Training:
             callbacks.append(PrunedTraining(0.5, PROBES, self.mask, self.kind, segments_of(weights)))
         callbacks += [Die(die_at)] if die_at else []
         more = {"pad_id": PAD, "seed": 1, "folder": self.folder, "callbacks": callbacks, "controller": controller}
-        more["checkpoints"] = Checkpointing(stop) if save_every else None
+        more["stop_requested"] = stop if save_every else None
         with pytest.MonkeyPatch.context() as patch, attached(backbone, weights, dropout=0.3) as model:
             patch.setattr(checkpoint_module, "LEAST_STEPS", save_every)
             result = finetune(model, self.train, DEV, self.settings, **more)
@@ -215,7 +215,7 @@ def test_a_checkpoint_holds_no_pickle_of_ours_and_no_place_of_this_machine(stopp
 
 @pytest.mark.parametrize(("steps_per_epoch", "steps", "expected"), [(50, 250, 25), (40, 2000, 40), (6, 6, 10)])
 def test_checkpoints_are_ten_or_one_an_epoch(steps_per_epoch, steps, expected):
-    assert Checkpointing().steps_between(steps_per_epoch, steps) == expected
+    assert steps_between(steps_per_epoch, steps) == expected
 
 
 def make_checkpoint(folder: Path, step: int) -> Path:

@@ -48,7 +48,6 @@ from grasp_lora.models.backbone import Backbone
 from grasp_lora.models.generation import generate, likeliest_labels
 from grasp_lora.models.live import adapter_weights, frozen_adapter, segments_of
 from grasp_lora.recipes.stages import AUTO, ControllerStage, FinalStage
-from grasp_lora.storage.checkpoints import Checkpointing
 from grasp_lora.storage.processes import distribute, on_first_process, world_size
 from grasp_lora.text.names import without_place
 from grasp_lora.training.probes import ProbeSet, probes_of
@@ -451,7 +450,7 @@ class Steps:
             "name": folder.name,
             "report_to": self.recipe.report_to,
             "on_step": self.session.progress.step,
-            "checkpoints": Checkpointing(stop_requested=self._stop_requested),
+            "stop_requested": self._stop_requested,
         }
 
     def _save(

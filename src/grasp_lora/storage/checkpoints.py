@@ -9,8 +9,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +30,9 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 State = tuple[dict[str, Any], dict[str, Tensor]]  # JSON values, and tensors by name
 
 
-@dataclass(frozen=True)
-class Checkpointing:
-    """When a fine-tune saves what it needs to go on later.
-
-    Args:
-        stop_requested: asked after each step; names what wants the training to stop there, such as SIGTERM, or gives None.
-    """
-
-    stop_requested: Callable[[], str | None] = lambda: None
-
-    def steps_between(self, steps_per_epoch: int, steps: int) -> int:
-        """Optimizer steps from one checkpoint to the next: ten in a training, at least one an epoch, but not every few steps."""
-        return max(LEAST_STEPS, min(steps_per_epoch, math.ceil(steps / 10)))
+def steps_between(steps_per_epoch: int, steps: int) -> int:
+    """Optimizer steps from one checkpoint to the next: ten in a training, at least one an epoch, but not every few steps."""
+    return max(LEAST_STEPS, min(steps_per_epoch, math.ceil(steps / 10)))
 
 
 def checkpoint_at(folder: Path, step: int) -> Path:

@@ -38,13 +38,13 @@ from grasp_lora.errors import DivergedError, GraspError, Interrupted
 from grasp_lora.models.backbone import is_quantised, supports_logits_to_keep, without_peft
 from grasp_lora.models.live import live_factors
 from grasp_lora.storage.checkpoints import (
-    Checkpointing,
     State,
     checkpoint_at,
     complete,
     newest_checkpoint,
     remove_checkpoints,
     seconds_of,
+    steps_between,
 )
 from grasp_lora.storage.memory import enough_memory
 from grasp_lora.storage.writing import cannot_write, clear_write_errors, vanished, write_jsonl
@@ -103,7 +103,7 @@ def finetune(
     controller: "GraspController | None" = None,
     report_to: Sequence[str] = (),
     on_step: Callable[[dict[str, float]], None] | None = None,
-    checkpoints: Checkpointing | None = None,
+    stop_requested: Callable[[], str | None] | None = None,
     name: str | None = None,
 ) -> FineTuneResult:
     """Train the model's LoRA adapter in place and leave it at its best dev loss.
@@ -120,16 +120,17 @@ def finetune(
         controller: a `GraspController`, registered with the trainer so that trackers see its rounds.
         report_to: trackers of transformers, none by default.
         on_step: called with step, steps, epoch and loss every few steps, for a progress display.
-        checkpoints: when to save `folder`/checkpoint-STEP; training goes on from the newest whole one that is there, which has
-            to be of these same arguments, and leaves them for the caller to remove once the result is safe
-            (`remove_checkpoints`). None saves and resumes nothing.
+        stop_requested: asked after each step; names what wants the training to stop there, such as SIGTERM, or gives None.
+            With it `folder`/checkpoint-STEP are saved. Training goes on from the newest whole one that is there, which has to be
+            of these same arguments, and leaves them for the caller to remove once the result is safe (`remove_checkpoints`).
+            Without it nothing is saved or resumed.
         name: of the training, for trackers and where a signal stops it; None takes that of the folder.
 
     Raises:
         DataError: there are no training examples, or one has no prompt or no answer.
         GraspError: no LoRA weight has a gradient; the loss or a weight became NaN or infinite; the memory does not suffice; or
             the folder cannot be written.
-        Interrupted: `checkpoints` asked for a stop, and a checkpoint was saved.
+        Interrupted: a stop was requested, and a checkpoint was saved.
     """
     check_measurable(train)
     arguments = _arguments(model, settings, folder, seed, report_to, name or folder.name)
@@ -139,7 +140,7 @@ def finetune(
     with (
         leaving_backbone_as_it_was(model),
         own_tracked_run(report_to),
-        clear_write_errors(folder) if checkpoints else nullcontext(),
+        clear_write_errors(folder) if stop_requested else nullcontext(),
         enough_memory("the training", _less_memory(model, train, settings)),
     ):
         trainer = FineTuneTrainer(
@@ -157,7 +158,7 @@ def finetune(
         if dev and settings.patience:  # after the callbacks that prune, so that it measures and keeps pruned weights
             best = BestOnDev(ProbeSet(dev, pad_id), settings.patience, settings.evaluate_steps(steps_per_epoch))
             trainer.add_callback(best)
-        if checkpoints is not None:
+        if stop_requested is not None:
             folder.mkdir(parents=True, exist_ok=True)
             with arguments.main_process_first(local=False):  # it removes what is not whole
                 resumed = newest_checkpoint(folder)
@@ -165,10 +166,8 @@ def finetune(
                     logger.warning("%s was saved by another number of processes; the training begins anew", resumed)
                     remove_checkpoints(folder)
                     resumed = None
-            every = checkpoints.steps_between(
-                steps_per_epoch, settings.steps(math.ceil(len(train) / arguments.world_size))
-            )
-            trainer.add_callback(Saving(trainer, checkpoints, every, resumed))
+            every = steps_between(steps_per_epoch, settings.steps(math.ceil(len(train) / arguments.world_size)))
+            trainer.add_callback(Saving(trainer, stop_requested, every, resumed))
         try:
             trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
         except pickle.UnpicklingError as error:  # the Trainer's own files are loaded with weights_only
@@ -376,8 +375,10 @@ class Saving(SavedInCheckpoints):
 
     state_name = "loss"
 
-    def __init__(self, trainer: FineTuneTrainer, settings: Checkpointing, every: int, resumed: Path | None) -> None:
-        self._trainer, self._settings, self._every = trainer, settings, every
+    def __init__(
+        self, trainer: FineTuneTrainer, stop_requested: Callable[[], str | None], every: int, resumed: Path | None
+    ) -> None:
+        self._trainer, self._stop_requested, self._every = trainer, stop_requested, every
         self._stop: str | None = None
         self._started = time.perf_counter() - (seconds_of(resumed) if resumed else 0.0)
 
@@ -394,7 +395,7 @@ class Saving(SavedInCheckpoints):
         """Have a checkpoint saved when it is due or a stop is asked for."""
         if control.should_training_stop:  # the training is done, and what is done need not be resumed
             return
-        self._stop = self._settings.stop_requested()
+        self._stop = self._stop_requested()
         if args.world_size > 1:  # a signal need not reach all processes within the same step
             asked = signal.Signals[self._stop] if self._stop else 0
             latest = torch.tensor(int(asked), device=args.device)
