@@ -20,17 +20,19 @@ from typing import Any
 from scipy.stats import t as student
 
 from grasp_lora.data.splits import Splits
-from grasp_lora.engine import deliver
 from grasp_lora.engine.check import check
-from grasp_lora.engine.results import Adapter, main_metric
+from grasp_lora.engine.deliver import clearly_ahead
+from grasp_lora.engine.results import Adapter, RowScores, main_metric
 from grasp_lora.engine.run import make
 from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import Steps
 from grasp_lora.engine.store import Store
+from grasp_lora.evaluation.statistics import compare_with_baselines
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.storage.claims import Workplace, working_in
 from grasp_lora.storage.writing import write_json
 
+OTHERS = ("source", "target", "merged", "continued")
 PLAIN, WITHOUT = "merge, trained further", ", without a controller"
 SIZES = {60: (45, 15), 100: (75, 25)}  # rows of a draw, those of them to judge by; there is room for six draws
 COMMON = [
@@ -98,13 +100,9 @@ def draw_of(setting: str, draw: int, folder: Path, work: Workplace) -> None:
     if made.continued is not None:
         systems["continued"] = made.continued
     record: dict[str, Any] = {"setting": setting, "draw": draw, "train": len(steps.splits.train)}
-    record["delivered"] = made.choose(steps).name
     if made.learned is not None:
         record["ratio"] = asdict(made.learned.result.estimate)
         systems[PLAIN] = steps.finetune(made.parents.merged, 0.0)
-        without = {**made.systems, "grasp": systems[PLAIN]}
-        name = deliver.choose(steps, without, made.parents, made.left_out).name
-        record[f"delivered{WITHOUT}"] = PLAIN if name == "grasp" else name
     record["systems"] = {name: measured(steps, adapter) for name, adapter in systems.items()}
     write_json(folder / f"{setting}-{draw}.json", record)
 
@@ -122,6 +120,8 @@ def table(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
             score, loss = ([fmean(each[name][key]) for each in found] for key in ("test_scores", "test_losses"))
             beside = [over(found, name, "continued", key) for key in ("test_scores", "test_losses")]
             yield f"  {name:22} {fmean(score):5.1f} ({beside[0]})   {fmean(loss):.3f} ({beside[1]})"
+        shown = [verdict(each["delivered"], each["continued"]) for each in found]
+        yield f"  delivered, by its own test rows: {', '.join(f'{shown.count(kind)} {kind}' for kind in sorted({*shown}))}"
         for ours, theirs in (("grasp", PLAIN), ("delivered", f"delivered{WITHOUT}")):
             if theirs in names:
                 gains = [over(found, ours, theirs, key) for key in ("test_scores", "test_losses")]
@@ -129,9 +129,22 @@ def table(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def handed_over(draw: dict[str, Any]) -> dict[str, Any]:
-    """What a run would hand over, with a controller and without."""
-    systems = draw["systems"]
-    return {key: systems[of] for key, of in draw.items() if key.startswith("delivered") and of in systems}
+    """What a run would hand over by today's rule, with a controller and without."""
+    found = {}
+    for key, usual in (("delivered", "grasp"), (f"delivered{WITHOUT}", PLAIN)):
+        systems = {name: of for name, of in draw["systems"].items() if name in (*OTHERS, usual) and "dev_scores" in of}
+        if usual in systems:
+            scores = {name: RowScores(metric="", scores=of["dev_scores"]) for name, of in systems.items()}
+            losses = {name: of["dev_losses"] for name, of in systems.items()}
+            found[key] = systems[clearly_ahead(scores, losses, usual) or usual]
+    return found
+
+
+def verdict(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    """What the test rows of a draw show of two systems; each row is drawn by itself."""
+    return (
+        compare_with_baselines(ours["test_scores"], {"other": theirs["test_scores"]})["other"].verdict or "no verdict"
+    )
 
 
 def over(found: Sequence[dict[str, Any]], ours: str, theirs: str, key: str) -> str:
