@@ -51,7 +51,7 @@ class RunResult:
 
     @property
     def delivered(self) -> Delivered:
-        """Which adapter is handed over and why, with difference and interval."""
+        """Which adapter is handed over, and why."""
         return self.record.metrics.delivered
 
     @property

@@ -405,6 +405,26 @@ class TestMethods:
             f"{METHODS['grid'].title}, seed 1, is without ratio 0.6, whose run failed: it diverges"
         ]
 
+    def test_a_grid_whose_runs_look_at_no_dev_rows_measures_them_and_goes_on_where_that_fails(
+        self, tiny_workspace, monkeypatch
+    ) -> None:
+        losses = Steps.losses
+
+        def fail(self: Steps, adapter: Any, split: str) -> Any:
+            if split == "dev" and adapter.made and adapter.made.name == "final-0.60":
+                raise ProbeError("a loss is not finite")
+            return losses(self, adapter, split)
+
+        monkeypatch.setattr(Steps, "losses", fail)
+        endless = "final.training.patience=null"
+        comparison, _ = compared("compare", asked("grid", grid=(0.2, 0.6)), endless)
+        ratio: Any = row_of(comparison, "grid").prune_ratio
+        assert ratio.mean == 0.2
+        assert "is without ratio 0.6, whose run failed: a loss is not finite" in comparison.warnings[0]
+        adapter, dev_loss = steps_of(endless).judged(steps_of(endless).continued())
+        assert adapter.trail[-1].name == "dev-losses"
+        assert dev_loss == adapter.trail[-1].result.mean
+
     @pytest.mark.parametrize("name", ["demo-ar", "mlqa-ar", "xlsum-zh", "llama3-8b-mlqa-ar"])
     def test_the_papers_controller_is_run_as_its_authors_do(self, name) -> None:
         recipe, _ = load_recipe(name)

@@ -19,7 +19,7 @@ from grasp_lora.engine.progress import Progress
 from grasp_lora.engine.results import Losses, RowScores
 from grasp_lora.engine.run_folder import Delivered
 from grasp_lora.engine.steps import Steps
-from grasp_lora.errors import DivergedError, GraspError, Interrupted, RecipeError
+from grasp_lora.errors import DivergedError, GraspError, Interrupted, ProbeError, RecipeError
 
 ROWS = 20
 BEST = "final.deliver=best"
@@ -37,17 +37,15 @@ def losses(**means: float) -> dict[str, Sequence[float]]:
 ON_ITS_OWN: Any = SimpleNamespace(on=None)
 
 
-def faked(rows: dict[str, Sequence[float]], groups: int = ROWS, right: dict[str, Sequence[int]] | None = None) -> Any:
+def faked(rows: dict[str, Sequence[float]], right: dict[str, Sequence[int]] | None = None) -> Any:
     """Steps that have measured these losses, and answered these rows right, by default none."""
-    scores = {name: [100.0 * (row in (right or {}).get(name, ())) for row in range(ROWS)] for name in (*rows, "alone")}
-    examples = [SimpleNamespace(group=f"group {row % groups}") for row in range(ROWS)]
+    scores = {name: [100.0 * (row in (right or {}).get(name, ())) for row in range(ROWS)] for name in {*rows, "alone"}}
     return SimpleNamespace(
         choosing_split="dev",
         alone=lambda: "alone",
         losses=lambda system, split: SimpleNamespace(result=Losses(losses=list(rows.get(system, [])))),
         row_scores=lambda system, split: SimpleNamespace(result=RowScores(metric="f1", scores=scores[system])),
         session=SimpleNamespace(available_metrics=["f1"]),
-        splits=SimpleNamespace(dev=examples),
         recipe=SimpleNamespace(final=SimpleNamespace(deliver="best", prune_ratio=None)),
     )
 
@@ -66,8 +64,8 @@ class TestRule:
                 "continued",
                 "better than GRASP's result: in the mean of the rows 85.0 against 60.0 (f1)",
             ),
-            (range(12), range(17), "grasp", "score 85.0 (f1), and none scores higher."),
-            (range(14), range(14), "grasp", "score 70.0 (f1), and none scores higher."),  # of equal ones
+            (range(12), range(17), "grasp", "score 85.0 (f1). No other adapter scores higher."),
+            (range(14), range(14), "grasp", "score 70.0 (f1). No other adapter scores higher."),  # of equal ones
             (
                 range(7),
                 range(7, 13),
@@ -94,6 +92,16 @@ class TestRule:
             scores = scored(continued=[full, *[0.0] * (rows - 1)], grasp=[0.0] * rows)
             assert clearly_ahead(scores, {"continued": [1.0], "grasp": [1.0]}, "grasp") is None
 
+    def test_a_difference_of_rounding_is_none(self) -> None:
+        scores = scored(continued=[33.333333333336] * 2 + [50.0] * 10, grasp=[33.33333333333333] * 2 + [50.0] * 10)
+        assert clearly_ahead(scores, {"continued": [1.0], "grasp": [1.0]}, "grasp") is None
+
+    def test_the_backbone_alone_that_answers_better_is_a_warning_whatever_the_losses_say(self) -> None:
+        steps = faked(losses(continued=1.0, grasp=1.0, alone=5.0), right={"alone": range(15), "grasp": range(5)})
+        chosen = choose(steps, {name: name for name in ("continued", "grasp")}, ON_ITS_OWN)  # type: ignore[dict-item]
+        assert (chosen.name, chosen.nothing_learned) == ("grasp", True)
+        assert "The backbone alone answers the 20 dev rows better: 75.0 against 25.0 (f1)." in (chosen.warning or "")
+
     def test_the_highest_of_those_clearly_ahead_is_taken_and_of_equal_ones_the_lower_loss(self) -> None:
         wild, even = [0.0, 100.0] * 10, [45.0, 46.0] * 10  # the first has the highest mean, and no more than chance
         scores = scored(source=wild, merged=even, continued=even, grasp=[40.0] * 20, target=[])
@@ -115,6 +123,13 @@ class TestRule:
             assert found.why == (
                 "No answers to micro-dev rows can be compared, so GRASP's result is handed over. It could not: X."
             )
+
+    def test_a_metric_of_ones_own_that_gives_none_leaves_grasps_result_and_its_losses(self) -> None:
+        steps = faked(losses(continued=1.0, grasp=1.0, alone=0.5))
+        steps.row_scores = lambda system, split: SimpleNamespace(result=RowScores(metric="mine", scores=[]))
+        chosen = choose(steps, {name: name for name in ("continued", "grasp")}, ON_ITS_OWN)  # type: ignore[dict-item]
+        assert (chosen.name, chosen.examples) == ("grasp", 0)
+        assert (chosen.warning or "").startswith("No adapter learned anything")
 
     def test_the_second_of_several_sources_can_win(self) -> None:
         scores = scored(source=[0.0] * 4, source_2=[90.0, 80.0, 90.0, 80.0], grasp=[0.0] * 4)
@@ -226,10 +241,21 @@ class TestRun:
         def diverges(self: Steps) -> None:
             raise DivergedError("the loss is not finite")
 
-        monkeypatch.setattr(Steps, "continued", diverges)
-        metrics = run_tiny(BEST, folder=begun).metrics
-        assert "continued" not in metrics.systems
-        assert metrics.delivered.why.endswith("The source adapter could not be continued: the loss is not finite")
+        def no_loss(self: Steps, adapter: Any, split: str) -> Any:
+            if adapter.made and adapter.made.name == "final-0.00":
+                raise ProbeError("the loss is not finite")
+            return measure(self, adapter, split)
+
+        measure = Steps.losses
+        for name, fault in (
+            ("continued", diverges),
+            ("losses", no_loss),
+        ):  # in training, or where nobody looked until now
+            with monkeypatch.context() as patch:
+                patch.setattr(Steps, name, fault)
+                metrics = run_tiny(BEST, folder=begun).metrics
+            assert "continued" not in metrics.systems
+            assert metrics.delivered.why.endswith("The source adapter could not be continued: the loss is not finite")
 
     def test_what_passes_is_no_reason_to_leave_an_adapter_out(
         self, begun: Path, monkeypatch: pytest.MonkeyPatch

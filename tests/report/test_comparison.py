@@ -67,6 +67,15 @@ def test_speed_ups_name_their_grid_and_count_the_merged_adapters_where_a_row_doe
     assert rows["source adapter continued on the target"][3] == "3.33"  # 1,000 passes against 300
 
 
+def test_it_says_what_final_runs_use_the_dev_set_for(comparison: Comparison, tmp_path: Path) -> None:
+    for changes, told in (
+        ({}, "Final runs stop early on the dev set, and keep the adapter with the lowest dev loss."),
+        ({"stops_early": False}, "Final runs train to their end, and keep their last step."),
+        ({"dev_examples": 0}, "There is no dev set: final runs train to their end."),
+    ):
+        assert told in text_of(comparison.model_copy(update=changes), tmp_path)
+
+
 def test_a_cross_validation_says_its_folds(comparison: Comparison, tmp_path: Path) -> None:
     folds = [FoldSizes(test=25, train=60), FoldSizes(test=26, train=59)]
     settings = comparison.settings.model_copy(update={"folds": 4, "seeds": (42,)})

@@ -507,6 +507,9 @@ def test_what_can_be_done_next_names_what_it_costs(run: Run, tmp_path: Path) -> 
     assert compare.endswith("--methods merged,continued,grasp --folds 4")
     assert rows == "more dev rows tell more: add examples and raise data.target.dev (now 6)"
     assert grasp == f"GRASP's own result all the same, at no cost: it is {tmp_path / 'final'}"
+    assert not any(
+        "dev rows" in step for step in next_steps(with_delivered(run, examples=50), "tiny.yaml", [], tmp_path, True)
+    )
     given = with_recipe(run, target={"adapter": "owner/lora"})
     assert "three seeds, about three times" in next_steps(given, "tiny.yaml", [], tmp_path, False)[0]
     assert next_steps(replace(run, learned=None), "tiny.yaml", [], tmp_path, False) == [rows, grasp]

@@ -6,8 +6,8 @@ The rule, for `final.deliver: best`, on dev, or on micro-dev where there is no d
    errors of the difference the highest is handed over, of equal ones the one of the lower loss.
 2. Else GRASP's result is: where rows do not tell, it answered better in the mean of all that was measured.
 
-Losses have no say: they often rise while answers get better. Rules that go by losses, and rules that wait until the rows show a
-difference, were measured, and left (`lab/log.md`).
+Losses decide between equal ones only: they often rise while answers get better. Rules that go by losses, and rules that wait
+until the rows show a difference, were measured, and left (`lab/log.md`).
 The backbone alone is measured beside them and never handed over: it tells whether any adapter has learned something.
 """
 
@@ -45,6 +45,8 @@ def continue_source(steps: Steps) -> tuple[Adapter | None, str]:
     """
     try:
         continued = steps.continued()
+        if (split := steps.choosing_split) is not None:  # a training without patience looked at none of its rows
+            steps.losses(continued, split)
     except (DivergedError, ProbeError, AdapterError) as error:  # the other candidates are there
         return None, f"The source adapter could not be continued: {error}"
     if (continued.made and continued.made.result.best_step) or len(steps.sources()) > 1:
@@ -80,7 +82,7 @@ def choose(steps: Steps, systems: Mapping[str, Adapter], parents: Parents, left_
     def losses_of(adapter: Adapter) -> list[float]:
         return [] if split is None else steps.losses(adapter, split).result.losses
 
-    losses = {name: losses_of(system) for name, system in systems.items()}
+    losses, of_alone = {name: losses_of(system) for name, system in systems.items()}, losses_of(steps.alone())
     titles = titles_with(parents.on, steps.recipe.final.prune_ratio)
     if steps.recipe.final.deliver != "best":
         chosen = Delivered(name="grasp", title=titles["grasp"], why="The recipe asks for it (final.deliver).")
@@ -88,10 +90,16 @@ def choose(steps: Steps, systems: Mapping[str, Adapter], parents: Parents, left_
         scores = {name: step.result for name, step in answers_that_count(steps, systems).items()}
         chosen = best_of(scores, losses, rows, left_out, titles)
         if scores:
-            alone = answers_that_count(steps, {ALONE: steps.alone()})[ALONE].result
-            if _ahead(scores[chosen.name].scores, alone.scores):
+            ours, alone = scores[chosen.name], answers_that_count(steps, {ALONE: steps.alone()})[ALONE].result
+            if _ahead(ours.scores, alone.scores):
                 return chosen  # whatever the losses say of the backbone alone
-    return warned(chosen, losses, losses_of(steps.alone()), rows, titles)
+            if _ahead(alone.scores, ours.scores):
+                warning = (
+                    f"The backbone alone answers the {len(ours.scores)} {rows} rows better: {fmean(alone.scores):.1f} "
+                )
+                warning += f"against {fmean(ours.scores):.1f} ({ours.metric}). This adapter may have learned nothing."
+                return replace(chosen, warning=warning, nothing_learned=True)
+    return warned(chosen, losses, of_alone, rows, titles)
 
 
 def answers_that_count(steps: Steps, systems: Mapping[str, Adapter]) -> dict[str, Finished[RowScores]]:
@@ -132,14 +140,15 @@ def best_of(
     if better is not None:
         why = f"It answers the {examples} {split} rows better than {usual}: in the mean of the rows {mean(better):.1f} against "
         why += f"{mean('grasp'):.1f} ({metric}), by more than one standard error."
-    elif mean(highest) > mean("grasp"):
-        why = f"Its answers to the {examples} {split} rows score {mean('grasp'):.1f} ({metric}). The highest is "
-        why += f"{mean(highest):.1f}, {title_of(highest, titles)}, which is not ahead by more than one standard error. Where "
-        why += "rows do not tell, it is the one to expect the best of."
     else:
-        why = (
-            f"Its answers to the {examples} {split} rows score {mean('grasp'):.1f} ({metric}), and none scores higher."
-        )
+        why = f"Its answers to the {examples} {split} rows score {mean('grasp'):.1f} ({metric}). "
+        if mean(highest) > mean("grasp"):
+            why += (
+                f"The highest is {mean(highest):.1f}, {title_of(highest, titles)}, which is not ahead by more than one "
+            )
+            why += "standard error. Where rows do not tell, it is the one to expect the best of."
+        else:
+            why += "No other adapter scores higher."
     name = better or "grasp"
     return Delivered(name, title_of(name, titles), f"{why} {left_out}".strip(), split, examples)
 
@@ -152,10 +161,11 @@ def clearly_ahead(scores: Mapping[str, RowScores], losses: Mapping[str, Sequence
 
 def _ahead(ours: Sequence[float], theirs: Sequence[float]) -> bool:
     """Whether scores of the same rows are higher by more than `AHEAD` standard errors; one row of many is no more than one."""
-    if len(ours) != len(theirs):  # a metric of one's own may give none
+    if not ours or len(ours) != len(theirs):  # a metric of one's own may give none
         return False
     leads = [our - their for our, their in zip(ours, theirs, strict=True)]
-    return fmean(leads) > AHEAD * stdev(leads) / math.sqrt(len(leads)) * (1 + _ROUNDING)
+    rounding = _ROUNDING * max(map(abs, (*ours, *theirs)))
+    return fmean(leads) > AHEAD * stdev(leads) / math.sqrt(len(leads)) + rounding
 
 
 def titles_with(on: str | None, prune_ratio: float | None) -> dict[str, str]:

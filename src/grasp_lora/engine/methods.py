@@ -115,10 +115,11 @@ def _grid(in_paper: bool, curve: bool) -> Callable[[Steps], Outcome]:
     def run(steps: Steps) -> Outcome:
         parents = steps.parents(in_paper=in_paper)
         stage = _paper_final(steps.recipe) if in_paper else None
-        runs, failed, busy = {}, {}, None
+        runs, points, failed, busy = {}, {}, {}, None
         for ratio in steps.grid:
             try:
-                runs[ratio] = steps.finetune(parents.merged, ratio, stage)
+                runs[ratio], dev_loss = steps.judged(steps.finetune(parents.merged, ratio, stage))
+                points[ratio] = {"dev": dev_loss}
             except Busy as error:  # the other ratios need not wait for this one
                 busy = error
             except RecipeError:
@@ -129,7 +130,6 @@ def _grid(in_paper: bool, curve: bool) -> Callable[[Steps], Outcome]:
             raise busy
         if not runs:
             raise next(iter(failed.values()))
-        points = {ratio: {"dev": steps.dev_loss(adapter)} for ratio, adapter in runs.items()}
         if curve and len(steps.splits.test) <= MOST_IN_CURVE:
             for ratio, adapter in runs.items():
                 points[ratio]["test"] = steps.losses(adapter, "test").result.mean
@@ -172,7 +172,7 @@ def _delivered(steps: Steps) -> Outcome:
     return Outcome(
         systems[chosen.name].after(*looked_at),
         made.ratio if chosen.name == "grasp" else None,
-        chosen_on=split,
+        chosen_on=split if chosen.split else None,
         left_out=(f"is without a candidate. {made.left_out}",) if made.continued is None else (),
         taken=chosen.title,
         parents=made.parents,

@@ -278,7 +278,7 @@ def _plan(session: Session) -> Iterator[Finding]:
     text = f"at most {trained:.0f} training examples and {probed} probed ones, {passes:.0f} forward passes"
     yield _ok("cost", f"{text}; dev losses and answers come on top")
     for sentence in advice(
-        len(splits.dev),
+        len(splits.dev) if recipe.final.training.patience else 0,
         on=recipe.target.on,
         has_source_rows=bool(splits.source_train),
         prunes=recipe.final.prune_ratio != 0,

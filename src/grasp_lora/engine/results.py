@@ -114,7 +114,7 @@ class Trained(Result):
     Args:
         steps: optimizer steps taken.
         best_step: the step whose adapter was kept; 0 where no step lowered the dev loss.
-        dev_loss: mean answer NLL at that step; None without dev examples.
+        dev_loss: mean answer NLL at that step; None where no dev rows were looked at.
         history: losses, as lines of `history.jsonl`.
         kept: weights and kept weights of each module, factor and origin; empty where nothing was pruned.
     """

@@ -151,7 +151,8 @@ class Delivered:
         why: one or two sentences.
         split, examples: the rows that the choice rests on; None and 0 where there were none.
         warning: what a reader has to be told of it.
-        nothing_learned: no adapter is shown to be better than the backbone alone, so that a prune ratio would say nothing.
+        nothing_learned: by the rows that choose no adapter is better than the backbone alone, so that a prune ratio would say
+            nothing.
     """
 
     name: str

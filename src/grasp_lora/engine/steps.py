@@ -60,7 +60,7 @@ if TYPE_CHECKING:  # it brings transformers' Trainer, which takes a second to im
 REVISIONS = {"training": 3, "controller": 3, "losses": 2, "answers": 2, "scores": 3}
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # Paper: grid search
 CHOOSING = ("dev", "micro_dev")  # the splits whose rows may decide
-FEWEST = 2  # rows that a choice by losses needs
+FEWEST = 2  # rows that a choice needs
 CALIBRATION_EXAMPLES = 16  # of the train set, for scores that need inputs in the final run
 JOINT_EVALUATIONS = 4  # of the dev loss in an epoch of source and target data together
 # What a config says of names, formats and memory: the same computation without it.
@@ -496,7 +496,7 @@ class Steps:
 
     @property
     def choosing_split(self) -> str | None:
-        """The split whose losses decide what is handed over: `dev`, or `micro_dev` where that is too small; None: neither."""
+        """The split whose rows decide what is handed over: `dev`, or `micro_dev` where that is too small; None: neither."""
         return next((name for name in CHOOSING if len(getattr(self.splits, name)) >= FEWEST), None)
 
     def measure(self, adapter: Adapter, *, on_dev: bool = True) -> Measured:
@@ -507,10 +507,13 @@ class Steps:
         answers = self.answers(adapter)
         return Measured(dev, self.losses(adapter, "test"), answers, self.scores(answers))
 
-    def dev_loss(self, adapter: Adapter) -> float:
-        """The mean loss on dev, as the training saw it that made the adapter, else measured now."""
+    def judged(self, adapter: Adapter) -> tuple[Adapter, float]:
+        """The mean loss on dev, as the training saw it that made the adapter, else measured now, which is on its trail then."""
         seen = None if adapter.made is None else adapter.made.result.dev_loss
-        return self.losses(adapter, "dev").result.mean if seen is None else seen
+        if seen is not None:
+            return adapter, seen
+        losses = self.losses(adapter, "dev")
+        return adapter.after(losses), losses.result.mean
 
     def losses(self, adapter: Adapter, split: str) -> Finished[Losses]:
         """The loss of each example of a split: `dev`, `micro_dev` or `test`."""

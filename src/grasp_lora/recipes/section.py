@@ -2,9 +2,10 @@
 
 The settings live beside the code that they steer, and a script may set all of them. A recipe shows those that a user changes:
 
-    training: Annotated[TrainingSettings, Section(hidden=("keep",))]
+    training: Annotated[TrainingSettings, Section(hidden=("lr_decay",))]
 
-takes `{epochs: 3}` for `TrainingSettings(epochs=3)`, refuses `keep`, and leaves it out where the recipe is written or described.
+takes `{epochs: 3}` for `TrainingSettings(epochs=3)`, refuses `lr_decay`, and leaves it out where the recipe is written or
+described.
 """
 
 from collections.abc import Mapping

@@ -176,5 +176,5 @@ def _facts(result: Trained | Learned | AnswerTexts) -> str:
         return f"{result.estimate.summary}, {result.estimate.rounds} rounds"
     if isinstance(result, AnswerTexts):
         return f"{len(result.answers)} answers"
-    loss = "" if result.dev_loss is None else f", dev loss {result.dev_loss:.4f}"
-    return f"{result.steps} steps, best at {result.best_step}{loss}"
+    best = "" if result.dev_loss is None else f", best at {result.best_step}, dev loss {result.dev_loss:.4f}"
+    return f"{result.steps} steps{best}"

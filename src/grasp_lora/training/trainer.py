@@ -1,4 +1,4 @@
-"""One fine-tune: an adapter on a backbone, examples, callbacks; out comes the adapter at its best dev loss.
+"""One fine-tune: an adapter on a backbone, examples, callbacks; out comes the adapter at its best dev loss, or at its end.
 
 `finetune` builds a `FineTuneTrainer` and calls its `train`. That is transformers' Trainer with the loss of `training.loss`, a
 learning rate that falls each epoch, and checkpoints that count only when they are whole. Each optimizer step follows the mean
@@ -106,7 +106,7 @@ def finetune(
     stop_requested: Callable[[], str | None] | None = None,
     name: str | None = None,
 ) -> FineTuneResult:
-    """Train the model's LoRA adapter in place and leave it at its best dev loss.
+    """Train the model's LoRA adapter in place and leave it at its best dev loss, without dev rows or patience at its end.
 
     Args:
         model: PEFT model with one trainable LoRA adapter.

@@ -22,8 +22,8 @@ class TrainingSettings:
         weight_decay: >= 0.
         lr_decay: factor on the learning rate after each epoch, in (0, 1].
         max_grad_norm: gradient clipping, 0 for none.
-        patience: dev evaluations without a new best before training stops, >= 1; the adapter of the lowest dev loss is kept.
-            None never looks at the dev rows: all epochs are trained, and the last step is kept.
+        patience: dev evaluations without a new best before training stops, >= 1. None makes none: all epochs are trained, and
+            the last step is kept.
         evaluate_every: how far apart dev evaluations are, in epochs: 1 is once an epoch, 0.5 twice; in (0, 1].
         gradient_checkpointing: trade time for memory.
 
