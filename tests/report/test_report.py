@@ -30,7 +30,7 @@ from made_runs import (
 from grasp_lora.engine.run_folder import Run, SystemScores
 from grasp_lora.evaluation.statistics import PairedComparison, compare_with_baselines
 from grasp_lora.report.card import write_model_card
-from grasp_lora.report.delivered import gain, higher, next_steps, verdict, warning_of
+from grasp_lora.report.delivered import gain, headline, higher, next_steps, verdict, warning_of
 from grasp_lora.report.examples import examples_of
 from grasp_lora.report.figures import figures_of
 from grasp_lora.report.pages import write_report
@@ -513,6 +513,15 @@ def test_what_can_be_done_next_names_what_it_costs(run: Run, tmp_path: Path) -> 
     given = with_recipe(run, target={"adapter": "owner/lora"})
     assert "three seeds, about three times" in next_steps(given, "tiny.yaml", [], tmp_path, False)[0]
     assert next_steps(replace(run, learned=None), "tiny.yaml", [], tmp_path, False) == [rows, grasp]
+
+
+@pytest.mark.parametrize(("theirs", "named_by"), [(49.0, "headline"), (65.0, "higher")])
+def test_a_rival_is_named_once(run: Run, theirs: float, named_by: str) -> None:
+    run = with_delivered(with_recipe(run, final={"deliver": "best"}), name="grasp")
+    sure = PairedComparison(61.0 - theirs, -6.0, 18.0, 0.01, 0.95, 100, 1000)
+    rivals = {"continued": Difference("f1", 61.0, theirs, sure, None)}
+    texts = {"headline": headline(run, rivals), "higher": higher(run, rivals) or ""}
+    assert [name for name, text in texts.items() if f"{theirs:.1f}" in text] == [named_by]
 
 
 @pytest.mark.parametrize(

@@ -86,11 +86,7 @@ def gain(run: Run, compared: Mapping[str, Difference]) -> str | None:
 
 def higher(run: Run, compared: Mapping[str, Difference], folder: Path = Path()) -> str | None:
     """Which systems have higher test scores, perhaps by chance, and where they lie, as sentences; None where there are none."""
-    above = {
-        name: each
-        for name, each in compared.items()
-        if each.score and each.score.verdict != "worse" and round(each.theirs - each.ours, each.digits) > 0
-    }
+    above = {name: each for name, each in compared.items() if _is_higher(each)}
     if not above:
         return None
     folders = {name: name for name in run.adapters} | {"grasp": FINAL_FOLDER}
@@ -104,6 +100,11 @@ def higher(run: Run, compared: Mapping[str, Difference], folder: Path = Path()) 
         f"A higher test {first.name} than its {first.ours:.{first.digits}f}: {'; '.join(others)}. "
         f"{rows} test rows cannot show whether that is chance."
     )
+
+
+def _is_higher(each: Difference) -> bool:
+    """Whether another system has a higher test score, as it is printed, which may be chance."""
+    return bool(each.score and each.score.verdict != "worse") and round(each.theirs - each.ours, each.digits) > 0
 
 
 def headline(run: Run, compared: Mapping[str, Difference]) -> str:
@@ -133,7 +134,7 @@ def headline(run: Run, compared: Mapping[str, Difference]) -> str:
     if run.metrics.delivered.name != "grasp":
         beside = {"grasp": "what is handed over"}
     rival = next((name for name in beside if name in compared), None)
-    if rival is not None:
+    if rival is not None and not _is_higher(compared[rival]):  # of which `higher` tells
         against, digits = compared[rival], compared[rival].digits
         grasp, other, score = against.ours, against.theirs, against.score
         if rival == "grasp":
