@@ -35,11 +35,8 @@ from grasp_lora.storage.writing import write_json
 OTHERS = ("source", "target", "merged", "continued")
 PLAIN, WITHOUT = "merge, trained further", ", without a controller"
 SIZES = {60: (45, 15), 100: (75, 25)}  # rows of a draw, those of them to judge by; there is room for six draws
-COMMON = [
-    "data.target.dev=2",
-    "data.target.micro_dev=2",
-    "source.training.epochs=2",
-]  # as `init` writes them, but for patience
+# As `init` writes them, but for patience.
+COMMON = ["data.target.dev=2", "data.target.micro_dev=2", "source.training.epochs=2"]
 FEW = [*COMMON, "target.on=null", "final.prune_ratio=0", "data.target.train=270"]
 MORE = [*COMMON, "data.target.train=450"]
 QUESTIONS = ["data.source=null", "source.adapters=[english-qa]", "data.target.test=150"]

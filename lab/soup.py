@@ -2,9 +2,7 @@
 
     python lab/soup.py draw SETTING DRAW FOLDER    # settings and draws of few_rows.py; FOLDER holds its steps
     python lab/soup.py patient SETTING DRAW FOLDER # what the first look at the dev rows ended, once more for all epochs
-    python lab/soup.py rates SETTING DRAW FOLDER   # at two learning rates, in two orders
     python lab/soup.py table FILE [FILE ...]       # soup-*.json and patient-*.json: means over draws, with 95 % intervals
-    python lab/soup.py table-of-rates FILE [FILE ...]  # rates-*.json
 
 Needs GRASP_LORA_DATA.
 """
@@ -34,7 +32,6 @@ from grasp_lora.storage.writing import write_json
 
 SEEDS = (42, 1, 2)  # the first is the recipe's own
 KINDS, ALL = ("grasp", "continued"), "all epochs"
-RATES = (1e-4, 3e-4)
 LENGTHS = ("", f", {ALL}")
 WAYS = ("average", f"{ALL} 1", f"{ALL}, average")
 KEYS = {"test_scores": 1, "test_losses": 3}  # and their decimals
@@ -74,22 +71,10 @@ def patient(setting: str, draw: int, folder: Path, work: Workplace) -> None:
         write_json(folder / f"patient-{setting}-{draw}.json", record)
 
 
-def rates(setting: str, draw: int, folder: Path, work: Workplace) -> None:
-    """Train the merge and the source adapter further at both rates, as patiently as `init` has it for few rows."""
-    steps = steps_of(setting, draw, folder, work)
-    made = make(steps)
-    record: dict[str, Any] = {"setting": setting, "draw": draw, "systems": {}}
-    for seed, kind, rate in product(SEEDS[:2], KINDS, RATES):
-        start = made.parents.merged if kind == "grasp" else steps.source()
-        trained = in_order(steps, seed, patience=2, learning_rate=rate).finetune(start, 0.0)
-        record["systems"][f"{kind} {seed}, {rate:g}"] = measured(steps, trained)
-        write_json(folder / f"rates-{setting}-{draw}.json", record)
-
-
-def in_order(steps: Steps, seed: int, *, patience: int | None = 1, learning_rate: float = RATES[0]) -> Steps:
+def in_order(steps: Steps, seed: int, *, patience: int | None = 1) -> Steps:
     """The same steps with another order of rows; without patience all epochs are trained, and the last step is kept."""
     recipe = steps.recipe.model_copy(update={"seed": seed})
-    training = replace(recipe.final.training, patience=patience, learning_rate=learning_rate)
+    training = replace(recipe.final.training, patience=patience)
     recipe = recipe.model_copy(update={"final": replace(recipe.final, training=training)})
     return Steps(steps.session.variant(recipe), steps.store, steps.session, stop_requested=steps._stop_requested)
 
@@ -138,23 +123,6 @@ def gains(draws: Sequence[dict[str, Any]], title: str) -> Iterator[str]:
                     found.append(fmean(systems[f"{kind}, {way}"][key]) - singles)
             told.append(interval(found, digits))
         yield f"  {of}, {way}: minus the mean of three orders, {title}: {', '.join(told)}"
-
-
-def of_rates(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Score and test loss at each rate, then the higher rate minus the lower over all trainings, after +- the 95 % interval."""
-    gaps: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for draw, kind, seed in product(draws, KINDS, SEEDS[:2]):
-        pair = [draw["systems"].get(f"{kind} {seed}, {rate:g}") for rate in RATES]
-        if None not in pair:
-            cells = []
-            for key, digits in KEYS.items():
-                low, high = (fmean(system[key]) for system in pair)
-                for of in (kind, "both"):
-                    gaps[of, key].append(high - low)
-                cells.append(f"{low:.{digits}f} -> {high:.{digits}f}")
-            yield f"{draw['setting']} {draw['draw']}, {kind} {seed}: {'; '.join(cells)}"
-    for of in (*KINDS, "both"):
-        yield f"  {of}: {', '.join(interval(gaps[of, key], digits) for key, digits in KEYS.items())}"
 
 
 def mended(draw: dict[str, Any], ended: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -207,9 +175,6 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def main(job: str, *words: str) -> None:
-    if job == "table-of-rates":
-        sys.stdout.write("\n".join(of_rates([*map(read, map(Path, words))])) + "\n")
-        return
     if job == "table":
         ended = [file for file in map(Path, words) if file.name.startswith("patient")]
         files = [file for file in map(Path, words) if file not in ended]
@@ -222,7 +187,7 @@ def main(job: str, *words: str) -> None:
     folder = Path(place)
     with working_in(folder) as work:
         work.begin(shared=True)
-        {"draw": draw_of, "patient": patient, "rates": rates}[job](setting, int(draw), folder, work)
+        (patient if job == "patient" else draw_of)(setting, int(draw), folder, work)
 
 
 if __name__ == "__main__":

@@ -94,10 +94,9 @@ def choose(steps: Steps, systems: Mapping[str, Adapter], parents: Parents, left_
             if _ahead(ours.scores, alone.scores):
                 return chosen  # whatever the losses say of the backbone alone
             if _ahead(alone.scores, ours.scores):
-                warning = (
-                    f"The backbone alone answers the {len(ours.scores)} {rows} rows better: {fmean(alone.scores):.1f} "
-                )
-                warning += f"against {fmean(ours.scores):.1f} ({ours.metric}). This adapter may have learned nothing."
+                warning = f"The backbone alone answers the {len(ours.scores)} {rows} rows better: "
+                warning += f"{fmean(alone.scores):.1f} against {fmean(ours.scores):.1f} ({ours.metric}). "
+                warning += "This adapter may have learned nothing."
                 return replace(chosen, warning=warning, nothing_learned=True)
     return warned(chosen, losses, of_alone, rows, titles)
 
@@ -143,10 +142,8 @@ def best_of(
     else:
         why = f"Its answers to the {examples} {split} rows score {mean('grasp'):.1f} ({metric}). "
         if mean(highest) > mean("grasp"):
-            why += (
-                f"The highest is {mean(highest):.1f}, {title_of(highest, titles)}, which is not ahead by more than one "
-            )
-            why += "standard error. Where rows do not tell, it is the one to expect the best of."
+            why += f"The highest is {mean(highest):.1f}, {title_of(highest, titles)}, which is not ahead by more than "
+            why += "one standard error. Where rows do not tell, it is the one to expect the best of."
         else:
             why += "No other adapter scores higher."
     name = better or "grasp"
