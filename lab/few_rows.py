@@ -3,8 +3,9 @@
     python lab/few_rows.py draw SETTING DRAW FOLDER    # one draw; goes on where it was stopped, writes FOLDER/SETTING-DRAW.json
     python lab/few_rows.py table FILE [FILE ...]       # means over draws, with 95 % intervals over the draws
 
-Settings `sw`, `ko` and `su` draw 45 rows, what 60 are after their test quarter; `sw100` and `su100` draw 75, what 100 are,
-and learn a ratio. Draws of a setting share the source adapter and the test rows; their other rows are disjoint.
+Settings `sw` and `su` draw 45 rows, what 60 are after their test quarter; `sw100` and `su100` draw 75, what 100 are, and learn
+a ratio. Draws of a setting share the source adapter and the test rows; their other rows are disjoint.
+`ko`, `zh`, `min` and `min100` are to confirm: each of their draws has a training seed of its own.
 Needs GRASP_LORA_DATA.
 """
 
@@ -35,15 +36,28 @@ from grasp_lora.storage.writing import write_json
 OTHERS = ("source", "target", "merged", "continued")
 PLAIN, WITHOUT = "merge, trained further", ", without a controller"
 SIZES = {60: (45, 15), 100: (75, 25)}  # rows of a draw, those of them to judge by; there is room for six draws
-# As `init` writes them, but for patience.
+CONFIRMING = ("ko", "zh", "min", "min100")
+# As `init` writes them; the draws of `sw` and `su` were made before it wrote a patience.
 COMMON = ["data.target.dev=2", "data.target.micro_dev=2", "source.training.epochs=2"]
 FEW = [*COMMON, "target.on=null", "final.prune_ratio=0", "data.target.train=270"]
 MORE = [*COMMON, "data.target.train=450"]
 QUESTIONS = ["data.source=null", "source.adapters=[english-qa]", "data.target.test=150"]
+PATIENT = ["final.training.patience=2"]
+MINANGKABAU = [
+    "name=nusax-min",
+    "data.target.language=min",
+    *(
+        f"data.target.files.{split}=[nusax/minangkabau-{file}.csv]"
+        for split, file in {"train": "train", "dev": "valid", "test": "test"}.items()
+    ),
+]
 WEAK = ["data.source.train=120", "data.source.dev=12"]
 SETTINGS = {
     "sw": ("tydiqa-sw", 60, [*FEW, *QUESTIONS]),
-    "ko": ("tydiqa-ko", 60, [*FEW, *QUESTIONS]),
+    "ko": ("tydiqa-ko", 60, [*FEW, *QUESTIONS, *PATIENT, "data.target.test=300"]),
+    "zh": ("mlqa-zh", 60, [*FEW, *QUESTIONS, *PATIENT]),
+    "min": ("nusax-su", 60, [*FEW, *WEAK, *PATIENT, *MINANGKABAU]),
+    "min100": ("nusax-su", 100, [*MORE, *WEAK, *MINANGKABAU, "target.on=source"]),
     "su": ("nusax-su", 60, [*FEW, *WEAK]),
     "sw100": ("tydiqa-sw", 100, [*MORE, *QUESTIONS, "target.on=auto"]),
     "su100": ("nusax-su", 100, [*MORE, *WEAK, "target.on=source"]),
@@ -83,6 +97,8 @@ def measured(steps: Steps, adapter: Adapter) -> dict[str, Any]:
 def steps_of(setting: str, draw: int, folder: Path, work: Workplace) -> Steps:
     """The steps of one draw; its recipe and rows are loaded."""
     name, size, changes = SETTINGS[setting]
+    if setting in CONFIRMING:
+        changes = [*changes, f"seed={10 + draw}", "data.split_seed=42"]
     loaded = Session(load_recipe(name, changes)[0], Path.cwd())
     check(loaded)
     session = loaded.variant(splits=drawn(loaded.splits, draw, size))
