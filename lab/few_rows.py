@@ -97,11 +97,10 @@ def measured(steps: Steps, adapter: Adapter) -> dict[str, Any]:
 def steps_of(setting: str, draw: int, folder: Path, work: Workplace) -> Steps:
     """The steps of one draw; its recipe and rows are loaded."""
     name, size, changes = SETTINGS[setting]
-    if setting in CONFIRMING:
-        changes = [*changes, f"seed={10 + draw}", "data.split_seed=42"]
     loaded = Session(load_recipe(name, changes)[0], Path.cwd())
     check(loaded)
-    session = loaded.variant(splits=drawn(loaded.splits, draw, size))
+    seed = 10 + draw if setting in CONFIRMING else loaded.recipe.seed
+    session = loaded.variant(loaded.recipe.model_copy(update={"seed": seed}), drawn(loaded.splits, draw, size))
     store = Store(folder / "steps", session.progress, work)
     return Steps(session, store, stop_requested=lambda: work.interruption.asked_by)
 
