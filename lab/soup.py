@@ -1,8 +1,10 @@
-"""Trainings in three orders of the same rows, stopped early and not, and their average. The plans are in `lab/log.md`.
+"""Averages of trainings: of three orders of the same rows, and of `continued` with `joint`. The plans are in `lab/log.md`.
 
     python lab/soup.py draw SETTING DRAW FOLDER    # settings and draws of few_rows.py; FOLDER holds its steps
     python lab/soup.py patient SETTING DRAW FOLDER # what the first look at the dev rows ended, once more for all epochs
     python lab/soup.py table FILE [FILE ...]       # soup-*.json and patient-*.json: means over draws, with 95 % intervals
+    python lab/soup.py joint SETTING DRAW FOLDER   # `continued`, `joint` on the same rows, and the average of both
+    python lab/soup.py both FILE [FILE ...]        # joint-*.json: the last two minus `continued`
 
 Needs GRASP_LORA_DATA.
 """
@@ -27,6 +29,7 @@ from grasp_lora.engine.run import make
 from grasp_lora.engine.steps import Steps
 from grasp_lora.engine.store import key_of
 from grasp_lora.method.lora import AdapterWeights
+from grasp_lora.method.merging import MergeSettings
 from grasp_lora.storage.claims import Workplace, working_in
 from grasp_lora.storage.writing import write_json
 
@@ -69,6 +72,25 @@ def patient(setting: str, draw: int, folder: Path, work: Workplace) -> None:
         went_on = in_order(steps, seed, patience=99).finetune(start, 0.0)
         record["systems"][f"{kind} {seed}, patient"] = measured(steps, went_on)
         write_json(folder / f"patient-{setting}-{draw}.json", record)
+
+
+def joint(setting: str, draw: int, folder: Path, work: Workplace) -> None:
+    """Train `continued` with the patience of `init`, and one fresh adapter on the rows of both languages, and average both."""
+    steps = in_order(steps_of(setting, draw, folder, work), SEEDS[0] if setting == "su" else 10 + draw, patience=2)
+    systems = {"continued": steps.continued(), "joint": steps.joint()}
+    systems["average"] = steps.merge("average", list(systems.values()), list(systems), MergeSettings("exact"))
+    record = {"setting": setting, "draw": draw, "systems": {name: measured(steps, of) for name, of in systems.items()}}
+    write_json(folder / f"joint-{setting}-{draw}.json", record)
+
+
+def both(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """`joint` and the average minus `continued`: each draw's score, then the mean with half of its 95 % interval."""
+    for name in ("joint", "average"):
+        told = []
+        for key, digits in KEYS.items():
+            gaps = [fmean(draw["systems"][name][key]) - fmean(draw["systems"]["continued"][key]) for draw in draws]
+            told.append(f"{' '.join(f'{gap:+.{digits}f}' for gap in gaps)}: {interval(gaps, digits)}")
+        yield f"{name}: {'; '.join(told)}"
 
 
 def in_order(steps: Steps, seed: int, *, patience: int | None = 1) -> Steps:
@@ -183,11 +205,15 @@ def main(job: str, *words: str) -> None:
         lines += gains([mended(draw, patients) for draw in draws], "those that the first look ended as they went on")
         sys.stdout.write("\n".join(lines) + "\n")
         return
+    if job == "both":
+        sys.stdout.write("\n".join(both([*map(read, map(Path, words))])) + "\n")
+        return
     setting, draw, place = words
     folder = Path(place)
+    folder.mkdir(parents=True, exist_ok=True)
     with working_in(folder) as work:
         work.begin(shared=True)
-        (patient if job == "patient" else draw_of)(setting, int(draw), folder, work)
+        {"patient": patient, "draw": draw_of, "joint": joint}[job](setting, int(draw), folder, work)
 
 
 if __name__ == "__main__":
