@@ -4,7 +4,8 @@
     python lab/few_rows.py table FILE [FILE ...]       # means over draws, with 95 % intervals over the draws
 
 Settings `sw` and `su` draw 45 rows, what 60 are after their test quarter; `sw100` and `su100` draw 75, what 100 are, and learn
-a ratio. Draws of a setting share the source adapter and the test rows; their other rows are disjoint.
+a ratio. `su400` is `su` with 400 English rows in place of 120.
+Draws of a setting share the source adapter and the test rows; their other rows are disjoint.
 `ko`, `zh`, `min` and `min100` are to confirm: each of their draws has a training seed of its own.
 Needs GRASP_LORA_DATA.
 """
@@ -56,6 +57,7 @@ SETTINGS = {
     "sw": ("tydiqa-sw", 60, [*FEW, *QUESTIONS]),
     "ko": ("tydiqa-ko", 60, [*FEW, *QUESTIONS, *PATIENT, "data.target.test=300"]),
     "zh": ("mlqa-zh", 60, [*FEW, *QUESTIONS, *PATIENT]),
+    "su400": ("nusax-su", 60, [*FEW, *PATIENT]),
     "min": ("nusax-su", 60, [*FEW, *WEAK, *PATIENT, *MINANGKABAU]),
     "min100": ("nusax-su", 100, [*MORE, *WEAK, *MINANGKABAU, "target.on=source"]),
     "su": ("nusax-su", 60, [*FEW, *WEAK]),
