@@ -3,8 +3,8 @@
     python lab/soup.py draw SETTING DRAW FOLDER    # settings and draws of few_rows.py; FOLDER holds its steps
     python lab/soup.py patient SETTING DRAW FOLDER # what the first look at the dev rows ended, once more for all epochs
     python lab/soup.py table FILE [FILE ...]       # soup-*.json and patient-*.json: means over draws, with 95 % intervals
-    python lab/soup.py joint SETTING DRAW FOLDER   # `continued`, `joint` on the same rows, and the average of both
-    python lab/soup.py both FILE [FILE ...]        # joint-*.json: the last two minus `continued`
+    python lab/soup.py joint SETTING DRAW FOLDER   # `joint`, its average with `continued`, and a third of the learning rate
+    python lab/soup.py beside FILE [FILE ...]      # joint-*.json: their differences from what a run does
 
 Needs GRASP_LORA_DATA.
 """
@@ -37,6 +37,13 @@ SEEDS = (42, 1, 2)  # the first is the recipe's own
 KINDS, ALL = ("grasp", "continued"), "all epochs"
 LENGTHS = ("", f", {ALL}")
 WAYS = ("average", f"{ALL} 1", f"{ALL}, average")
+LOWER_RATE = 3e-5  # a third of the usual one
+PAIRS = (
+    ("joint", "continued"),
+    ("average", "continued"),
+    ("continued, slower", "continued"),
+    ("grasp, slower", "grasp"),
+)
 KEYS = {"test_scores": 1, "test_losses": 3}  # and their decimals
 
 
@@ -75,28 +82,36 @@ def patient(setting: str, draw: int, folder: Path, work: Workplace) -> None:
 
 
 def joint(setting: str, draw: int, folder: Path, work: Workplace) -> None:
-    """Train `continued` with the patience of `init`, and one fresh adapter on the rows of both languages, and average both."""
-    steps = in_order(steps_of(setting, draw, folder, work), SEEDS[0] if setting == "su" else 10 + draw, patience=2)
-    systems = {"continued": steps.continued(), "joint": steps.joint()}
-    systems["average"] = steps.merge("average", list(systems.values()), list(systems), MergeSettings("exact"))
-    record = {"setting": setting, "draw": draw, "systems": {name: measured(steps, of) for name, of in systems.items()}}
+    """Train `continued` and the merge with the patience of `init`, at its rate and at a third; `joint`, and its average with
+    `continued`."""
+    steps = steps_of(setting, draw, folder, work)
+    steps = in_order(steps, steps.recipe.seed, patience=2)
+    slower = in_order(steps, steps.recipe.seed, patience=2, rate=LOWER_RATE)
+    merged, record = steps.parents().merged, {"setting": setting, "draw": draw, "systems": {}}
+    systems = {"continued": steps.continued(), "joint": steps.joint(), "grasp": steps.finetune(merged, 0.0)}
+    both = [systems["continued"], systems["joint"]]
+    systems["average"] = steps.merge("average", both, ("continued", "joint"), MergeSettings("exact"))
+    systems |= {"continued, slower": slower.continued(), "grasp, slower": slower.finetune(merged, 0.0)}
+    for name, adapter in systems.items():
+        record["systems"][name] = measured(steps, adapter)
     write_json(folder / f"joint-{setting}-{draw}.json", record)
 
 
-def both(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """`joint` and the average minus `continued`: each draw's score, then the mean with half of its 95 % interval."""
-    for name in ("joint", "average"):
+def beside(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """What differs from `continued`, and from the usual rate: each draw, then the mean with half of its 95 % interval."""
+    for ours, theirs in PAIRS:
         told = []
         for key, digits in KEYS.items():
-            gaps = [fmean(draw["systems"][name][key]) - fmean(draw["systems"]["continued"][key]) for draw in draws]
+            gaps = [fmean(draw["systems"][ours][key]) - fmean(draw["systems"][theirs][key]) for draw in draws]
             told.append(f"{' '.join(f'{gap:+.{digits}f}' for gap in gaps)}: {interval(gaps, digits)}")
-        yield f"{name}: {'; '.join(told)}"
+        yield f"{ours} minus {theirs}: {'; '.join(told)}"
 
 
-def in_order(steps: Steps, seed: int, *, patience: int | None = 1) -> Steps:
+def in_order(steps: Steps, seed: int, *, patience: int | None = 1, rate: float | None = None) -> Steps:
     """The same steps with another order of rows; without patience all epochs are trained, and the last step is kept."""
     recipe = steps.recipe.model_copy(update={"seed": seed})
-    training = replace(recipe.final.training, patience=patience)
+    usual = recipe.final.training
+    training = replace(usual, patience=patience, learning_rate=rate or usual.learning_rate)
     recipe = recipe.model_copy(update={"final": replace(recipe.final, training=training)})
     return Steps(steps.session.variant(recipe), steps.store, steps.session, stop_requested=steps._stop_requested)
 
@@ -205,8 +220,8 @@ def main(job: str, *words: str) -> None:
         lines += gains([mended(draw, patients) for draw in draws], "those that the first look ended as they went on")
         sys.stdout.write("\n".join(lines) + "\n")
         return
-    if job == "both":
-        sys.stdout.write("\n".join(both([*map(read, map(Path, words))])) + "\n")
+    if job == "beside":
+        sys.stdout.write("\n".join(beside([*map(read, map(Path, words))])) + "\n")
         return
     setting, draw, place = words
     folder = Path(place)
