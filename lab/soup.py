@@ -4,6 +4,7 @@
     python lab/soup.py patient SETTING DRAW FOLDER # what the first look at the dev rows ended, once more for all epochs
     python lab/soup.py table FILE [FILE ...]       # soup-*.json and patient-*.json: means over draws, with 95 % intervals
     python lab/soup.py joint SETTING DRAW FOLDER   # `joint`, its average with `continued`, and a third of the learning rate
+    python lab/soup.py plain SETTING DRAW FOLDER   # `continued` for all epochs
     python lab/soup.py beside FILE [FILE ...]      # joint-*.json: their differences from what a run does
 
 Needs GRASP_LORA_DATA.
@@ -95,6 +96,14 @@ def joint(setting: str, draw: int, folder: Path, work: Workplace) -> None:
     for name, adapter in systems.items():
         record["systems"][name] = measured(steps, adapter)
     write_json(folder / f"joint-{setting}-{draw}.json", record)
+
+
+def plain(setting: str, draw: int, folder: Path, work: Workplace) -> None:
+    """`continued` for all epochs, as it is done without dev rows; the last step is kept."""
+    steps = steps_of(setting, draw, folder, work)
+    steps = in_order(steps, steps.recipe.seed, patience=None)
+    systems = {"continued, all epochs": measured(steps, steps.continued())}
+    write_json(folder / f"plain-{setting}-{draw}.json", {"setting": setting, "draw": draw, "systems": systems})
 
 
 def beside(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -228,7 +237,7 @@ def main(job: str, *words: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with working_in(folder) as work:
         work.begin(shared=True)
-        {"patient": patient, "draw": draw_of, "joint": joint}[job](setting, int(draw), folder, work)
+        {"patient": patient, "draw": draw_of, "joint": joint, "plain": plain}[job](setting, int(draw), folder, work)
 
 
 if __name__ == "__main__":
