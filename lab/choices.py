@@ -1,6 +1,7 @@
 """What rules of choice would have handed over in finished comparisons, minus the source adapter continued.
 
-    python lab/choices.py        # replays; then ten draws of 60 rows, by what their dev rows said
+    python lab/choices.py        # replays, the last of `english-qa`; then ten draws of 60 rows, by what their dev rows said
+    python lab/choices.py nusax  # replays of the settings whose names begin so
 
 The records of `lab/results` have losses and scores of each system on each test row; nothing is trained. In a replay some test
 rows choose and all others judge, many times over.
@@ -88,7 +89,9 @@ def chosen(rule: str, systems: Mapping[str, System], rows: Sequence[int]) -> str
     scores = {name: [of[1][row] for row in rows] for name, of in systems.items()}
     if rule == "score":
         return max(scores, key=lambda name: (fmean(scores[name]), -losses[name]))
-    pick = "grasp" if rule.startswith("GRASP") else nearest(losses, NEAR if rule.startswith("near") else 0.0)
+    pick = rule.partition(",")[0].lower()
+    if pick not in systems:
+        pick = nearest(losses, NEAR if rule.startswith("near") else 0.0)
     if rule.endswith("answers"):
         row_scores = {name: RowScores(metric="", scores=of) for name, of in scores.items()}
         pick = clearly_ahead(row_scores, {name: [loss] for name, loss in losses.items()}, pick) or pick
@@ -103,12 +106,13 @@ RULES = {
     "score": "the highest score",
     "GRASP": "always GRASP's result",
     "GRASP, then answers": "GRASP's result; then answers",
+    "continued, then answers": "`continued`; then answers",
 }
 HINDSIGHT = "the highest score of the rows that judge"  # which no rule can reach
 
 
 def replay(runs: Sequence[tuple[str, dict[str, System]]], rows: int) -> Iterator[str]:
-    """A line of each rule: mean gain on `continued` in the mean of all settings, without the last, in it, and the worst."""
+    """A line of each rule: mean gain on `continued` in the mean of all settings, without the last, in it, and the worst other."""
     shuffled, gains = random.Random(0), {rule: {} for rule in (*RULES, HINDSIGHT)}
     for setting, systems in runs:
         order = list(range(len(systems["continued"][0])))
@@ -139,13 +143,15 @@ def of_ten_draws(name: str) -> str:
 
 
 def main() -> None:
-    runs = list(recorded())
+    runs = [run for run in recorded() if run[0].startswith(tuple(sys.argv[1:]) or "")]
     for rows in CHOOSING:
         sys.stdout.write(
-            f"\n| {rows} rows choose | mean | without english-qa | english-qa | worst other |\n|---|---|---|---|---|\n"
+            f"\n| {rows} rows choose | mean | without the last setting | the last | worst other |\n|---|---|---|---|---|\n"
         )
         for line in replay(runs, rows):
             sys.stdout.write(f"{line}\n")
+    if sys.argv[1:]:
+        return
     sys.stdout.write(
         "\n| ten draws | as handed over then | near | the lowest loss | GRASP's result |\n|---|---|---|---|---|\n"
     )

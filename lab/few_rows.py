@@ -23,7 +23,7 @@ from scipy.stats import t as student
 
 from grasp_lora.data.splits import Splits
 from grasp_lora.engine.check import check
-from grasp_lora.engine.deliver import clearly_ahead
+from grasp_lora.engine.deliver import clearly_ahead, expected_of
 from grasp_lora.engine.results import Adapter, RowScores, main_metric
 from grasp_lora.engine.run import make
 from grasp_lora.engine.session import Session
@@ -36,6 +36,7 @@ from grasp_lora.storage.writing import write_json
 
 OTHERS = ("source", "target", "merged", "continued")
 PLAIN, WITHOUT = "merge, trained further", ", without a controller"
+EXPECTED = ", GRASP's result expected"
 SIZES = {60: (45, 15), 100: (75, 25)}  # rows of a draw, those of them to judge by; there is room for six draws
 CONFIRMING = ("ko", "zh", "min", "min100")
 # As `init` writes them; the draws of `sw` and `su` were made before it wrote a patience.
@@ -134,8 +135,13 @@ def table(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
             score, loss = ([fmean(each[name][key]) for each in found] for key in ("test_scores", "test_losses"))
             beside = [over(found, name, "continued", key) for key in ("test_scores", "test_losses")]
             yield f"  {name:22} {fmean(score):5.1f} ({beside[0]})   {fmean(loss):.3f} ({beside[1]})"
-        shown = [verdict(each["delivered"], each["continued"]) for each in found]
-        yield f"  delivered, by its own test rows: {', '.join(f'{shown.count(kind)} {kind}' for kind in sorted({*shown}))}"
+        for key in ("delivered", f"delivered{EXPECTED}"):
+            shown = [verdict(each[key], each["continued"]) for each in found]
+            gaps = " ".join(
+                f"{fmean(each[key]['test_scores']) - fmean(each['continued']['test_scores']):+.1f}" for each in found
+            )
+            counts = ", ".join(f"{shown.count(kind)} {kind}" for kind in sorted({*shown}))
+            yield f"  {key}: minus continued {gaps}; by its own test rows {counts}"
         for ours, theirs in (("grasp", PLAIN), ("delivered", f"delivered{WITHOUT}")):
             if theirs in names:
                 gains = [over(found, ours, theirs, key) for key in ("test_scores", "test_losses")]
@@ -143,14 +149,22 @@ def table(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def handed_over(draw: dict[str, Any]) -> dict[str, Any]:
-    """What a run would hand over by today's rule, with a controller and without."""
-    found = {}
-    for key, usual in (("delivered", "grasp"), (f"delivered{WITHOUT}", PLAIN)):
-        systems = {name: of for name, of in draw["systems"].items() if name in (*OTHERS, usual) and "dev_scores" in of}
-        if usual in systems:
+    """What a run would hand over by today's rule, with a controller and without, and where GRASP's result is expected."""
+    found, labels = {}, draw["setting"].startswith(("su", "min"))
+    rivals = {name: of for name, of in draw["systems"].items() if name in OTHERS and "dev_scores" in of}
+    if not rivals["continued"]["best_step"]:  # discarded, and so no candidate
+        del rivals["continued"]
+    usual = expected_of(rivals, labels=labels)
+    for key, name, expected in (
+        ("delivered", "grasp", usual),
+        (f"delivered{WITHOUT}", PLAIN, usual),
+        (f"delivered{EXPECTED}", "grasp", "grasp"),
+    ):
+        if name in draw["systems"]:
+            systems = rivals | {"grasp": draw["systems"][name]}
             scores = {name: RowScores(metric="", scores=of["dev_scores"]) for name, of in systems.items()}
             losses = {name: of["dev_losses"] for name, of in systems.items()}
-            found[key] = systems[clearly_ahead(scores, losses, usual) or usual]
+            found[key] = systems[clearly_ahead(scores, losses, expected) or expected]
     return found
 
 

@@ -1,4 +1,4 @@
-"""What a run hands over: GRASP's result, or another that answers the dev rows clearly better; and nothing is lost."""
+"""What a run hands over: the expected one, or another that answers the dev rows clearly better; and nothing is lost."""
 
 import random
 import shutil
@@ -46,6 +46,7 @@ def faked(rows: dict[str, Sequence[float]], right: dict[str, Sequence[int]] | No
         losses=lambda system, split: SimpleNamespace(result=Losses(losses=list(rows.get(system, [])))),
         row_scores=lambda system, split: SimpleNamespace(result=RowScores(metric="f1", scores=scores[system])),
         session=SimpleNamespace(available_metrics=["f1"]),
+        splits=SimpleNamespace(labels={}),
         recipe=SimpleNamespace(final=SimpleNamespace(deliver="best", prune_ratio=None)),
     )
 
@@ -75,6 +76,25 @@ class TestRule:
         assert why in chosen.why
         assert chosen.warning is None  # the backbone answers nothing right, whatever its losses are
         assert (chosen.split, chosen.examples) == ("dev", ROWS)
+
+    @pytest.mark.parametrize(
+        ("continued", "grasp", "name", "why"),
+        [
+            (range(12), range(17), "grasp", "continued on the target rows: in the mean of the rows 85.0 against 60.0"),
+            (range(7, 13), range(7), "continued", "The highest is 35.0, the merge, trained further, which is not"),
+            (None, range(7), "grasp", "score 35.0 (f1). No other adapter scores higher."),
+        ],
+    )
+    def test_of_labels_the_usual_practice_is_expected_where_it_is_a_candidate(
+        self, continued: Sequence[int] | None, grasp: Sequence[int], name: str, why: str
+    ) -> None:
+        names = ["source", "grasp", "continued"] if continued else ["source", "grasp"]
+        rows = losses(**dict.fromkeys(names, 1.0))
+        steps = faked(rows, right={"continued": continued or (), "grasp": grasp})
+        steps.splits.labels, steps.recipe.final.prune_ratio = {"good": [1], "bad": [2]}, 0.0
+        chosen = choose(steps, {system: system for system in rows}, ON_ITS_OWN)  # type: ignore[dict-item]
+        assert chosen.name == name
+        assert why in chosen.why
 
     @pytest.mark.parametrize("rows", range(2, 101))
     def test_one_row_more_never_decides(self, rows: int) -> None:

@@ -159,19 +159,32 @@ def test_few_rows_have_a_recipe_of_their_own(
     recipe, _ = load_recipe(file)
     few = count < 80
     assert recipe.target.on == on
-    assert (recipe.final.prune_ratio == 0) is few
+    assert (recipe.final.prune_ratio == 0) is (few or labels)
     assert (recipe.final.training.patience, recipe.target.training.patience) == (2 if few else 1, 1)
     assert ("better below 40 training rows" in file.read_text()) is few
     assert ("which was better for labels" in file.read_text()) is (on == "source")
 
 
-def test_summaries_are_not_pruned(start: Callable[..., Path]) -> None:
-    """On them every ratio came to the same loss, so no controller is run; the rest is the recipe for as many rows."""
-    rows = [{"document": f"article {i} says more", "summary": f"{i % 9}"} for i in range(100)]
+@pytest.mark.parametrize(
+    ("rows", "on", "why"),
+    [
+        (
+            [{"document": f"article {i} says more", "summary": f"{i % 9}"} for i in range(100)],
+            "auto",
+            "on summaries all",
+        ),
+        (labelled(100, ["good", "bad"]), "source", "for labels a run handed over the same adapter either way"),
+    ],
+)
+def test_summaries_and_labels_are_not_pruned(
+    rows: list[dict[str, str]], on: str, why: str, start: Callable[..., Path]
+) -> None:
+    """There a ratio changed nothing, so no controller is run; the rest is the recipe for as many rows."""
     file = start(write(Path("t.jsonl"), rows))
     recipe, _ = load_recipe(file)
-    assert (recipe.final.prune_ratio, recipe.target.on) == (0, "auto")
-    assert "on summaries all ratios came to the same; null learns one" in file.read_text()
+    assert (recipe.final.prune_ratio, recipe.target.on) == (0, on)
+    assert why in file.read_text()
+    assert "; null learns one" in file.read_text()
     assert "choose when to stop, and which adapter" in file.read_text()
 
 
