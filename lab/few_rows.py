@@ -12,6 +12,7 @@ Needs GRASP_LORA_DATA.
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import groupby
@@ -29,7 +30,7 @@ from grasp_lora.engine.run import make
 from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import Steps
 from grasp_lora.engine.store import Store
-from grasp_lora.evaluation.statistics import compare_with_baselines
+from grasp_lora.evaluation.statistics import PairedComparison, compare_with_baselines
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.storage.claims import Workplace, working_in
 from grasp_lora.storage.writing import write_json
@@ -124,6 +125,7 @@ def draw_of(setting: str, draw: int, folder: Path, work: Workplace) -> None:
 
 def table(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Each system of each setting, and what a controller changes; after +- half of the 95 % interval over the draws."""
+    everywhere: list[dict[str, Any]] = []
     for setting, group in groupby(
         sorted(draws, key=lambda draw: str(draw["setting"])), key=lambda draw: draw["setting"]
     ):
@@ -136,16 +138,22 @@ def table(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
             beside = [over(found, name, "continued", key) for key in ("test_scores", "test_losses")]
             yield f"  {name:22} {fmean(score):5.1f} ({beside[0]})   {fmean(loss):.3f} ({beside[1]})"
         for key in ("delivered", f"delivered{EXPECTED}"):
-            shown = [verdict(each[key], each["continued"]) for each in found]
-            gaps = " ".join(
-                f"{fmean(each[key]['test_scores']) - fmean(each['continued']['test_scores']):+.1f}" for each in found
-            )
-            counts = ", ".join(f"{shown.count(kind)} {kind}" for kind in sorted({*shown}))
-            yield f"  {key}: minus continued {gaps}; by its own test rows {counts}"
+            ours, theirs = ([each[name]["test_scores"] for each in found] for name in (key, "continued"))
+            of_draws = [shown(*pair) for pair in zip(ours, theirs, strict=True)]
+            counts = ", ".join(f"{kind} {count}" for kind, count in Counter(each.verdict for each in of_draws).items())
+            gaps, rows = " ".join(f"{each.difference:+.1f}" for each in of_draws), shown(ours, theirs)
+            yield f"  {key}, minus continued: {gaps} ({counts}); over the test rows {rows.low:+.1f} to {rows.high:+.1f}"
         for ours, theirs in (("grasp", PLAIN), ("delivered", f"delivered{WITHOUT}")):
             if theirs in names:
                 gains = [over(found, ours, theirs, key) for key in ("test_scores", "test_losses")]
                 yield f"  {ours} minus {theirs}: score {gains[0]}, loss {gains[1]}"
+        everywhere += found
+    yield f"all {len(everywhere)} draws: delivered minus continued {over(everywhere, 'delivered', 'continued', 'test_scores')}"
+    usual = f"delivered{EXPECTED}"
+    instead = [each for each in everywhere if each["delivered"] is each["continued"] is not each[usual]]
+    if instead:
+        gap = over(instead, usual, "continued", "test_scores")
+        yield f"  GRASP's result, where it would be handed over in place of continued, {len(instead)} draws: {gap}"
 
 
 def handed_over(draw: dict[str, Any]) -> dict[str, Any]:
@@ -168,11 +176,9 @@ def handed_over(draw: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def verdict(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
-    """What the test rows of a draw show of two systems; each row is drawn by itself."""
-    return (
-        compare_with_baselines(ours["test_scores"], {"other": theirs["test_scores"]})["other"].verdict or "no verdict"
-    )
+def shown(ours: Any, theirs: Any) -> PairedComparison:
+    """What the test rows show of two systems, of one draw or of several averaged; each row is drawn by itself."""
+    return compare_with_baselines(ours, {"other": theirs})["other"]
 
 
 def over(found: Sequence[dict[str, Any]], ours: str, theirs: str, key: str) -> str:
