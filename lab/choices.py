@@ -1,7 +1,7 @@
 """What rules of choice would have handed over in finished comparisons, minus the source adapter continued.
 
     python lab/choices.py        # replays, the last of `english-qa`; then ten draws of 60 rows, by what their dev rows said
-    python lab/choices.py nusax  # replays of the settings whose names begin so
+    python lab/choices.py nusax  # replays of the settings whose names begin so, two at least
 
 The records of `lab/results` have losses and scores of each system on each test row; nothing is trained. In a replay some test
 rows choose and all others judge, many times over.

@@ -24,7 +24,7 @@ from scipy.stats import t as student
 
 from grasp_lora.data.splits import Splits
 from grasp_lora.engine.check import check
-from grasp_lora.engine.deliver import clearly_ahead, expected_of
+from grasp_lora.engine.deliver import clearly_ahead
 from grasp_lora.engine.results import Adapter, RowScores, main_metric
 from grasp_lora.engine.run import make
 from grasp_lora.engine.session import Session
@@ -140,7 +140,8 @@ def table(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
         for key in ("delivered", f"delivered{EXPECTED}"):
             ours, theirs = ([each[name]["test_scores"] for each in found] for name in (key, "continued"))
             of_draws = [shown(*pair) for pair in zip(ours, theirs, strict=True)]
-            counts = ", ".join(f"{kind} {count}" for kind, count in Counter(each.verdict for each in of_draws).items())
+            verdicts = Counter(each.verdict or "no verdict" for each in of_draws)
+            counts = ", ".join(f"{kind} {count}" for kind, count in verdicts.items())
             gaps, rows = " ".join(f"{each.difference:+.1f}" for each in of_draws), shown(ours, theirs)
             yield f"  {key}, minus continued: {gaps} ({counts}); over the test rows {rows.low:+.1f} to {rows.high:+.1f}"
         for ours, theirs in (("grasp", PLAIN), ("delivered", f"delivered{WITHOUT}")):
@@ -162,7 +163,7 @@ def handed_over(draw: dict[str, Any]) -> dict[str, Any]:
     rivals = {name: of for name, of in draw["systems"].items() if name in OTHERS and "dev_scores" in of}
     if not rivals["continued"]["best_step"]:  # discarded, and so no candidate
         del rivals["continued"]
-    usual = expected_of(rivals, labels=labels)
+    usual = "continued" if labels and "continued" in rivals else "grasp"
     for key, name, expected in (
         ("delivered", "grasp", usual),
         (f"delivered{WITHOUT}", PLAIN, usual),

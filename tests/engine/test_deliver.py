@@ -55,6 +55,13 @@ def scored(**scores: Sequence[float]) -> dict[str, RowScores]:
     return {name: RowScores(metric="f1", scores=list(of)) for name, of in scores.items()}
 
 
+class Trained(str):
+    """The name of a system in place of its adapter, which a training has made."""
+
+    def __init__(self, name: str) -> None:
+        self.made = SimpleNamespace(result=SimpleNamespace(best_step=1))
+
+
 class TestRule:
     @pytest.mark.parametrize(
         ("continued", "grasp", "name", "why"),
@@ -91,10 +98,20 @@ class TestRule:
         names = ["source", "grasp", "continued"] if continued else ["source", "grasp"]
         rows = losses(**dict.fromkeys(names, 1.0))
         steps = faked(rows, right={"continued": continued or (), "grasp": grasp})
-        steps.splits.labels, steps.recipe.final.prune_ratio = {"good": [1], "bad": [2]}, 0.0
-        chosen = choose(steps, {system: system for system in rows}, ON_ITS_OWN)  # type: ignore[dict-item]
+        steps.splits, steps.recipe.final.prune_ratio = SimpleNamespace(labels={"good": [1], "bad": [2]}, dev=[1]), 0.0
+        systems: Any = {system: Trained(system) for system in rows}
+        chosen = choose(steps, systems, ON_ITS_OWN)
         assert chosen.name == name
         assert why in chosen.why
+        if continued and name == "continued":
+            systems[
+                "continued"
+            ].made.result.best_step = 0  # as where several sources are averaged and no step lowered the loss
+            assert choose(steps, systems, ON_ITS_OWN).name == "grasp"
+            systems["continued"].made.result.best_step, steps.splits.dev = 1, []
+            assert choose(steps, systems, ON_ITS_OWN).name == "grasp"
+            steps.splits.dev, steps.recipe.final.deliver = [1], "grasp"
+            assert choose(steps, systems, ON_ITS_OWN).name == "grasp"
 
     @pytest.mark.parametrize("rows", range(2, 101))
     def test_one_row_more_never_decides(self, rows: int) -> None:
@@ -126,13 +143,16 @@ class TestRule:
             steps.recipe.final.prune_ratio = ratio
             assert choose(steps, {name: name for name in ("continued", "grasp")}, ON_ITS_OWN).title == title  # type: ignore[dict-item]
 
-    def test_where_no_answers_count_it_is_grasps_result(self) -> None:
-        for scores in ({}, scored(continued=[50.0, 60.0], grasp=[])):
-            found = best_of(scores, {"continued": [1.0, 1.0], "grasp": [2.0, 2.0]}, "micro-dev", "It could not: X.")
-            assert (found.name, found.examples, found.split) == ("grasp", 0, None)
-            assert found.why == (
-                "No answers to micro-dev rows can be compared, so GRASP's result is handed over. It could not: X."
+    @pytest.mark.parametrize("expected", ["grasp", "continued"])
+    def test_where_no_answers_count_it_is_the_expected_one(self, expected: str) -> None:
+        losses = {"continued": [1.0, 1.0], "grasp": [2.0, 2.0]}
+        for scores in ({}, scored(**{"continued": [50.0, 60.0], "grasp": [50.0, 60.0], expected: []})):
+            found = best_of(scores, losses, "micro-dev", "It could not: X.", TITLES, expected)
+            assert (found.name, found.title, found.examples, found.split) == (expected, TITLES[expected], 0, None)
+            why = (
+                f"No answers to micro-dev rows can be compared, so {TITLES[expected]} is handed over. It could not: X."
             )
+            assert found.why == why
 
     def test_a_metric_of_ones_own_that_gives_none_leaves_grasps_result_and_its_losses(self) -> None:
         steps = faked(losses(continued=1.0, grasp=1.0, alone=0.5))

@@ -40,11 +40,13 @@ MOST_SOURCE = 1000  # an epoch of them takes minutes on two CPU cores
 # apart; with 25 and a dozen dev rows nothing was learned about the ratio in 17 of 20 draws, so no controller is run.
 FEW = 40
 MOST_TRAIN = 200  # an example of them is trained on 20 times in a run: more take longer than a first run should
-# Why recipes for a task learn no ratio: on summaries the worst one costs at most 0.02 nats (`lab/worth.py`).
-UNPRUNED = {
-    "summarization": "on summaries all ratios came to the same",
-    "classification": "for labels a run handed over the same adapter either way",
+# Why recipes learn no ratio: on summaries the worst one costs at most 0.02 nats (`lab/worth.py`); for labels six of seven
+# runs of 100 rows handed over the same adapter with one and without (`lab/results/few-rows.md`).
+NO_RATIO = {
+    "summarization": "on summaries all ratios came to the same; null learns one",
+    "classification": "for labels a run handed over the same adapter either way; null learns one",
 }
+TOO_FEW = "so few rows do not tell how much"
 FEWEST = 30
 FEWEST_SOURCE = 20
 GLUED = 4  # one prompt of so many runs on into its answer: `check` warns where half of the training rows do
@@ -199,7 +201,6 @@ def _render(
     environment.filters["yaml"] = lambda value: json.dumps(value, ensure_ascii=False)
     splits = sizes.splits
     few = splits["train"] < FEW
-    unpruned = UNPRUNED.get(target.task)
     builtin = built_in_template(target.task, str(facts["language"]))
     # A split takes whole groups, so that a single one would be all dev.
     source_dev = 0 if sizes.one_source_group else min(sizes.source // 10, MOST_SOURCE // 10)
@@ -218,8 +219,7 @@ def _render(
         # `auto` goes by the dev loss, which for labels took the merge that answers worse.
         on=None if few else "source" if TASKS[target.task].chooses else AUTO,
         few=few,
-        prunes=not few and unpruned is None,
-        unpruned=unpruned,
+        unpruned=TOO_FEW if few else NO_RATIO.get(target.task),
         fewest=FEW,
         preset=WITH_DEV,
         most_tokens=token_limit(target, sources),
