@@ -55,8 +55,8 @@ FOLDER, INTERRUPTION, ORDER = "storage/test_claims.py", "storage/test_interrupti
 MUTATIONS = (
     Mutation(
         "deliver: a lead by chance decides",
-        "ahead = [name for name, of in scores.items() if of.scores and _ahead(of.scores, scores[usual].scores)]",
-        "ahead = [name for name, of in scores.items() if fmean(of.scores or [0.0]) > fmean(scores[usual].scores)]",
+        "ahead = [name for name, of in scores.items() if of.scores and _ahead(of.scores, scores[expected].scores)]",
+        "ahead = [name for name, of in scores.items() if fmean(of.scores or [0.0]) > fmean(scores[expected].scores)]",
         ("engine/test_deliver.py",),
         "one row of a dozen sets aside the adapter that is to be expected the best",
     ),

@@ -156,7 +156,10 @@ def best_of(
 
 
 def expected_of(systems: Mapping[str, Adapter], *, labels: bool) -> str:
-    """The candidate that is handed over where rows do not tell, by rule 1; of several sources one that was not trained stays."""
+    """The candidate that is handed over where rows do not tell, by rule 1.
+
+    With several sources `continued` is a candidate even where no step lowered its loss; then it is not expected.
+    """
     made = systems["continued"].made if labels and "continued" in systems else None
     return "continued" if made is not None and made.result.best_step else "grasp"
 
