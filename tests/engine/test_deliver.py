@@ -104,11 +104,10 @@ class TestRule:
         assert chosen.name == name
         assert why in chosen.why
         if continued and name == "continued":
-            systems[
-                "continued"
-            ].made.result.best_step = 0  # as where several sources are averaged and no step lowered the loss
+            made = systems["continued"].made.result
+            made.best_step = 0  # as where several sources are averaged and no step lowered the loss
             assert choose(steps, systems, ON_ITS_OWN).name == "grasp"
-            systems["continued"].made.result.best_step, steps.splits.dev = 1, []
+            made.best_step, steps.splits.dev = 1, []
             assert choose(steps, systems, ON_ITS_OWN).name == "grasp"
             steps.splits.dev, steps.recipe.final.deliver = [1], "grasp"
             assert choose(steps, systems, ON_ITS_OWN).name == "grasp"

@@ -155,10 +155,9 @@ def test_the_dev_answers_decide_in_a_run_and_in_the_row_of_what_it_hands_over(
         step = original(self, adapter, split)
         measured.append(step.repeated)
         made = "" if adapter.made is None else adapter.made.name
-        right = made == "final-0.00" if name == "continued" else made.startswith("final-") and made != "final-0.00"
-        return replace(
-            step, result=RowScores(metric="accuracy", scores=[100.0 * right] * len(rows))
-        )  # the others never
+        is_it = made.startswith("final-") and (made == "final-0.00") is (name == "continued")
+        scores = [100.0 * is_it] * len(rows)  # always right, the others never
+        return replace(step, result=RowScores(metric="accuracy", scores=scores))
 
     monkeypatch.setattr(Steps, "row_scores", scripted)
     delivered = run_tiny(*changes).metrics.delivered

@@ -168,11 +168,7 @@ def test_few_rows_have_a_recipe_of_their_own(
 @pytest.mark.parametrize(
     ("rows", "on", "why"),
     [
-        (
-            [{"document": f"article {i} says more", "summary": f"{i % 9}"} for i in range(100)],
-            "auto",
-            "on summaries all",
-        ),
+        ([{"document": f"article {i} says", "summary": f"{i % 9}"} for i in range(100)], "auto", "on summaries all"),
         (labelled(100, ["good", "bad"]), "source", "for labels a run handed over the same adapter either way"),
     ],
 )
