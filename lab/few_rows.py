@@ -4,7 +4,8 @@
     python lab/few_rows.py table FILE [FILE ...]       # means over draws, with 95 % intervals over the draws
 
 Settings `sw` and `su` draw 45 rows, what 60 are after their test quarter; `sw100` and `su100` draw 75, what 100 are, and learn
-a ratio. `su400` is `su` with 400 English rows in place of 120.
+a ratio. `sw200`, `su200` and `min200` draw 150, what 200 are. `su400`, `su200` and `min200` have 400 English rows, the
+other settings of labels 120.
 Draws of a setting share the source adapter and the test rows; their other rows are disjoint.
 `ko`, `zh`, `min` and `min100` are to confirm: each of their draws has a training seed of its own.
 Needs GRASP_LORA_DATA.
@@ -38,7 +39,8 @@ from grasp_lora.storage.writing import write_json
 OTHERS = ("source", "target", "merged", "continued")
 PLAIN, WITHOUT = "merge, trained further", ", without a controller"
 EXPECTED = ", GRASP's result expected"
-SIZES = {60: (45, 15), 100: (75, 25)}  # rows of a draw, those of them to judge by; there is room for six draws
+# Rows of a draw, those of them to judge by; there is room for six draws, for three of 200 rows.
+SIZES = {60: (45, 15), 100: (75, 25), 200: (150, 50)}
 CONFIRMING = ("ko", "zh", "min", "min100")
 # As `init` writes them; the draws of `sw` and `su` were made before it wrote a patience.
 COMMON = ["data.target.dev=2", "data.target.micro_dev=2", "source.training.epochs=2"]
@@ -62,8 +64,11 @@ SETTINGS = {
     "su400": ("nusax-su", 60, [*FEW, *PATIENT]),
     "min": ("nusax-su", 60, [*FEW, *WEAK, *PATIENT, *MINANGKABAU]),
     "min100": ("nusax-su", 100, [*MORE, *WEAK, *MINANGKABAU, "target.on=source"]),
+    "su200": ("nusax-su", 200, [*MORE, "final.prune_ratio=0"]),
+    "min200": ("nusax-su", 200, [*MORE, "final.prune_ratio=0", *MINANGKABAU]),
     "su": ("nusax-su", 60, [*FEW, *WEAK]),
     "sw100": ("tydiqa-sw", 100, [*MORE, *QUESTIONS, "target.on=auto"]),
+    "sw200": ("tydiqa-sw", 200, [*MORE, *QUESTIONS, "target.on=auto"]),
     "su100": ("nusax-su", 100, [*MORE, *WEAK, "target.on=source"]),
 }
 
