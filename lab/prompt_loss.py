@@ -1,0 +1,80 @@
+"""Trainings of few rows with a loss on the prompt's tokens, too (arXiv 2401.13586). The plan is in `lab/log.md`.
+
+    python lab/prompt_loss.py draw SETTING DRAW FOLDER   # settings and draws of few_rows.py; FOLDER holds its steps
+    python lab/prompt_loss.py table FILE [FILE ...]      # prompt-*.json: the differences, with 95 % intervals over the draws
+
+Needs GRASP_LORA_DATA.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from few_rows import interval, measured, steps_of
+from torch import Tensor
+
+from grasp_lora.engine.steps import Steps
+from grasp_lora.engine.store import Store
+from grasp_lora.storage.claims import Workplace, working_in
+from grasp_lora.storage.writing import write_json
+from grasp_lora.training.loss import IGNORED
+
+WEIGHT = 0.05  # of a prompt's token; one of the answer counts 1
+
+
+def weighted_losses(model: torch.nn.Module, batch: Mapping[str, Tensor], *, label_positions: bool) -> Tensor:
+    """Each example's mean NLL over all its tokens, those of the prompt with a weight."""
+    tokens, answers, there = (batch[key][:, 1:] for key in ("input_ids", "labels", "attention_mask"))
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    losses = torch.nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), tokens, reduction="none")
+    weights = torch.where(answers != IGNORED, 1.0, WEIGHT) * there
+    return (losses * weights).sum(1) / weights.sum(1)
+
+
+def draw_of(setting: str, draw: int, folder: Path, work: Workplace) -> None:
+    steps = steps_of(setting, draw, folder, work)
+    starts = {"continued": steps.source(), "grasp": steps.parents().merged}
+    # A store of its own: the steps' keys do not know of the loss.
+    apart = Store(folder / "prompt", steps.session.progress, work)
+    other = Steps(steps.session, apart, steps.session, stop_requested=lambda: work.interruption.asked_by)
+    record: dict[str, Any] = {"setting": setting, "draw": draw, "systems": {}}
+    for name, start in starts.items():
+        record["systems"][name] = measured(steps, steps.finetune(start, 0.0))
+        with patch("grasp_lora.training.trainer.example_losses", weighted_losses):
+            adapter = other.finetune(start, 0.0)
+        record["systems"][f"{name}, prompts"] = measured(other, adapter)
+    write_json(folder / f"prompt-{setting}-{draw}.json", record)
+
+
+def table(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
+    for setting in dict.fromkeys(draw["setting"] for draw in draws):
+        for name in ("continued", "grasp"):
+            told = []
+            for key, digits in {"test_scores": 1, "test_losses": 3}.items():
+                pairs = [
+                    [fmean(draw["systems"][f"{name}{end}"][key]) for end in (", prompts", "")]
+                    for draw in draws
+                    if draw["setting"] == setting
+                ]
+                gaps = [ours - theirs for ours, theirs in pairs]
+                told.append(f"{' '.join(f'{gap:+.{digits}f}' for gap in gaps)}: {interval(gaps, digits)}")
+            yield f"{setting}, {name}, with the prompts' loss minus without: {'; '.join(told)}"
+
+
+def main(job: str, *words: str) -> None:
+    if job == "table":
+        sys.stdout.write("\n".join(table([json.loads(Path(file).read_bytes()) for file in words])) + "\n")
+        return
+    setting, draw, place = words
+    with working_in(Path(place)) as work:
+        work.begin(shared=True)
+        draw_of(setting, int(draw), Path(place), work)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
