@@ -1,6 +1,7 @@
 """What few rows come to, as `init` splits and trains them, with a test set that tells. The plans are in `lab/log.md`.
 
     python lab/few_rows.py draw SETTING DRAW FOLDER    # one draw; goes on where it was stopped, writes FOLDER/SETTING-DRAW.json
+    python lab/few_rows.py elsewhere zh DRAW FOLDER    # a draw of `zh` on 600 rows of XQuAD, which tell more; FOLDER/xquad-DRAW.json
     python lab/few_rows.py table FILE [FILE ...]       # means over draws, with 95 % intervals over the draws
 
 Settings `sw` and `su` draw 45 rows, what 60 are after their test quarter; `sw100` and `su100` draw 75, what 100 are, and learn
@@ -55,6 +56,10 @@ MINANGKABAU = [
         f"data.target.files.{split}=[nusax/minangkabau-{file}.csv]"
         for split, file in {"train": "train", "dev": "valid", "test": "test"}.items()
     ),
+]
+XQUAD = [
+    "data.target.files={pool: mlqa/dev-context-zh-question-zh.json, test: xquad/xquad.zh.json}",
+    "data.target.test=1",  # of the pool
 ]
 WEAK = ["data.source.train=120", "data.source.dev=12"]
 SETTINGS = {
@@ -126,6 +131,20 @@ def draw_of(setting: str, draw: int, folder: Path, work: Workplace) -> None:
         systems[PLAIN] = steps.finetune(made.parents.merged, 0.0)
     record["systems"] = {name: measured(steps, adapter) for name, adapter in systems.items()}
     write_json(folder / f"{setting}-{draw}.json", record)
+
+
+def elsewhere(setting: str, draw: int, folder: Path, work: Workplace) -> None:
+    """What a run hands over in a draw of Chinese questions, and `continued`, on rows of another data set."""
+    steps = steps_of(setting, draw, folder, work)
+    name, _, changes = SETTINGS[setting]
+    other = Session(load_recipe(name, [*changes, *XQUAD])[0], Path.cwd())
+    check(other)
+    rows = tuple(row for row in other.splits.test if row.where.startswith("xquad"))[:600]
+    session = steps.session.variant(steps.recipe, replace(steps.splits, test=rows))
+    steps = Steps(session, steps.store, stop_requested=lambda: work.interruption.asked_by)
+    systems = {"continued": steps.continued(), "grasp": steps.finetune(steps.parents().merged, 0.0)}
+    record = {"setting": "xquad", "draw": draw, "systems": {name: measured(steps, of) for name, of in systems.items()}}
+    write_json(folder / f"xquad-{draw}.json", record)
 
 
 def table(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -206,7 +225,7 @@ def main(job: str, *words: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with working_in(folder) as work:
         work.begin(shared=True)
-        draw_of(setting, int(draw), folder, work)
+        {"draw": draw_of, "elsewhere": elsewhere}[job](setting, int(draw), folder, work)
 
 
 if __name__ == "__main__":
