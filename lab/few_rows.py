@@ -1,7 +1,7 @@
 """What few rows come to, as `init` splits and trains them, with a test set that tells. The plans are in `lab/log.md`.
 
     python lab/few_rows.py draw SETTING DRAW FOLDER    # one draw; goes on where it was stopped, writes FOLDER/SETTING-DRAW.json
-    python lab/few_rows.py elsewhere zh DRAW FOLDER    # a draw of `zh` on 600 rows of XQuAD, which tell more; FOLDER/xquad-DRAW.json
+    python lab/few_rows.py elsewhere zh DRAW FOLDER    # a draw of `zh` on 600 rows of XQuAD: FOLDER/xquad-DRAW.json
     python lab/few_rows.py table FILE [FILE ...]       # means over draws, with 95 % intervals over the draws
 
 Settings `sw` and `su` draw 45 rows, what 60 are after their test quarter; `sw100` and `su100` draw 75, what 100 are, and learn
