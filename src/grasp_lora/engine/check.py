@@ -41,11 +41,11 @@ def check(session: Session, *, parents: bool = True) -> None:
     _check_files(session)
     if parents:
         _check_adapters(session)
-    check_splits(session, rounds=parents and recipe.final.prune_ratio is None)
+    check_splits(session, learns=parents)
 
 
-def check_splits(session: Session, *, rounds: bool = True) -> None:
-    """Check that the splits can be trained on and measured, and that the controller has its rounds.
+def check_splits(session: Session, *, learns: bool = True) -> None:
+    """Check that the splits can be trained on and measured, and that a controller which learns the ratio has its rounds.
 
     Raises:
         GraspError: they cannot; one line.
@@ -55,7 +55,8 @@ def check_splits(session: Session, *, rounds: bool = True) -> None:
     _check_context(session)
     for adapter in session.given.values():
         check_seen(session, adapter)
-    if rounds and (problem := lack_of_rounds(session, session.recipe.controller)):
+    recipe = session.recipe
+    if learns and recipe.final.prune_ratio is None and (problem := lack_of_rounds(session, recipe.controller)):
         raise RecipeError(problem)
 
 

@@ -52,8 +52,7 @@ def compare(
     A method that fails, for example because its training diverges, leaves its reason in its row, and the others go on.
 
     Args:
-        session: of the recipe, whose progress is told how far the work is. A prune ratio that it gives is that of the row
-            `delivered`; `grasp` learns its own.
+        session: of the recipe, whose progress is told how far the work is.
         folder: of the experiment, that of a run included; steps of any recipe may stand in its store side by side.
         settings: methods, seeds and the rest.
         show: given the folder of the tables and what `compare.json` holds whenever that was written.
@@ -82,7 +81,6 @@ def _prepared(session: Session, folder: Path, settings: ComparisonSettings) -> l
         raise RecipeError(problem)
     first = Session(recipe, session.base, session.progress, Fold(1, folds) if folds else None)
     check(first)
-    check_splits(first)  # with rounds, also where the recipe gives the ratio
     check_target_modules(first.backbone.model, recipe.lora.target_modules)
     sessions = [first]
     for number in range(2, (folds or 1) + 1):

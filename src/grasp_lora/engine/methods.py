@@ -147,10 +147,13 @@ def _grid(in_paper: bool, curve: bool) -> Callable[[Steps], Outcome]:
 
 
 def _grasp(in_paper: bool) -> Callable[[Steps], Outcome]:
-    """GRASP: learn the ratio in one controller run, then one final run; in the paper's row with its own policy, rule and run."""
+    """GRASP: learn the ratio in one controller run, unless the recipe gives it, then one final run; in the paper's row with its
+    own policy, rule and run."""
 
     def run(steps: Steps) -> Outcome:
-        parents = steps.parents(in_paper=in_paper)
+        parents, given = steps.parents(in_paper=in_paper), steps.recipe.final.prune_ratio
+        if given is not None and not in_paper:
+            return Outcome(steps.finetune(parents.merged, given), given, parents=parents)
         stage = _paper_controller(steps.recipe) if in_paper else steps.recipe.controller
         learned = steps.learn_ratio(parents.merged, stage)
         ratio = learned.result.estimate.ratio
@@ -280,9 +283,8 @@ def most_trained(names: Collection[str], session: Session, ratios: int = 0) -> t
     """
     recipe, splits = session.recipe, session.splits
     trains = {part for name in names for part in TRAININGS.get(name, ())}
-    if "delivered" in names and recipe.final.prune_ratio is not None:  # which learns nothing
-        trains = {part for name in names if name != "delivered" for part in TRAININGS.get(name, ())}
-        trains |= _TO_MERGE | {"continued", "given final"}
+    if recipe.final.prune_ratio is not None:
+        trains -= {"controller"}
     if "continued" not in names and recipe.final.deliver != "best":
         trains -= {"continued"}
     final, own = recipe.final.training.epochs, recipe.target.training.epochs
