@@ -587,7 +587,10 @@ class TestDoor:
     def test_a_given_ratio_is_not_learned(self, tiny_workspace) -> None:
         comparison, recorder = compared("out", asked("grasp", "delivered", seeds=(42,)), "final.prune_ratio=0.9")
         ratios = [row_of(comparison, name).prune_ratio for name in ("grasp", "delivered")]
-        assert [ratio.mean for ratio in ratios] == [0.9, 0.9]  # the recipe hands over the final run's result in any case
+        assert [ratio.mean for ratio in ratios] == [
+            0.9,
+            0.9,
+        ]  # the recipe hands over the final run's result in any case
         assert "controller" not in recorder.did
 
     def test_what_is_no_experiments_folder_is_refused(self, tiny_workspace) -> None:

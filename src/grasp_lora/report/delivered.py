@@ -246,9 +246,7 @@ def next_steps(run: Run, recipe: str, overrides: Sequence[str], folder: Path, al
     if not is_chosen(run):
         return []
     steps = []
-    if (
-        run.learned is not None and run.metrics.test_examples >= LEAST_TEST
-    ):  # else `compare` refuses, or measures another GRASP
+    if run.metrics.test_examples >= LEAST_TEST:  # else `compare` refuses
         folds = _few_rows(run) and why_no_folds(run.recipe) is None
         cost = f"each row tested once, about {FOLDS} times" if folds else "three seeds, about three times"
         words = [
