@@ -148,7 +148,7 @@ def best_of(
         why = f"Its answers to the {examples} {split} rows score {mean(expected):.1f} ({metric}). "
         if mean(highest) > mean(expected):
             why += f"The highest is {mean(highest):.1f}, {title_of(highest, titles)}, which is not ahead by more than "
-            why += "one standard error. Where rows do not tell, it is the one to expect the best of."
+            why += f"one standard error. Where rows do not tell, the choice is {usual}."
         else:
             why += "No other adapter scores higher."
     name = better or expected
