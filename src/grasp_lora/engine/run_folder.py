@@ -47,7 +47,7 @@ HISTORY_FILE, RATIO_FILE, SPARSITY_FILE = "history.jsonl", "ratio.json", "sparsi
 DIFFERENCES_SHOWN = 3
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "sacrebleu", "rouge-score")
 # Where `best_step` is 0.
-DISCARDED = "no step lowered the dev loss, so the fine-tuning was discarded (best step 0)"
+DISCARDED = "no step of the final run lowered the dev loss, so its training was discarded (best step 0)"
 TRAINED = {  # folder -> what was trained, in the order in which it happens
     "source": "Source", "target": "Target", "controller": "Controller run", "final": "Final run",
     "continued": "Source, continued",
