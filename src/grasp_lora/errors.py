@@ -32,9 +32,5 @@ class UntrainedError(GraspError):
     """Adapters to start from that no training has changed."""
 
 
-class LackOfMemoryError(GraspError):
-    """The memory does not suffice for what is asked."""
-
-
 class Interrupted(Exception):  # noqa: N818 - it is no mistake
     """A signal stopped the work at a point that it can go on from; the message says where."""

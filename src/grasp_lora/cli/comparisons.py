@@ -5,22 +5,27 @@ from typing import Annotated, Any
 
 import typer
 
-from grasp_lora.cli.options import AllowCodeOption, OptionsOf, RecipeArgument, SetOption, VerboseOption
+from grasp_lora.cli.options import AllowCodeOption, RecipeArgument, SetOption, VerboseOption
 from grasp_lora.cli.terminal import console, loading, log_to_terminal, say
 from grasp_lora.errors import GraspError, RecipeError
-
-_compare = OptionsOf("grasp_lora.engine.comparison", "ComparisonSettings")
 
 
 def compare(
     recipe: RecipeArgument,
-    methods: Annotated[str | None, _compare("methods", more="Separated by commas; all by default.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Names from above, separated by commas; all by default.")] = None,
     seeds: Annotated[
-        str | None, _compare("seeds", more="Separated by commas; 42,1337,9001 by default, 42 with --folds.")
+        str | None,
+        typer.Option(
+            help="Separated by commas; 42,1337,9001 by default, 42 with --folds. The source adapter is shared."
+        ),
     ] = None,
-    grid: Annotated[str | None, _compare("grid", more="Separated by commas; 0.1 to 0.8 by default.")] = None,
-    reference: Annotated[str, _compare("reference")] = "grasp",
-    folds: Annotated[int | None, _compare("folds")] = None,
+    grid: Annotated[
+        str | None, typer.Option(help="Prune ratios of the grid search, separated by commas; 0.1 to 0.8 by default.")
+    ] = None,
+    reference: Annotated[str, typer.Option(help="The method that the others are compared with.")] = "grasp",
+    folds: Annotated[
+        int | None, typer.Option(help="Cut the target's rows into so many folds, 2 or more; each is tested on once.")
+    ] = None,
     on: Annotated[
         str | None, typer.Option("--on", help="`ray`: let the workers of a Ray cluster share the work (extra ray).")
     ] = None,

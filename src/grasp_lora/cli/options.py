@@ -1,14 +1,11 @@
-"""The options that commands share, and the help texts of those that mirror a setting: what its docstring says."""
+"""The options that commands share."""
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from grasp_lora.recipes.text import builtin_recipes
-from grasp_lora.text.docstrings import arguments, docstring_of
 
 if TYPE_CHECKING:
     from grasp_lora.engine.session import Session
@@ -44,32 +41,6 @@ VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show what 
 BackboneOption = Annotated[str | None, typer.Option(help="Backbone; default: the one that the (first) adapter names.")]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a backbone on the hub.")]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the backbone.")]
-
-
-class OptionsOf:
-    """Makes options that mirror the fields of a class of settings.
-
-    Args:
-        module: where the class stands; it is read and not imported, since that would make help slow.
-        name: of the class.
-    """
-
-    def __init__(self, module: str, name: str) -> None:
-        self._meanings = arguments(docstring_of(module, name))
-
-    def __call__(self, field: str, *names: str, more: str = "") -> Any:
-        """Return the option of a field, with what the docstring says as its help.
-
-        Args:
-            field: of the settings.
-            names: such as `--methods`, where they are not the parameter's own.
-            more: what only the command line has to say.
-        """
-        text = re.sub(r"\bNone (takes|is|for)\b", "default:", self._meanings.get(field, "")).replace(
-            "None", "the default"
-        )
-        text = f"{text[:1].upper()}{text[1:]} {more}".strip().replace("`", "")
-        return typer.Option(*names, help=escape(text))
 
 
 def session_of(recipe: str, overrides: list[str] | None, allow_code: bool) -> "Session":

@@ -5,12 +5,10 @@ from typing import Annotated
 
 import typer
 
-from grasp_lora.cli.options import BackboneOption, OptionsOf, RevisionOption, StepOutput, TrustOption
+from grasp_lora.cli.options import BackboneOption, RevisionOption, StepOutput, TrustOption
 from grasp_lora.cli.terminal import console, loading, log_to_terminal, say
 from grasp_lora.errors import RecipeError
 from grasp_lora.storage.reading import reading
-
-_merge = OptionsOf("grasp_lora.method.merging", "MergeSettings")
 
 
 def judge(
@@ -78,10 +76,23 @@ def merge(
     adapters: Annotated[list[str], typer.Argument(help="PEFT adapters to merge: folders or hub ids.")],
     output: StepOutput,
     backbone: BackboneOption = None,
-    rule: Annotated[str, _merge("rule")] = "exact",
-    weight: Annotated[list[float] | None, _merge("weights", more="May be repeated.")] = None,
-    rank: Annotated[int | None, _merge("rank")] = None,
-    density: Annotated[float, _merge("density")] = 0.5,
+    rule: Annotated[
+        str,
+        typer.Option(
+            help="exact (the weighted sum; ranks add up), svd (its best approximation of one rank), ties, dare_ties; or "
+            "paper_sum, paper_sum_unscaled, paper_apart, lorahub."
+        ),
+    ] = "exact",
+    weight: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Of each adapter, in their order: repeat it. Default: the same for all, 1 in sum (ties: 1 each)."
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Of the result, for svd; default: the highest of the adapters.")
+    ] = None,
+    density: Annotated[float, typer.Option(help="Share of weights that ties and dare_ties keep, in (0, 1].")] = 0.5,
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from grasp_lora.errors import LackOfMemoryError
+from grasp_lora.errors import GraspError
 from grasp_lora.text.display import first_line
 
 # Of torch.OutOfMemoryError, CUDA's drivers and libraries, and torch's allocator on the CPU, which raises a plain RuntimeError.
@@ -30,13 +30,13 @@ def enough_memory(work: str, advice: str) -> Iterator[None]:
         advice: what takes less memory.
 
     Raises:
-        LackOfMemoryError: memory does not suffice.
+        GraspError: memory does not suffice.
     """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in _SIGNS):
             raise
-        raise LackOfMemoryError(
+        raise GraspError(
             f"the memory does not suffice for {work} ({first_line(error)[:200]}); {advice}. What is done stays"
         ) from error

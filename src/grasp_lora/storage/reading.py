@@ -11,29 +11,13 @@ from pydantic import ValidationError
 from grasp_lora.errors import DataError, GraspError
 from grasp_lora.text.display import escaped, one_line
 
-
-# Of os.path, since those of pathlib raise where a folder on the way is closed.
-def is_file(path: Path) -> bool:
-    """Tell whether a regular file (links are followed) can be found; what cannot even be looked at is none."""
-    return os.path.isfile(path)  # noqa: PTH113
-
-
-def is_folder(path: Path) -> bool:
-    """Tell whether a folder (links are followed) can be found; what cannot even be looked at is none."""
-    return os.path.isdir(path)  # noqa: PTH112
-
-
-def is_there(path: Path) -> bool:
-    """Tell whether anything is at a place, be it a link to nowhere."""
-    return os.path.lexists(path)
+# Of os.path, since those of pathlib raise where a folder on the way is closed, or a user of `~name` does not exist.
+is_file, is_folder, is_there = os.path.isfile, os.path.isdir, os.path.lexists
 
 
 def expanded(path: str | Path) -> Path:
-    """Put the user's home in the place of `~`; a user that does not exist stays as written, so that nothing is found there."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        return Path(path)
+    """Put the user's home in the place of `~`."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111
 
 
 def sha256_of(file: Path) -> str:

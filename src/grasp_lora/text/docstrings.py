@@ -1,9 +1,7 @@
-"""What a docstring of ours says of each argument, so that help texts and the recipe's schema need not say it again."""
+"""What a docstring of ours says of each argument, so that the recipe's schema need not say it again."""
 
 import inspect
 import re
-from importlib.abc import InspectLoader
-from importlib.util import find_spec
 
 _ENTRY = re.compile(r"^ {4}(\w+(?:, \w+)*): (.*(?:\n {5,}.*)*)", re.MULTILINE)
 
@@ -27,12 +25,3 @@ def arguments(docstring: str) -> dict[str, str]:
     section = re.search(r"^Args:\n((?: {4,}.*\n?|\n)+)", inspect.cleandoc(docstring), re.MULTILINE)
     entries = _ENTRY.findall(section[1]) if section else []
     return {name: " ".join(text.split()) for names, text in entries for name in names.split(", ")}
-
-
-def docstring_of(module: str, name: str) -> str:
-    """Return the docstring of a class from its source, without importing its module, which may bring slow libraries."""
-    spec = find_spec(module)
-    loader = spec.loader if spec else None
-    source = loader.get_source(module) if isinstance(loader, InspectLoader) else None
-    match = re.search(rf'^class {name}\b[^"]*"""(.*?)"""', source or "", re.MULTILINE | re.DOTALL)
-    return inspect.cleandoc(match[1]) if match else ""
