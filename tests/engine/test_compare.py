@@ -192,7 +192,7 @@ class TestTable:
 
         notes = Notes()
         compare(session_of(progress=notes), Path("compare"), asked("merged", "continued", "joint", "grasp"))
-        assert "8 test examples, 2 planned comparisons" in notes.notes[1]
+        assert "8 test examples, 2 comparisons" in notes.notes[1]
 
 
 class TestRecord:

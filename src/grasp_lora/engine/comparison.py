@@ -475,6 +475,6 @@ def expected_width(
     together = f" in groups of {group_size:.1f} on average" if group_size > 1.0 else ""
     return (
         f"intervals of {metric} will reach about {reach:.1f} points to each side: {examples} test examples{together}, {planned} "
-        f"planned comparison{'' if planned == 1 else 's'}, 95 %, and a standard deviation of {sd:.3g} points between two systems"
+        f"comparison{'' if planned == 1 else 's'}, 95 %, and a standard deviation of {sd:.3g} points between two systems"
         f"{' with one seed' if seeds == 1 else ''}, which is assumed"
     )

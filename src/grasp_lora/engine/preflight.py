@@ -18,7 +18,7 @@ from grasp_lora.data.doubts import beside_context, likely_slips, of_another_scri
 from grasp_lora.data.encode import Example, Tally
 from grasp_lora.data.splits import SPLITS, group_numbers, group_size, read_shares
 from grasp_lora.engine.check import check
-from grasp_lora.engine.comparison import PLANNED, SEEDS, expected_width
+from grasp_lora.engine.comparison import expected_width
 from grasp_lora.engine.methods import most_trained
 from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import choosing_splits
@@ -286,10 +286,10 @@ def _plan(session: Session) -> Iterator[Finding]:
         yield _ok("advice", sentence)
     test = splits.test
     width = expected_width(
-        list(session.metrics), len(test), len(PLANNED) - 1, group_size(test), len(set(group_numbers(test))), len(SEEDS)
+        list(session.metrics), len(test), SYSTEMS - 1, group_size(test), len(set(group_numbers(test))), seeds=1
     )
     if width:
-        yield _ok("power", f"in a comparison of {len(SEEDS)} seeds, {width}")
+        yield _ok("power", f"in the report of the run, {width}")
 
 
 def _cost(recipe: Recipe, session: Session) -> tuple[float, int]:
