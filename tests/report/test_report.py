@@ -540,7 +540,7 @@ def test_a_rival_is_named_once(run: Run, theirs: float, named_by: str) -> None:
         (
             "no difference",
             "no difference",
-            "better than neither the source adapter nor the backbone alone: F1 61.0 against",
+            "not shown to be better than the source adapter or the backbone alone. Beside the source adapter: F1 61.0 against",
         ),
     ],
 )

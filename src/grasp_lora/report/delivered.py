@@ -81,7 +81,8 @@ def gain(run: Run, compared: Mapping[str, Difference]) -> str | None:
         text = f"It answers better than {names[better]}: {text}"
         left = dict.fromkeys(names[name] for name in verdicts if verdicts[name] != "better")
         return text + (f" No gain on {' and '.join(left)} is shown." if left else "")
-    return f"It is shown to be better than neither {' nor '.join(dict.fromkeys(names.values()))}: {text}"
+    beside = f". Beside {names[first]}" if len(set(names.values())) > 1 else ""
+    return f"It is not shown to be better than {' or '.join(dict.fromkeys(names.values()))}{beside}: {text}"
 
 
 def higher(run: Run, compared: Mapping[str, Difference], folder: Path = Path()) -> str | None:
