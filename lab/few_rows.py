@@ -6,7 +6,7 @@
 
 Settings `sw` and `su` draw 45 rows, what 60 are after their test quarter; `sw100` and `su100` draw 75, what 100 are, and learn
 a ratio. `sw200`, `su200` and `min200` draw 150, what 200 are. `su400`, `su200` and `min200` have 400 English rows, the
-other settings of labels 120.
+other settings of labels 120. `titles` asks for the titles of Chinese abstracts, with 144 English rows of headlines.
 Draws of a setting share the source adapter and the test rows; their other rows are disjoint.
 `ko`, `zh`, `min` and `min100` are to confirm: each of their draws has a training seed of its own.
 Needs GRASP_LORA_DATA.
@@ -62,10 +62,20 @@ XQUAD = [
     "data.target.test=1",  # of the pool
 ]
 WEAK = ["data.source.train=120", "data.source.dev=12"]
+TITLES = [
+    "name=titles",
+    "data.target.files=[summ_extra/chinese_simplified.jsonl]",
+    "data.target.test=150",
+    "data.source.files=[xlsum/english.jsonl]",
+    "data.source.train=144",
+    "data.source.dev=16",
+    "generation.max_new_tokens=32",
+]
 SETTINGS = {
     "sw": ("tydiqa-sw", 60, [*FEW, *QUESTIONS]),
     "ko": ("tydiqa-ko", 60, [*FEW, *QUESTIONS, *PATIENT, "data.target.test=300"]),
     "zh": ("mlqa-zh", 60, [*FEW, *QUESTIONS, *PATIENT]),
+    "titles": ("xlsum-zh", 60, [*FEW, *PATIENT, *TITLES]),
     "su400": ("nusax-su", 60, [*FEW, *PATIENT]),
     "min": ("nusax-su", 60, [*FEW, *WEAK, *PATIENT, *MINANGKABAU]),
     "min100": ("nusax-su", 100, [*MORE, *WEAK, *MINANGKABAU, "target.on=source"]),
