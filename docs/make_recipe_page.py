@@ -58,6 +58,7 @@ Unrelated texts have about 0 to 20.
 
 [A metric of your own](../method/extend.md#a-metric) is a function.
 """
+LONG = 100  # characters of a meaning that is said once
 REQUIRED = ("name", "task", "language")
 CORPORA = {"target": {"language": "sw", "files": ["rows.csv"]}, "source": {"language": "en", "files": ["rows.csv"]}}
 SAYS_NOTHING = {"name": "page", "data": {"task": "qa", **CORPORA}}
@@ -71,7 +72,8 @@ def page() -> str:
     for place, properties in _sections(Recipe.model_json_schema(), ()):
         alike[json.dumps({key: entry.get("description") for key, entry in properties.items()})].append(place)
     found = dict(_sections(Recipe.model_json_schema(), ()))
-    sections = "".join(_section(found[places[0]], places, recipe) for places in alike.values())
+    told: dict[str, str] = {}
+    sections = "".join(_section(found[places[0]], places, recipe, told) for places in alike.values())
     return INTRO + sections + _presets() + _prompts() + _metrics()
 
 
@@ -114,7 +116,10 @@ def _metrics() -> str:
     return "\n".join(lines) + METRIC_END
 
 
-def _section(properties: dict[str, Any], places: list[tuple[str, ...]], recipe: dict[str, Any]) -> str:
+def _section(
+    properties: dict[str, Any], places: list[tuple[str, ...]], recipe: dict[str, Any], told: dict[str, str]
+) -> str:
+    """The table of a section; what a key above means, too, is not said again: `told` has the meanings and their keys."""
     title = ", ".join(f"`{'.'.join(place)}`" for place in places) if places[0] else "The recipe"
     lines = [f"\n## {title}\n", "| key | default | meaning |", "|---|---|---|"]
     for key, entry in properties.items():
@@ -123,9 +128,10 @@ def _section(properties: dict[str, Any], places: list[tuple[str, ...]], recipe: 
         default = "see below" if inner else "required" if required else _default(key, places, recipe)
         if not entry.get("description"):
             raise ValueError(f"the docstring of {title} does not say what {key} means")
-        lines.append(
-            f"| `{key}` | {default} | {entry['description'].replace('null', '`null`').replace('|', chr(92) + '|')} |"
-        )
+        meaning = entry["description"].replace("null", "`null`").replace("|", chr(92) + "|")
+        first = told.setdefault(meaning, ".".join((*places[0], key)))
+        again = first != ".".join((*places[0], key)) and len(meaning) > LONG
+        lines.append(f"| `{key}` | {default} | {f'as `{first}`.' if again else meaning} |")
     return "\n".join(lines) + "\n"
 
 
