@@ -5,6 +5,7 @@
     python lab/soup.py table FILE [FILE ...]       # soup-*.json and patient-*.json: means over draws, with 95 % intervals
     python lab/soup.py joint SETTING DRAW FOLDER   # `joint`, its average with `continued`, and a third of the learning rate
     python lab/soup.py plain SETTING DRAW FOLDER   # `continued` for all epochs
+    python lab/soup.py second SETTING DRAW FOLDER  # `continued` and the merge, where a training ends by a second look alone
     python lab/soup.py beside FILE [FILE ...]      # joint-*.json: their differences from what a run does
 
 Needs GRASP_LORA_DATA.
@@ -104,6 +105,15 @@ def plain(setting: str, draw: int, folder: Path, work: Workplace) -> None:
     steps = in_order(steps, steps.recipe.seed, patience=None)
     systems = {"continued, all epochs": measured(steps, steps.continued())}
     write_json(folder / f"plain-{setting}-{draw}.json", {"setting": setting, "draw": draw, "systems": systems})
+
+
+def second(setting: str, draw: int, folder: Path, work: Workplace) -> None:
+    """`continued` and the merge, trained further, with the patience that `init` writes for few rows."""
+    steps = steps_of(setting, draw, folder, work)
+    steps = in_order(steps, steps.recipe.seed, patience=2)
+    systems = {"continued": steps.continued(), "grasp": steps.finetune(steps.parents().merged, 0.0)}
+    record = {name: measured(steps, adapter) for name, adapter in systems.items()}
+    write_json(folder / f"second-{setting}-{draw}.json", {"setting": setting, "draw": draw, "systems": record})
 
 
 def beside(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -237,7 +247,8 @@ def main(job: str, *words: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with working_in(folder) as work:
         work.begin(shared=True)
-        {"patient": patient, "draw": draw_of, "joint": joint, "plain": plain}[job](setting, int(draw), folder, work)
+        jobs = {"patient": patient, "draw": draw_of, "joint": joint, "plain": plain, "second": second}
+        jobs[job](setting, int(draw), folder, work)
 
 
 if __name__ == "__main__":
