@@ -144,7 +144,9 @@ def draw_of(setting: str, draw: int, folder: Path, work: Workplace) -> None:
 
 
 def elsewhere(setting: str, draw: int, folder: Path, work: Workplace) -> None:
-    """What a run hands over in a draw of Chinese questions, and `continued`, on rows of another data set."""
+    """GRASP's result, which is handed over in all draws of Chinese, and `continued`, on rows of another data set."""
+    if setting != "zh":
+        raise ValueError(f"the setting is {setting}; it must be zh")
     steps = steps_of(setting, draw, folder, work)
     name, _, changes = SETTINGS[setting]
     other = Session(load_recipe(name, [*changes, *XQUAD])[0], Path.cwd())

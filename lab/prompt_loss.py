@@ -52,18 +52,20 @@ def draw_of(setting: str, draw: int, folder: Path, work: Workplace) -> None:
 
 
 def table(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
+    kinds = ("continued", "grasp")
     for setting in dict.fromkeys(draw["setting"] for draw in draws):
-        for name in ("continued", "grasp"):
+        of_setting = [draw["systems"] for draw in draws if draw["setting"] == setting]
+        for names in (*[(kind,) for kind in kinds], kinds):
             told = []
             for key, digits in {"test_scores": 1, "test_losses": 3}.items():
                 pairs = [
-                    [fmean(draw["systems"][f"{name}{end}"][key]) for end in (", prompts", "")]
-                    for draw in draws
-                    if draw["setting"] == setting
+                    [fmean(systems[f"{name}{end}"][key]) for end in (", prompts", "")]
+                    for systems in of_setting
+                    for name in names
                 ]
                 gaps = [ours - theirs for ours, theirs in pairs]
                 told.append(f"{' '.join(f'{gap:+.{digits}f}' for gap in gaps)}: {interval(gaps, digits)}")
-            yield f"{setting}, {name}, with the prompts' loss minus without: {'; '.join(told)}"
+            yield f"{setting}, {' and '.join(names)}, with the prompts' loss minus without: {'; '.join(told)}"
 
 
 def main(job: str, *words: str) -> None:

@@ -6,6 +6,7 @@
     python lab/soup.py joint SETTING DRAW FOLDER   # `joint`, its average with `continued`, and a third of the learning rate
     python lab/soup.py plain SETTING DRAW FOLDER   # `continued` for all epochs
     python lab/soup.py second SETTING DRAW FOLDER  # `continued` and the merge, where a training ends by a second look alone
+    python lab/soup.py looks FILE [FILE ...]       # second-*.json beside the records of their draws: as `few_rows.py table`
     python lab/soup.py beside FILE [FILE ...]      # joint-*.json: their differences from what a run does
 
 Needs GRASP_LORA_DATA.
@@ -23,7 +24,8 @@ from typing import Any
 
 import torch
 from choices import chosen
-from few_rows import interval, measured, steps_of
+from few_rows import PLAIN, interval, measured, steps_of
+from few_rows import table as table_of_draws
 from torch import Tensor
 
 from grasp_lora.engine.results import Adapter
@@ -124,6 +126,20 @@ def beside(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
             gaps = [fmean(draw["systems"][ours][key]) - fmean(draw["systems"][theirs][key]) for draw in draws]
             told.append(f"{' '.join(f'{gap:+.{digits}f}' for gap in gaps)}: {interval(gaps, digits)}")
         yield f"{ours} minus {theirs}: {'; '.join(told)}"
+
+
+def looks(files: Sequence[Path]) -> Iterator[str]:
+    """What is handed over as the draws were made, nothing pruned, and with the two trainings of `second` in their place."""
+    before, after = [], []
+    for file in files:
+        draw = read(file.with_name(file.name.removeprefix("second-")))
+        systems = draw["systems"]
+        systems["grasp"] = systems.pop(PLAIN, systems["grasp"])
+        before.append(draw)
+        after.append(draw | {"systems": systems | read(file)["systems"]})
+    for title, draws in (("as they were", before), ("with a second look", after)):
+        yield f"{title}:"
+        yield from table_of_draws(draws)
 
 
 def in_order(steps: Steps, seed: int, *, patience: int | None = 1, rate: float | None = None) -> Steps:
@@ -238,6 +254,9 @@ def main(job: str, *words: str) -> None:
         lines = [*table(draws), *gains(draws, "stopped early"), *handed_over(files), *went_on(patients)]
         lines += gains([mended(draw, patients) for draw in draws], "those that the first look ended as they went on")
         sys.stdout.write("\n".join(lines) + "\n")
+        return
+    if job == "looks":
+        sys.stdout.write("\n".join(looks([*map(Path, words)])) + "\n")
         return
     if job == "beside":
         sys.stdout.write("\n".join(beside([*map(read, map(Path, words))])) + "\n")

@@ -585,7 +585,9 @@ class TestDoor:
         assert examples_of("given") == int(re.findall(r"at most (\d+)", recorder.notes[0])[0])
 
     def test_a_given_ratio_is_not_learned(self, tiny_workspace) -> None:
-        comparison, recorder = compared("out", asked("grasp", "delivered", seeds=(42,)), "final.prune_ratio=0.9")
+        comparison, recorder = compared(
+            "out", asked("grasp", "delivered", seeds=(42,)), "final.prune_ratio=0.9", "controller.rounds.every=99"
+        )
         ratios = [row_of(comparison, name).prune_ratio for name in ("grasp", "delivered")]
         assert [ratio.mean for ratio in ratios] == [
             0.9,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from grasp_lora.engine import predict as module
-from grasp_lora.errors import AdapterError, LackOfMemoryError
+from grasp_lora.errors import AdapterError, GraspError
 from grasp_lora.models import backbone as backbones
 from grasp_lora.models.adapter_files import Answers, read_adapter
 from grasp_lora.models.adapters import fresh_adapter, save_adapter
@@ -58,7 +58,7 @@ def test_out_of_memory_says_what_predict_can_be_given(
         hook = asked.model.register_forward_pre_hook(fail)
         hook_below = asked.model.get_base_model().register_forward_pre_hook(fail)
         message = r"^the memory does not suffice for (answering|scoring labels) \(CUDA out of memory\. .*; shorten the prompts"
-        with pytest.raises(LackOfMemoryError, match=message):
+        with pytest.raises(GraspError, match=message):
             asked.texts(["target 1: what?"])
         hook.remove()
         hook_below.remove()

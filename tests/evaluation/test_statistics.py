@@ -263,7 +263,7 @@ def test_few_groups_and_fewer_seeds_foretell_wider_intervals():
 def test_a_classification_is_foretold_by_its_accuracy():
     found = str(expected_width(["accuracy", "macro_f1"], 400, 3))
     assert found.startswith(
-        "intervals of accuracy will reach about 4.0 points to each side: 400 test examples, 3 planned"
+        "intervals of accuracy will reach about 4.0 points to each side (400 test examples, 3 comparisons"
     )
     assert expected_width(["chrf"], 400, 3) is None
 

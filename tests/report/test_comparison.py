@@ -93,6 +93,12 @@ def test_a_cross_validation_says_its_folds(comparison: Comparison, tmp_path: Pat
     assert command_of(content) in text
 
 
+def test_a_given_ratio_is_called_so(comparison: Comparison, tmp_path: Path) -> None:
+    given = "GRASP: the recipe gives the prune ratio, so none was learned"
+    assert given not in text_of(comparison, tmp_path)
+    assert given in text_of(changed(comparison, "grasp", chosen_on=None), tmp_path)
+
+
 def test_scores_that_run_to_one_are_told_apart(comparison: Comparison) -> None:
     score = {"own:metric": MeanAndSd(mean=0.4312, sd=0.0021, values=[0.4312])}
     rows = [row.model_copy(update={"scores": score, "against": {}}) for row in comparison.finished]

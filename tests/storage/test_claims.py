@@ -124,6 +124,21 @@ def test_the_draft_of_a_file_follows_no_link_and_a_leftover_one_is_no_obstacle(t
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "precious"}
 
 
+def test_of_two_drafts_of_one_file_one_is_told_of_the_other(tmp_path, monkeypatch):
+    sync, file = os.fsync, tmp_path / "report.html"
+
+    def another_begins(descriptor: int) -> None:
+        sync(descriptor)
+        draft = tmp_path / "report.html.part"
+        draft.unlink()
+        draft.write_text("half of the other's")
+
+    monkeypatch.setattr(os, "fsync", another_begins)
+    with pytest.raises(OSError, match="another process writes it"):
+        write_whole(file, "mine")
+    assert not file.exists()
+
+
 class TestNewFolder:
     def test_it_appears_whole(self, tmp_path):
         out = tmp_path / "a" / "out"

@@ -22,7 +22,9 @@ def compare(
     grid: Annotated[
         str | None, typer.Option(help="Prune ratios of the grid search, separated by commas; 0.1 to 0.8 by default.")
     ] = None,
-    reference: Annotated[str, typer.Option(help="The method that the others are compared with.")] = "grasp",
+    reference: Annotated[
+        str, typer.Option(help="The method that the others are compared with; it is run in any case.")
+    ] = "grasp",
     folds: Annotated[
         int | None, typer.Option(help="Cut the target's rows into so many folds, 2 or more; each is tested on once.")
     ] = None,

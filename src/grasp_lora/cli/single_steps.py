@@ -86,7 +86,8 @@ def merge(
     weight: Annotated[
         list[float] | None,
         typer.Option(
-            help="Of each adapter, in their order: repeat it. Default: the same for all, 1 in sum (ties: 1 each)."
+            help="Weight of an adapter; give one for each, in their order. Default: 1/N each; 1 each for ties, dare_ties and "
+            "paper_apart."
         ),
     ] = None,
     rank: Annotated[

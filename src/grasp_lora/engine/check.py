@@ -41,11 +41,14 @@ def check(session: Session, *, parents: bool = True) -> None:
     _check_files(session)
     if parents:
         _check_adapters(session)
-    check_splits(session, learns=parents)
+    check_splits(session, rounds=parents)
 
 
-def check_splits(session: Session, *, learns: bool = True) -> None:
-    """Check that the splits can be trained on and measured, and that a controller which learns the ratio has its rounds.
+def check_splits(session: Session, *, rounds: bool = True) -> None:
+    """Check that the splits can be trained on and measured.
+
+    Args:
+        rounds: whether the controller's rounds are checked, too, where the recipe leaves the ratio to it.
 
     Raises:
         GraspError: they cannot; one line.
@@ -56,7 +59,7 @@ def check_splits(session: Session, *, learns: bool = True) -> None:
     for adapter in session.given.values():
         check_seen(session, adapter)
     recipe = session.recipe
-    if learns and recipe.final.prune_ratio is None and (problem := lack_of_rounds(session, recipe.controller)):
+    if rounds and recipe.final.prune_ratio is None and (problem := lack_of_rounds(session, recipe.controller)):
         raise RecipeError(problem)
 
 

@@ -463,7 +463,7 @@ def expected_width(
         groups: how many groups the examples form; None: each is by itself.
         seeds: how many each method has, >= 1; folds have one.
 
-    >>> str(expected_width(["exact_match", "f1"], 1000, 3)).partition(":")[0]
+    >>> str(expected_width(["exact_match", "f1"], 1000, 3)).partition(" (")[0]
     'intervals of f1 will reach about 2.0 points to each side'
     """
     metric = main_metric(metrics)
@@ -474,7 +474,7 @@ def expected_width(
     reach = wider * half_width(sd, examples, planned, groups)
     together = f" in groups of {group_size:.1f} on average" if group_size > 1.0 else ""
     return (
-        f"intervals of {metric} will reach about {reach:.1f} points to each side: {examples} test examples{together}, {planned} "
-        f"comparison{'' if planned == 1 else 's'}, 95 %, and a standard deviation of {sd:.3g} points between two systems"
-        f"{' with one seed' if seeds == 1 else ''}, which is assumed"
+        f"intervals of {metric} will reach about {reach:.1f} points to each side ({examples} test examples{together}, {planned} "
+        f"comparison{'' if planned == 1 else 's'}, 95 %). Assumed: a standard deviation of {sd:.3g} points between two systems"
+        f"{' with one seed' if seeds == 1 else ''}"
     )

@@ -153,7 +153,7 @@ def _grasp(in_paper: bool) -> Callable[[Steps], Outcome]:
     def run(steps: Steps) -> Outcome:
         parents, given = steps.parents(in_paper=in_paper), steps.recipe.final.prune_ratio
         if given is not None and not in_paper:
-            return Outcome(steps.finetune(parents.merged, given), given, parents=parents)
+            return Outcome(steps.finetune(parents.merged, float(given)), float(given), parents=parents)
         stage = _paper_controller(steps.recipe) if in_paper else steps.recipe.controller
         learned = steps.learn_ratio(parents.merged, stage)
         ratio = learned.result.estimate.ratio

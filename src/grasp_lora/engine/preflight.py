@@ -39,7 +39,6 @@ FEW_INDEPENDENT_ROUNDS = 3  # where no ratio is held, they do not depend on each
 FEW_PROBED = 8
 PROMPT_SHOWN = 30  # characters
 TIMED = 2  # answers
-SYSTEMS = 5  # that a run measures: backbone alone, source, merge, continued, GRASP's result
 GIGABYTE = 1e9
 
 
@@ -286,10 +285,16 @@ def _plan(session: Session) -> Iterator[Finding]:
         yield _ok("advice", sentence)
     test = splits.test
     width = expected_width(
-        list(session.metrics), len(test), SYSTEMS - 1, group_size(test), len(set(group_numbers(test))), seeds=1
+        list(session.metrics), len(test), _systems(recipe) - 1, group_size(test), len(set(group_numbers(test))), seeds=1
     )
     if width:
         yield _ok("power", f"in the report of the run, {width}")
+
+
+def _systems(recipe: Recipe) -> int:
+    """How many systems a run measures at most: the backbone alone, the merge, GRASP's result, and the adapters before them."""
+    sources = max(1, len(recipe.source.adapters))
+    return 3 + sources + (recipe.target.on != "source") + (recipe.final.deliver == "best")
 
 
 def _cost(recipe: Recipe, session: Session) -> tuple[float, int]:
@@ -335,10 +340,10 @@ def _measured(session: Session) -> list[Finding]:
             else:
                 generate(adapted, session.backbone.tokenizer, prompts, recipe.generation)
             answered = (time.perf_counter() - started) / len(prompts)
-    training_rows, probed = _cost(recipe, session)
-    total = training_rows * trained + probed * measured + SYSTEMS * len(splits.test) * (answered + measured)
+    (training_rows, probed), systems = _cost(recipe, session), _systems(recipe)
+    total = training_rows * trained + probed * measured + systems * len(splits.test) * (answered + measured)
     if recipe.final.deliver == "best":  # all of them answer the dev rows
-        total += SYSTEMS * len(splits.dev or splits.micro_dev) * answered
+        total += systems * len(splits.dev or splits.micro_dev) * answered
     on_gpu = model.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if on_gpu else peak_memory()
     size = (

@@ -249,7 +249,9 @@ def _choices(comparison: Comparison) -> list[str]:
     """What choices among merges and adapters took, by seed or fold, a line each."""
     by = comparison.runs[:-1]
     merge = [f"the merge that rows rest on, by {by}: {comparison.merge}"] if comparison.merge else []
-    return merge + [f"{row.title}, by {by}: {row.taken}" for row in comparison.finished if row.taken]
+    given = [row.title for row in comparison.finished if row.method == "grasp" and row.chosen_on is None]
+    told = [f"{title}: the recipe gives the prune ratio, so none was learned" for title in given]
+    return merge + told + [f"{row.title}, by {by}: {row.taken}" for row in comparison.finished if row.taken]
 
 
 def _stopping(comparison: Comparison) -> str:

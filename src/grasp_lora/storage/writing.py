@@ -37,6 +37,8 @@ def write_whole(file: Path, content: str | bytes) -> None:
             stream.write(content.encode() if isinstance(content, str) else content)
             stream.flush()
             os.fsync(stream.fileno())
+            if not os.path.samestat(os.fstat(stream.fileno()), draft.lstat()):
+                raise FileExistsError(errno.EEXIST, "another process writes it", str(file))
         draft.replace(file)
     finally:
         with suppress(OSError):
