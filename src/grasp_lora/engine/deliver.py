@@ -3,7 +3,7 @@
 The rule, for `final.deliver: best`, on dev, or on micro-dev where there is no dev set. The test split has no part in it.
 
 1. To expect the best of is GRASP's result. For labels it is `continued`, where there is a dev set and training lowered its dev
-   loss: in twelve draws of 60 and 100 rows it was better, or as good (`lab/results/few-rows.md`).
+   loss: in 14 draws of 60 to 200 rows it was better, or as good (`lab/results/few-rows.md`).
 2. The candidates answer these rows. Of those whose main score is above that of the expected one by more than `AHEAD` standard
    errors of the difference the highest is handed over, of equal ones the one of the lower loss.
 3. Else the expected one is.
