@@ -26,7 +26,7 @@ from grasp_lora.engine.steps import GRID
 from grasp_lora.method.masks import MaskSet
 from grasp_lora.method.search import preset
 from grasp_lora.models.backbone import supports_logits_to_keep
-from grasp_lora.models.generation import generate
+from grasp_lora.models.generation import answer, generate
 from grasp_lora.models.live import live_pairs, segments_of
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.recipes.recipe import Recipe
@@ -123,9 +123,10 @@ def formats(lab: Lab) -> list[Row]:
 
 
 def answers(lab: Lab) -> list[Row]:
-    """Answers to test prompts over the forward pass of these prompts, one at a time up to the last hidden state."""
+    """Answers to test prompts over the forward pass of these prompts; answers with losses over answers and losses apart."""
     rows, backbone = taken(lab.session.splits.test, lab.examples), lab.session.backbone
     ends, prompts = {row.completion_ids[-1] for row in rows}, [row.prompt_ids for row in rows]
+    right, probes = [row.completion_ids for row in rows], ProbeSet(rows, lab.session.pad_id)
     with lab.on() as model:
         decoder = decoder_of(model)
 
@@ -138,8 +139,16 @@ def answers(lab: Lab) -> list[Row]:
         def ours() -> None:
             generate(model, backbone.tokenizer, prompts, lab.recipe.generation, ends=ends)
 
-        times = take_turns({"ours": lambda: lab.clocked(ours), "prefill": lambda: lab.clocked(prefill)}, lab.pairs)
-    return [row("answers", f"answers / pure prefill, {len(rows)} prompts", times["ours"], times["prefill"])]
+        def measured() -> None:
+            answer(model, backbone.tokenizer, prompts, lab.recipe.generation, ends=ends, right=right)
+
+        works = {"ours": ours, "prefill": prefill, "measured": measured, "losses": lambda: probes.losses(model)}
+        times = take_turns({name: partial(lab.clocked, work) for name, work in works.items()}, lab.pairs)
+    apart = [sum(both) for both in zip(times["ours"], times["losses"], strict=True)]
+    return [
+        row("answers", f"answers / pure prefill, {len(rows)} prompts", times["ours"], times["prefill"]),
+        row("answers", "answers with losses / answers, then losses", times["measured"], apart),
+    ]
 
 
 def batches(lab: Lab) -> list[Row]:

@@ -83,11 +83,14 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], Any, list[in
     """What the model would be given: prompts as text, settings, and tokens that end an answer; each answer is "so"."""
     seen: list[tuple[list[str], Any, list[int]]] = []
 
-    def generate(model: Any, tokenizer: Any, prompts: list[list[int]], settings: Any, ends: list[int]) -> list[str]:
+    def answer(
+        model: Any, tokenizer: Any, prompts: list[list[int]], settings: Any, *, ends: list[int], labels: dict[str, Any]
+    ) -> list[tuple[str, float]]:
+        assert not labels
         seen.append(([tokenizer.decode(ids) for ids in prompts], settings, ends))
-        return ["so"] * len(prompts)
+        return [("so", 0.0)] * len(prompts)
 
-    monkeypatch.setattr(predicting, "generate", generate)
+    monkeypatch.setattr(predicting, "answer", answer)
     return seen
 
 
@@ -116,7 +119,7 @@ def test_prompts_come_as_arguments_or_lines_or_json(
     for no_text in (b"null", b"7", b'{"prompt": ["a"]}'):
         standard_input(monkeypatch, no_text)
         assert "prompt must be a text, found" in refusal(cli("predict", "talks", "--jsonl"))
-    monkeypatch.setattr(predicting, "generate", lambda *arguments, **more: ["لغة\n语言"] * 2)
+    monkeypatch.setattr(predicting, "answer", lambda *arguments, **more: [("لغة\n语言", 0.0)] * 2)
     pipe = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")  # what Windows takes for a pipe's encoding
     monkeypatch.setattr("sys.stdout", pipe)
     assert "add --jsonl" in cli("predict", "talks", "a", "b").err

@@ -142,7 +142,7 @@ def compared(
 
 def losses_of(folder: str, comparison: Comparison, method: str) -> list[list[float]]:
     """The losses of a method in each fold, from its steps."""
-    rows = [read(step / "result.json")["losses"] for step in step_folders(folder, "test-losses")]
+    rows = [read(step / "result.json")["losses"] for step in step_folders(folder, "answers")]
     by_mean = {fmean(losses): losses for losses in rows}
     [row] = [row for row in comparison.rows if row.method == method]
     score = row.scores["test_loss"]

@@ -112,7 +112,7 @@ def keys(session: Session, start: str = "start", ratio: float = 0.5) -> dict[str
         "controller": steps.learn_ratio(before).key,
         "final": steps.finetune(before, ratio).key,
         "losses": steps.losses(before, "test").key,
-        "answers": steps.answers(before).key,
+        "answers": steps.tested(before).key,
         "scores": steps.scores(answers).key,
         "rows": steps.row_scores(before, "dev").key,
     }

@@ -57,7 +57,7 @@ def test_all_that_a_run_needs_is_said_and_measured_and_nothing_is_written(check:
 
 
 def test_lines_come_as_they_are_found(tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("grasp_lora.engine.preflight.generate", lambda *_: pytest.fail("the minutes come last"))
+    monkeypatch.setattr("grasp_lora.engine.preflight.answer", lambda *_: pytest.fail("the minutes come last"))
     assert [finding.topic for finding in islice(preflight(session_of()), 3)] == ["backbone", "splits", "leaks"]
 
 
@@ -172,11 +172,12 @@ def label_warnings(labels: str, *overrides: str) -> list[str]:
 def test_the_time_of_a_classification_counts_the_scores_of_its_labels(
     tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def slow(model: Any, prompts: list[Any], labels: Any) -> None:
+    def slow(model: Any, tokenizer: Any, prompts: list[Any], settings: Any, *, labels: Any, right: Any) -> None:
+        assert list(labels) == ["no", "sawa"]
         time.sleep(0.05 * len(prompts))
 
     labelled(40)
-    monkeypatch.setattr("grasp_lora.engine.preflight.likeliest_labels", slow)
+    monkeypatch.setattr("grasp_lora.engine.preflight.answer", slow)
     sizes = ("data.task=classification", 'data.labels=["no","sawa"]', "data.target.train=20", "data.target.dev=8")
     [text] = [finding.text for finding in preflight(session_of(*sizes)) if finding.topic == "time"]
     assert float(text.rpartition(" ")[0].rpartition(" ")[2]) >= 0.05

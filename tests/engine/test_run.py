@@ -214,7 +214,7 @@ class TestAgain:
         assert files_of(finished_run, store=True) == before
         assert first.metrics == run_tiny().metrics
 
-    @pytest.mark.parametrize("steps", [("test-losses",), ("controller", "final-*", "dev-losses")])
+    @pytest.mark.parametrize("steps", [("answers",), ("controller", "final-*", "dev-losses")])
     def test_steps_that_are_gone_are_done_again_and_no_others(self, steps: tuple[str, ...], finished_run: Path) -> None:
         before, recorder = files_of(finished_run), Recorder()
         forget(finished_run, *steps)

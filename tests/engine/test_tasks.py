@@ -21,7 +21,8 @@ from grasp_lora.errors import GraspError
 from grasp_lora.evaluation.metrics import METRICS
 from grasp_lora.models.adapter_files import read_adapter
 from grasp_lora.models.adapters import attached
-from grasp_lora.models.generation import likeliest_labels
+from grasp_lora.models.generation import answer
+from grasp_lora.models.model_settings import GenerationSettings
 from grasp_lora.training.probes import ProbeSet
 
 LABELS = ("no", "not", "yes")
@@ -145,9 +146,12 @@ def test_the_dev_answers_decide_in_a_run_and_in_the_row_of_what_it_hands_over(
     changes = ("final.deliver=best", "data.target.dev=8", "data.labels=['no','not','yes']")
     steps = steps_of(*changes)
     rows, alone = steps.splits.dev, steps.row_scores(steps.alone(), "dev").result
-    answers = likeliest_labels(steps.session.backbone.model, [row.prompt_ids for row in rows], steps.splits.labels)
-    right = [answer in row.references for answer, row in zip(answers, rows, strict=True)]
-    assert (alone.metric, alone.scores) == ("accuracy", [100.0 * answer for answer in right])
+    backbone, labels = steps.session.backbone, steps.splits.labels
+    answers = answer(
+        backbone.model, backbone.tokenizer, [row.prompt_ids for row in rows], GenerationSettings(), labels=labels
+    )
+    right = [text in row.references for (text, _), row in zip(answers, rows, strict=True)]
+    assert (alone.metric, alone.scores) == ("accuracy", [100.0 * each for each in right])
 
     original, measured = Steps.row_scores, []
 

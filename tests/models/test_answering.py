@@ -12,7 +12,7 @@ from random_examples import TARGETS
 
 from grasp_lora.errors import DataError, ProbeError
 from grasp_lora.models import generation as module
-from grasp_lora.models.generation import generate, label_scores
+from grasp_lora.models.generation import answer, generate, label_scores
 from grasp_lora.models.model_settings import GenerationSettings
 
 EOS = 2
@@ -218,6 +218,8 @@ def test_a_model_that_overflows_gives_no_answers_and_chooses_no_label(make_tiny_
         generate(model, tiny_tokenizer, make_prompts(2), GenerationSettings())
     with pytest.raises(ProbeError, match="scores are no numbers; check the weights"):
         label_scores(model, [[5, 6]], LABELS)
+    with pytest.raises(ProbeError, match="scores are no numbers; check the weights"):
+        answer(model, tiny_tokenizer, [[5, 6]], GenerationSettings(), right=[[7, EOS]])
     with pytest.raises(ProbeError, match=r"float16 may overflow: set backbone\.dtype to float32"):
         label_scores(model.half(), [[5, 6]], LABELS)
 
@@ -276,7 +278,11 @@ def test_models_with_a_state_of_their_own_or_none_answer_alike_in_batches(archit
     answers = generate(model, tiny_tokenizer, prompts, settings)
     assert answers == [generate(model, tiny_tokenizer, [prompt], settings)[0] for prompt in prompts]
     assert len(set(answers)) > 1
-    # A cache that cannot be shared: the prompt is read for each label.
+    # A cache that cannot be shared: the prompt is read for each label, and once more for an answer.
+    right = random_answers(prompts)
+    measured = answer(model, tiny_tokenizer, prompts, settings, right=right)
+    assert [text for text, _ in measured] == answers
+    assert [loss for _, loss in measured] == pytest.approx(losses_of(model, prompts, right), abs=1e-4)
     [scores] = label_scores(model, prompts[:1], LABELS)
     assert scores == pytest.approx([slowly(model, prompts[0], label) for label in LABELS], abs=1e-4)
 
@@ -317,3 +323,52 @@ def test_prompts_are_read_together_and_once_for_all_labels(make_tiny_model, monk
     monkeypatch.setattr(module, "_read", lambda *_: None)
     label_scores(model, [prompt, prompt], LABELS)
     assert tokens == [(len(LABELS), 105)] * 2
+
+
+def random_answers(prompts: list[list[int]], longest: int = 9, seed: int = 1) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [[*(draw.randrange(4, 260) for _ in range(draw.randint(0, longest))), EOS] for _ in prompts]
+
+
+def losses_of(model: torch.nn.Module, prompts: list[list[int]], right: list[list[int]]) -> list[float]:
+    return [-slowly(model, *pair) / len(pair[1]) for pair in zip(prompts, right, strict=True)]
+
+
+@pytest.mark.parametrize("architecture", TARGETS)
+@pytest.mark.parametrize("sizes", [(16, 8192, 512), (3, 8192, 512), (16, 60, 512), (16, 8192, 12)])
+def test_losses_of_right_answers_come_with_the_answers(
+    architecture, sizes, make_tiny_model, tiny_tokenizer, monkeypatch
+):
+    """Long prompts go beyond the sliding window of those that have one; a prompt of one token leaves nothing to share."""
+    for name, size in zip(("BATCH_SIZE", "BATCH_TOKENS", "LABEL_TOKENS"), sizes, strict=True):
+        monkeypatch.setattr(module, name, size)
+    model = make_tiny_model(architecture)
+    prompts, settings = [*make_prompts(6), [1], *make_prompts(2, 100)], GenerationSettings(NEW_TOKENS, ())
+    right, done = random_answers(prompts), []
+    measured = answer(model, tiny_tokenizer, prompts, settings, lambda *of: done.append(of), right=right)
+    assert [text for text, _ in measured] == generate(model, tiny_tokenizer, prompts, settings)
+    assert [loss for _, loss in measured] == pytest.approx(losses_of(model, prompts, right), abs=1e-4)
+    assert done[-1] == (len(prompts), len(prompts))
+
+
+def test_the_likeliest_label_comes_with_the_loss_of_the_right_one(make_tiny_model, tiny_tokenizer):
+    model, prompts = make_tiny_model("llama"), make_prompts(4)
+    labels = {str(place): label for place, label in enumerate(LABELS[:3])}
+    right = [LABELS[0], LABELS[2], LABELS[3], LABELS[1]]  # one is none of the labels
+    likeliest = [
+        max(labels, key=lambda name, scores=scores: scores[int(name)])
+        for scores in label_scores(model, prompts, LABELS[:3])
+    ]
+    for given, losses in ((None, [0.0] * 4), (right, losses_of(model, prompts, right))):
+        found = answer(model, tiny_tokenizer, prompts, GenerationSettings(), labels=labels, right=given)
+        assert [text for text, _ in found] == likeliest
+        assert [loss for _, loss in found] == pytest.approx(losses, abs=1e-4)
+
+
+def test_a_prompt_is_read_once_for_its_answer_and_its_loss(make_tiny_model, tiny_tokenizer):
+    model, read = make_tiny_model("llama"), []
+    model.model.embed_tokens.register_forward_pre_hook(lambda _, args: read.append(tuple(args[0].shape)))
+    prompt = [1, *range(4, 104)]
+    answer(model, tiny_tokenizer, [prompt, prompt[:50]], GenerationSettings(3, ()), right=[[5, 6, EOS], [7, EOS]])
+    # What the cache is; the prompts; their last tokens with the right answers; their last tokens, then token by token.
+    assert read == [(1, 1), (2, 100), (2, 3), (2, 1), (2, 1), (2, 1)]

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from grasp_lora.data.splits import Splits, group_numbers
 from grasp_lora.engine.methods import METHODS, Outcome
-from grasp_lora.engine.results import TEST_LOSS, Finished, Losses, Measured, main_metric
+from grasp_lora.engine.results import TEST_LOSS, Finished, Measured, Tested, main_metric
 from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import GRID
 from grasp_lora.evaluation.statistics import PairedComparison, compare_with_baselines, half_width
@@ -310,7 +310,7 @@ def _comparisons(
 
 def _per_example(outcome: Outcome, metric: str, corpus: Any) -> list[Any]:
     if metric == TEST_LOSS:
-        return _losses(outcome).result.losses
+        return _tested(outcome).result.losses
     score = _measured(outcome).metrics[metric]
     return list(score.per_example if corpus is None else score.statistics)
 
@@ -320,7 +320,7 @@ def _measured(outcome: Outcome) -> Measured:
     return outcome.measured
 
 
-def _losses(outcome: Outcome) -> Finished[Losses]:
+def _tested(outcome: Outcome) -> Finished[Tested]:
     test = _measured(outcome).test
     assert test is not None  # a comparison has test rows
     return test
@@ -337,7 +337,7 @@ def _row(
         return facts
     outcomes = list(row.by_number.values())
     # Where no seed has a part, as in zero shot, there is one result and no spread.
-    distinct = outcomes if len({_losses(outcome).key for outcome in outcomes}) > 1 else outcomes[:1]
+    distinct = outcomes if len({_tested(outcome).key for outcome in outcomes}) > 1 else outcomes[:1]
     result = {
         "seeds": len(outcomes),
         "scores": {metric: _mean_and_sd([_value(outcome, metric) for outcome in distinct]) for metric in metrics},
@@ -428,7 +428,7 @@ def _made_with(rows: Mapping[str, Outcomes]) -> list[dict[str, str]]:
 
 def _all_steps(rows: Mapping[str, Outcomes]) -> list[Finished[Any]]:
     outcomes = [outcome for row in rows.values() for outcome in row.by_number.values()]
-    return [step for outcome in outcomes for step in (*outcome.adapter.trail, _losses(outcome))]
+    return [step for outcome in outcomes for step in (*outcome.adapter.trail, _tested(outcome))]
 
 
 def planned_against(reference: str, methods: Sequence[str]) -> list[str]:

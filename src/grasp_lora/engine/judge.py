@@ -32,13 +32,12 @@ from grasp_lora.method.merging import merge as merge_weights
 from grasp_lora.models.adapter_files import Answers, LoadedAdapter, read_adapter
 from grasp_lora.models.adapters import attached, check_fits
 from grasp_lora.models.backbone import Backbone, backbone_of
-from grasp_lora.models.generation import generate, likeliest_labels
+from grasp_lora.models.generation import answer
 from grasp_lora.models.model_settings import GenerationSettings
 from grasp_lora.recipes.corpus import Corpus, read_corpus
 from grasp_lora.recipes.load import backbone_of_run
 from grasp_lora.storage.reading import is_folder
 from grasp_lora.text.display import quoted
-from grasp_lora.training.probes import ProbeSet
 
 logger = logging.getLogger(__name__)
 
@@ -305,19 +304,15 @@ def _trial(
         encoder, form = _encoder(contestant, corpus, language, loaded, chat), contestant.form
         examples = [example for example in encoder.encode(records, names, Tally()) if example is not None]
         _check_rows(contestant, examples, corpus)
-        ids = [example.prompt_ids for example in examples]
+        prompt_ids, right = [row.prompt_ids for row in examples], [row.completion_ids for row in examples]
+        chosen = encode_labels(form.labels or corpus.labels, encoder) if labels else None
+        settings = GenerationSettings(form.max_new_tokens, form.stop, form.allow_empty)
         place = attached(loaded.model, contestant.weights) if contestant.weights else nullcontext(loaded.model)
         with place as model:
-            progress.begin("test-losses")
-            losses = ProbeSet(examples, int(loaded.tokenizer.pad_token_id)).losses(model)
             progress.begin("answers")
-            if labels:
-                chosen = encode_labels(form.labels or corpus.labels, encoder)
-                texts = likeliest_labels(model, ids, chosen, progress.answered)
-            else:
-                settings = GenerationSettings(form.max_new_tokens, form.stop, form.allow_empty)
-                ends = {example.completion_ids[-1] for example in examples}
-                texts = generate(model, encoder.tokenizer, ids, settings, progress.answered, ends)
+            ends, tell = {ids[-1] for ids in right}, progress.answered
+            found = answer(model, encoder.tokenizer, prompt_ids, settings, tell, ends, chosen, right)
+            texts, losses = [text for text, _ in found], [loss for _, loss in found]
         results = score(metrics, texts, references, language, labels)
         prompts = prompts or tuple(example.prompt for example in examples)
         signatures |= {name: result.signature for name, result in results.items()}

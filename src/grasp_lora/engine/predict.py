@@ -23,7 +23,7 @@ from grasp_lora.errors import DataError, RecipeError
 from grasp_lora.models.adapter_files import Answers, LoadedAdapter, read_adapter
 from grasp_lora.models.adapters import attached, check_fits
 from grasp_lora.models.backbone import backbone_of
-from grasp_lora.models.generation import generate, likeliest_labels
+from grasp_lora.models.generation import answer
 from grasp_lora.models.model_settings import GenerationSettings
 from grasp_lora.recipes.load import backbone_of_run
 from grasp_lora.storage.reading import is_file, is_folder, is_there, reading
@@ -96,10 +96,10 @@ class Asked:
         return Encoder(self.tokenizer, task, "", template_of_rows, sys.maxsize, cut, self.chat, ends_turns=ends_turns)
 
     def _answer(self, ids: Sequence[Sequence[int]]) -> list[str]:
-        if self.form.labels:
-            return likeliest_labels(self.model, ids, encode_labels(self.form.labels, self._encoder()))
+        labels = encode_labels(self.form.labels, self._encoder())
         ends = [Encoder(self.tokenizer, "completion", "", PLAIN, sys.maxsize, chat=True).end] if self.chat else []
-        return generate(self.model, self.tokenizer, ids, self.settings, ends=ends)
+        answers = answer(self.model, self.tokenizer, ids, self.settings, ends=ends, labels=labels)
+        return [text for text, _ in answers]
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import choosing_splits
 from grasp_lora.models.adapters import attached, fresh_adapter
 from grasp_lora.models.backbone import is_quantised, supports_logits_to_keep
-from grasp_lora.models.generation import generate, likeliest_labels
+from grasp_lora.models.generation import answer
 from grasp_lora.recipes.advice import advice
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.recipes.stages import AUTO
@@ -334,14 +334,12 @@ def _measured(session: Session) -> list[Finding]:
         trained, measured, answered = seconds(middle, True), seconds(middle, False), 0.0
         if splits.test:
             started = time.perf_counter()
-            prompts = [row.prompt_ids for row in splits.test[:TIMED]]
-            if splits.labels:
-                likeliest_labels(adapted, prompts, splits.labels)
-            else:
-                generate(adapted, session.backbone.tokenizer, prompts, recipe.generation)
-            answered = (time.perf_counter() - started) / len(prompts)
+            few, tokenizer = splits.test[:TIMED], session.backbone.tokenizer
+            prompts, right = [row.prompt_ids for row in few], [row.completion_ids for row in few]
+            answer(adapted, tokenizer, prompts, recipe.generation, labels=splits.labels, right=right)
+            answered = (time.perf_counter() - started) / len(few)
     (training_rows, probed), systems = _cost(recipe, session), _systems(recipe)
-    total = training_rows * trained + probed * measured + systems * len(splits.test) * (answered + measured)
+    total = training_rows * trained + probed * measured + systems * len(splits.test) * answered
     if recipe.final.deliver == "best":  # all of them answer the dev rows
         total += systems * len(splits.dev or splits.micro_dev) * answered
     on_gpu = model.device.type == "cuda"

@@ -153,8 +153,8 @@ class Losses(Result):
         return fmean(self.losses)
 
 
-class AnswerTexts(Result):
-    """The answer to each test prompt, in the order of the split."""
+class Tested(Losses):
+    """The answer to each test prompt, and the NLL of the right one, in the order of the split."""
 
     answers: list[str]
 
@@ -210,11 +210,10 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one system is worth: losses on dev and test, answers to the test prompts and their scores; None without such rows."""
+    """What one system is worth: losses on dev, losses and answers on test, and their scores; None without such rows."""
 
     dev: Finished[Losses] | None
-    test: Finished[Losses] | None
-    answers: Finished[AnswerTexts] | None
+    test: Finished[Tested] | None
     scores: Finished[Scores] | None
 
     @property
@@ -239,7 +238,7 @@ class Measured:
 
     def predictions(self, test: Sequence[Example]) -> "list[Prediction]":
         """One row a test example; none without test examples."""
-        if self.answers is None or self.test is None:
+        if self.test is None:
             return []
         scored = {name: score for name, score in self.metrics.items() if score.value is not None}
         means = {name: score.per_example for name, score in scored.items() if not score.statistics}
@@ -255,7 +254,7 @@ class Measured:
                 {name: values[number] for name, values in sums.items()},
             )
             for number, (example, answer, loss) in enumerate(
-                zip(test, self.answers.result.answers, self.test.result.losses, strict=True)
+                zip(test, self.test.result.answers, self.test.result.losses, strict=True)
             )
         ]
 

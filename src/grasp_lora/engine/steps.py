@@ -23,7 +23,6 @@ from grasp_lora.data.splits import Splits, hash_of
 from grasp_lora.engine import lorahub
 from grasp_lora.engine.results import (
     Adapter,
-    AnswerTexts,
     Finished,
     Learned,
     Losses,
@@ -31,6 +30,7 @@ from grasp_lora.engine.results import (
     MergeWeights,
     RowScores,
     Scores,
+    Tested,
     Trained,
     each_once,
     main_metric,
@@ -45,7 +45,7 @@ from grasp_lora.method.search import plain_policy
 from grasp_lora.models.adapter_files import LoadedAdapter, read_adapter
 from grasp_lora.models.adapters import attached, fresh_adapter
 from grasp_lora.models.backbone import Backbone
-from grasp_lora.models.generation import generate, likeliest_labels
+from grasp_lora.models.generation import answer
 from grasp_lora.models.live import adapter_weights, frozen_adapter, segments_of
 from grasp_lora.recipes.stages import AUTO, ControllerStage, FinalStage
 from grasp_lora.storage.processes import distribute, on_first_process, world_size
@@ -57,7 +57,7 @@ if TYPE_CHECKING:  # it brings transformers' Trainer, which takes a second to im
     from grasp_lora.training.trainer import FineTuneResult
 
 # Part of what a step is found by: raise one when a change of the code changes the result of such steps.
-REVISIONS = {"training": 3, "controller": 3, "losses": 2, "answers": 2, "scores": 3}
+REVISIONS = {"training": 3, "controller": 3, "losses": 2, "answers": 3, "scores": 3}
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # Paper: grid search
 CHOOSING = ("dev", "micro_dev")  # the splits whose rows may decide
 FEWEST = 2  # rows that a choice needs
@@ -503,9 +503,9 @@ class Steps:
         """All that one system is worth: losses on dev and test, answers to the test prompts and their scores."""
         dev = self.losses(adapter, "dev") if self.splits.dev and on_dev else None
         if not self.splits.test:
-            return Measured(dev, None, None, None)
-        answers = self.answers(adapter)
-        return Measured(dev, self.losses(adapter, "test"), answers, self.scores(answers))
+            return Measured(dev, None, None)
+        tested = self.tested(adapter)
+        return Measured(dev, tested, self.scores(tested))
 
     def judged(self, adapter: Adapter) -> tuple[Adapter, float]:
         """The mean loss on dev, as the training saw it that made the adapter, else measured now, which is on its trail then."""
@@ -523,16 +523,19 @@ class Steps:
             losses=self._losses(adapter.weights, rows), measured_examples=len(rows)
         ))  # fmt: skip
 
-    def answers(self, adapter: Adapter) -> Finished[AnswerTexts]:
-        """The greedy answer to each test prompt; in a classification the likeliest label."""
-        inputs = self._measured(
-            adapter, revision=REVISIONS["answers"], data=self._data("test"), **self._asked(self.splits.test)
-        )
-        return self.store.step("answers", inputs, AnswerTexts, lambda folder: AnswerTexts(
-            answers=self._answers(adapter.weights, self.splits.test)
-        ))  # fmt: skip
+    def tested(self, adapter: Adapter) -> Finished[Tested]:
+        """The greedy answer to each test prompt, in a classification the likeliest label; and the losses of the right ones."""
+        rows = self.splits.test
+        inputs = self._measured(adapter, revision=REVISIONS["answers"], data=self._data("test"), **self._asked(rows))
 
-    def scores(self, answers: Finished[AnswerTexts]) -> Finished[Scores]:
+        def work(folder: Path) -> Tested:
+            found = self._answers(adapter.weights, rows, measured=True)
+            texts, losses = [text for text, _ in found], [loss for _, loss in found]
+            return Tested(answers=texts, losses=losses, measured_examples=len(rows))
+
+        return self.store.step("answers", inputs, Tested, work)
+
+    def scores(self, answers: Finished[Tested]) -> Finished[Scores]:
         """What answers to the test prompts are worth by each metric."""
         inputs = plain({
             "answers": answers.key, "metrics": list(self.session.metrics), **self._scored("test")
@@ -558,7 +561,7 @@ class Steps:
         )
 
         def work(folder: Path) -> RowScores:
-            answers = self._answers(adapter.weights, rows)
+            answers = [text for text, _ in self._answers(adapter.weights, rows)]
             scores = self.session.score(answers, split, [metric])[metric].per_example
             return RowScores(metric=metric, scores=list(scores), measured_examples=len(rows))
 
@@ -590,13 +593,19 @@ class Steps:
             "references": hashlib.sha256(repr(references).encode()).hexdigest(),
         }
 
-    def _answers(self, weights: AdapterWeights, rows: Sequence[Example]) -> list[str]:
-        prompts, ends, tell = [row.prompt_ids for row in rows], self._ends(rows), self.session.progress.answered
+    def _answers(
+        self, weights: AdapterWeights, rows: Sequence[Example], *, measured: bool = False
+    ) -> list[tuple[str, float]]:
+        """The answer to each row, with the loss of the right one where it is to be measured."""
+        ends, tell = self._ends(rows), self.session.progress.answered
         tokenizer, generation, labels = self.session.backbone.tokenizer, self.recipe.generation, self.splits.labels
         with self._on_backbone(weights) as model:
-            if labels:
-                return list(distribute(prompts, lambda part: likeliest_labels(model, part, labels, tell)))
-            return list(distribute(prompts, lambda part: generate(model, tokenizer, part, generation, tell, ends)))
+
+            def of(part: Sequence[Example]) -> list[tuple[str, float]]:
+                prompts, right = [row.prompt_ids for row in part], [row.completion_ids for row in part]
+                return answer(model, tokenizer, prompts, generation, tell, ends, labels, right if measured else None)
+
+            return distribute(rows, of)
 
     def _on_backbone(self, weights: AdapterWeights) -> AbstractContextManager[Any]:
         """The backbone with an adapter, or alone."""

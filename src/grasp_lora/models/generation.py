@@ -1,4 +1,4 @@
-"""Answers: token ids of prompts in, greedy texts or the likeliest labels out.
+"""Answers: token ids of prompts in, greedy texts or the likeliest labels out, with the losses of the right answers if asked for.
 
 Texts come from transformers' `generate`. Added here: how an answer ends (at a stop text, never before there is a text), batches
 of similar lengths, and equally many calls in each process where the backbone is split over several.
@@ -9,7 +9,6 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
 BATCH_SIZE = 16  # most rows of a batch
 BATCH_TOKENS = 8192  # most tokens, padding and room for the answers included; a longer prompt makes a batch of its own
-LABEL_TOKENS = 512  # most tokens of labels in a batch: each has scores of a whole vocabulary
+LABEL_TOKENS = 512  # most tokens of labels or right answers in a batch: each has scores of a whole vocabulary
 LESS_MEMORY = "shorten the prompts, lower generation.max_new_tokens, or set backbone.dtype to bfloat16 if it is float32"
 _ONE_BY_ONE = ("minimax", "recurrent_gemma", "rwkv")  # model types that answer otherwise in a batch
 _PADDING = -100
@@ -61,6 +60,59 @@ def generate(
         DataError: a prompt is empty, or too long for the model's context with `max_new_tokens` after it.
         ProbeError: a score is no number.
     """
+    return [text for text, _ in _answered(model, tokenizer, prompts, None, settings, progress, ends)]
+
+
+def answer(
+    model: torch.nn.Module,
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationSettings,
+    progress: Callable[[int, int], None] | None = None,
+    ends: Iterable[int] = (),
+    labels: Mapping[str, Sequence[int]] | None = None,
+    right: Sequence[Sequence[int]] | None = None,
+) -> list[tuple[str, float]]:
+    """Answer each prompt, where there are labels by the likeliest; take the loss of its right answer, too, if that is given.
+
+    The prompt is read once for both where the model's cache allows it. The losses are those of `training.loss`, beyond rounding.
+
+    Args:
+        labels: label -> token ids; the first of equally likely ones is the answer.
+        right: token ids of each prompt's right answer, its end token last.
+        model, tokenizer, prompts, settings, progress, ends: as of `generate`.
+
+    Returns:
+        For each prompt the answer, and the mean NLL of the right answer's tokens in nats; 0 where none are given.
+
+    Raises:
+        DataError, ProbeError: as of `generate`; or a loss is no finite number.
+    """
+    if labels:
+        scored = list(dict.fromkeys(map(tuple, (*labels.values(), *(right or ())))))
+        rows = []
+        for place, of_prompt in enumerate(label_scores(model, prompts, scored, progress)):
+            found = dict(zip(scored, of_prompt, strict=True))
+            likeliest = max(labels, key=lambda label: found[tuple(labels[label])])
+            rows.append((likeliest, -found[tuple(right[place])] / len(right[place]) if right else 0.0))
+    else:
+        rows = _answered(model, tokenizer, prompts, right, settings, progress, ends)
+    if not all(math.isfinite(loss) for _, loss in rows):
+        raise _no_numbers(model)
+    return rows
+
+
+@torch.no_grad()
+def _answered(
+    model: torch.nn.Module,
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[Sequence[int]],
+    right: Sequence[Sequence[int]] | None,
+    settings: GenerationSettings,
+    progress: Callable[[int, int], None] | None,
+    ends: Iterable[int],
+) -> list[tuple[str, float]]:
+    """The greedy answer to each prompt with the loss of the right one; 0 where none are given."""
     from transformers import LogitsProcessorList, StoppingCriteriaList
 
     inner = without_peft(model)
@@ -72,19 +124,27 @@ def generate(
     }
     ending = _Ending(inner, tokenizer, settings, {*find_stop_ids(inner, tokenizer), *special, *ends})
     most_rows = 1 if inner.config.model_type in _ONE_BY_ONE else BATCH_SIZE
-    batches = list(_batches([len(prompt) for prompt in prompts], settings.max_new_tokens, most_rows))
+    lengths = [[len(ids) for ids in texts] for texts in (prompts, right or ())]
+    batches = list(_batches(lengths[0], settings.max_new_tokens, most_rows, lengths[1]))
     batches += [[]] * calls_behind(inner, len(batches))
-    texts, answered = [""] * len(prompts), 0
+    answers, answered = [("", 0.0)] * len(prompts), 0
     with (
         _greedy(inner, settings.max_new_tokens, sorted(ending.stop_ids)),
         contiguous_head_input(inner),
         enough_memory("answering", LESS_MEMORY),
     ):
+        shares = right is not None and _read(inner, [[0]]) is not None
         for batch in batches:
-            rows = [torch.tensor(prompts[index]) for index in batch] or [torch.zeros(1, dtype=torch.long)]
-            ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
-            lengths = torch.tensor([[len(row)] for row in rows])
-            mask = (torch.arange(ids.shape[1]) >= ids.shape[1] - lengths).long()  # 0 where there is padding
+            rows = [prompts[index] for index in batch] or [[0, 0]]
+            # All processes of a split backbone make the same calls, be a cache of use or not.
+            cache = _read(inner, [row[:-1] or row for row in rows]) if shares else None
+            cache = None if min(map(len, rows)) == 1 else cache
+            losses = [0.0] * len(rows)
+            if right is not None:
+                of_rows = [right[index] for index in batch] or [[0]]
+                scores = _score(inner, rows, copy.deepcopy(cache), of_rows)
+                losses = [-score / len(ids) for score, ids in zip(scores, of_rows, strict=True)]
+            ids, mask = _padded(rows)
             ending.start = ids.shape[1]
             generated = inner.generate(
                 ids.to(inner.device),
@@ -92,15 +152,16 @@ def generate(
                 stopping_criteria=StoppingCriteriaList([ending.is_reached]),
                 logits_processor=LogitsProcessorList([ending.wait_for_text]),
                 synced_gpus=is_split(inner),
+                **({} if cache is None else {"cache": cache}),
             )
             if not batch:
                 continue
-            for index, (text, _) in zip(batch, ending.texts(generated), strict=True):
-                texts[index] = text.strip()
+            for index, (text, _), loss in zip(batch, ending.texts(generated), losses, strict=True):
+                answers[index] = text.strip(), loss
             answered += len(batch)
             if progress is not None:
                 progress(answered, len(prompts))
-    return texts
+    return answers
 
 
 class _Ending:
@@ -194,8 +255,12 @@ def label_scores(
             rows = [prompts[index] for index in batch]
             cache = _read(inner, [row[:-1] for row in rows]) if once else None
             for part in of_labels:
-                for index, found in zip(batch, _score(inner, rows, cache, part), strict=True):
-                    scores[index] += found
+                repeated = copy.deepcopy(cache)  # a call adds to it
+                if repeated is not None:
+                    repeated.batch_repeat_interleave(len(part))
+                found = _score(inner, [row for row in rows for _ in part], repeated, [*part] * len(rows))
+                for place, index in enumerate(batch):
+                    scores[index] += found[place * len(part) : (place + 1) * len(part)]
             if any(math.isnan(score) for index in batch for score in scores[index]):
                 raise _no_numbers(inner)
             answered += len(batch)
@@ -204,25 +269,6 @@ def label_scores(
         for _ in range(behind):
             _read(inner, [[0]])
     return scores
-
-
-def likeliest_labels(
-    model: torch.nn.Module,
-    prompts: Sequence[Sequence[int]],
-    labels: Mapping[str, Sequence[int]],
-    progress: Callable[[int, int], None] | None = None,
-) -> list[str]:
-    """Return the likeliest label after each prompt, the first of equal ones.
-
-    Args:
-        labels: label -> token ids.
-        model, prompts, progress: as of `label_scores`.
-
-    Raises:
-        DataError, ProbeError: as of `label_scores`.
-    """
-    scores = label_scores(model, prompts, list(labels.values()), progress)
-    return [max(zip(of_prompt, labels, strict=True), key=itemgetter(0))[1] for of_prompt in scores]
 
 
 def context_of(model: Any) -> int | None:
@@ -248,12 +294,19 @@ def _no_numbers(model: Any) -> ProbeError:
     return ProbeError(f"the model's scores are no numbers; {ways}")
 
 
-def _batches(lengths: Sequence[int], new_tokens: int, most_rows: int) -> Iterator[list[int]]:
-    """Group prompts of similar length, the longest first: what does not fit in memory fails at once."""
+def _batches(lengths: Sequence[int], new_tokens: int, most_rows: int, right: Sequence[int] = ()) -> Iterator[list[int]]:
+    """Group prompts of similar length, the longest first: what does not fit in memory fails at once.
+
+    Args:
+        lengths: of the prompts.
+        right: of the right answers, where those are scored, too.
+    """
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         rows = len(batch) + 1
-        if batch and (rows > most_rows or (lengths[batch[0]] + new_tokens) * rows > BATCH_TOKENS):
+        scored = sum(right[place] for place in (*batch, index)) if right else 0
+        full = (lengths[batch[0]] + new_tokens) * rows > BATCH_TOKENS if batch else False
+        if batch and (rows > most_rows or full or scored > LABEL_TOKENS):
             yield batch
             batch = []
         batch.append(index)
@@ -310,9 +363,7 @@ def _read(model: Any, prompts: Sequence[Sequence[int]]) -> Any:
     """The cache of a model that has read these prompts, padded on the left; None where it cannot serve several rows."""
     from transformers import cache_utils
 
-    mask = _mask_of(prompts)
-    ids = torch.zeros_like(mask)
-    ids[mask.bool()] = torch.tensor([token for prompt in prompts for token in prompt])
+    ids, mask = _padded(prompts)
     inputs = {"input_ids": ids, "attention_mask": mask, **_positions(model, (mask.cumsum(1) - 1).clamp_min(0))}
     if supports_logits_to_keep(model):
         inputs["logits_to_keep"] = torch.zeros_like(ids, dtype=torch.bool)
@@ -326,11 +377,14 @@ def _read(model: Any, prompts: Sequence[Sequence[int]]) -> Any:
     return cache if any(getattr(layer, "keys", None) is not None for layer in cache.layers) else None
 
 
-def _mask_of(prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-    """1 where a prompt stands, 0 for the padding on its left."""
+def _padded(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts padded on the left, and the mask: 1 where a prompt stands, 0 for its padding; each [prompts, longest]."""
     lengths = torch.tensor([[len(prompt)] for prompt in prompts])
     width = int(lengths.max())
-    return (torch.arange(width) >= width - lengths).long()
+    mask = (torch.arange(width) >= width - lengths).long()
+    ids = torch.zeros_like(mask)
+    ids[mask.bool()] = torch.tensor([token for prompt in prompts for token in prompt])
+    return ids, mask
 
 
 def _positions(model: Any, places: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -338,42 +392,36 @@ def _positions(model: Any, places: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"position_ids": places} if "position_ids" in inspect.signature(model.forward).parameters else {}
 
 
-def _score(
-    model: Any, prompts: Sequence[Sequence[int]], cache: Any, labels: Sequence[Sequence[int]]
-) -> list[list[float]]:
-    """Score some labels after each prompt; a cache holds all but the last tokens, without one there is a single prompt."""
-    width, own = max(map(len, labels)), len(prompts[0]) if cache is None else 1  # tokens of a prompt that are read here
-    pairs = [(prompt, label) for prompt in prompts for label in labels]
+def _score(model: Any, prompts: Sequence[Sequence[int]], cache: Any, answers: Sequence[Sequence[int]]) -> list[float]:
+    """The log-probability of each answer after its prompt; a cache holds all but the prompts' last tokens, and is added to."""
+    read = [prompt if cache is None else prompt[-1:] for prompt in prompts]
     # The last token of each row is only predicted. Padding stands behind it, where nothing that counts sees it.
-    ids = torch.zeros((len(pairs), own + width - 1), dtype=torch.long)
+    width = max(len(prompt) + len(answer) for prompt, answer in zip(read, answers, strict=True)) - 1
+    ids = torch.zeros((len(read), width), dtype=torch.long)
     mask = torch.zeros_like(ids)
-    targets = torch.full((len(pairs), width), _PADDING)
-    for row, (prompt, label) in enumerate(pairs):
-        tokens = [*prompt[-own:], *label[:-1]]
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        mask[row, : len(tokens)] = 1
-        targets[row, : len(label)] = torch.tensor(label)
+    targets = torch.full_like(ids, _PADDING)
+    for row, (prompt, answer) in enumerate(zip(read, answers, strict=True)):
+        end = len(prompt) + len(answer) - 1
+        ids[row, :end] = torch.tensor([*prompt, *answer[:-1]])
+        mask[row, :end] = 1
+        targets[row, len(prompt) - 1 : end] = torch.tensor(answer)
     inputs: dict[str, Any] = {"input_ids": ids}
     if cache is not None:
-        before = _mask_of([prompt[:-1] for prompt in prompts]).repeat_interleave(len(labels), 0)
-        inputs |= _positions(model, before.sum(1, keepdim=True) + torch.arange(ids.shape[1]))
+        _, before = _padded([prompt[:-1] for prompt in prompts])
+        inputs |= _positions(model, before.sum(1, keepdim=True) + torch.arange(width))
         mask = torch.cat([before, mask], dim=1)
     inputs["attention_mask"] = mask
-    if supports_logits_to_keep(model):
+    scored, keeps = targets != _PADDING, supports_logits_to_keep(model)
+    if keeps:
         # A mask, not a number: in bfloat16 a processor copies the whole output layer for a slice of several rows.
-        kept = torch.zeros_like(ids, dtype=torch.bool)
-        kept[:, -width:] = True
-        inputs["logits_to_keep"] = kept
+        inputs["logits_to_keep"] = scored
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()} | {"use_cache": cache is not None}
     if cache is not None:
-        repeated = copy.deepcopy(cache)  # a call adds to it
-        repeated.batch_repeat_interleave(len(labels))
-        inputs["cache"] = repeated
+        inputs["cache"] = cache
     logits = model(**inputs).logits
-    logits = logits.view(len(pairs), -1, logits.shape[-1])[:, -width:]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).transpose(1, 2)
-    losses = torch.nn.functional.cross_entropy(
-        logits, targets.to(logits.device), reduction="none", ignore_index=_PADDING
-    )
-    scores: list[list[float]] = (-losses.sum(dim=1)).view(len(prompts), len(labels)).tolist()
+    logits = logits if keeps else logits[scored.to(logits.device)]
+    logits = logits.view(-1, logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32))
+    losses = torch.nn.functional.cross_entropy(logits, targets[scored].to(logits.device), reduction="none")
+    rows = scored.nonzero()[:, 0].to(logits.device)
+    scores: list[float] = losses.new_zeros(len(read)).index_add(0, rows, -losses).tolist()
     return scores

@@ -13,7 +13,7 @@ from rich.table import Column
 from rich.text import Text
 
 from grasp_lora.engine.progress import Progress
-from grasp_lora.engine.results import AnswerTexts, Finished, Learned, Prediction, Trained
+from grasp_lora.engine.results import Finished, Learned, Prediction, Tested, Trained
 from grasp_lora.report.examples import leading_metric, marked
 from grasp_lora.storage.processes import is_first
 from grasp_lora.text.display import one_line
@@ -122,13 +122,13 @@ class TerminalProgress(Progress):
 
     def finished(self, step: Finished[Any]) -> None:
         """One line for each training and each set of answers; a comparison says only what was done now."""
-        if step.key in self._shown or not isinstance(step.result, Trained | Learned | AnswerTexts):
+        if step.key in self._shown or not isinstance(step.result, Trained | Learned | Tested):
             return
         self._shown.add(step.key)
         if step.repeated and self._method:
             return
         took = "already done" if step.repeated else f"{step.seconds:.1f} s"
-        system = self._system if isinstance(step.result, AnswerTexts) else ""
+        system = self._system if isinstance(step.result, Tested) else ""
         self._say(f"{title_of(step.name):<26} {took:>12}   {_facts(step.result)}{system}")
 
     def scored(self, system: str, predictions: Sequence[Prediction]) -> None:
@@ -171,10 +171,10 @@ def title_of(step: str) -> str:
     return next((title for name, title in _TITLES.items() if step.startswith(name)), step)
 
 
-def _facts(result: Trained | Learned | AnswerTexts) -> str:
+def _facts(result: Trained | Learned | Tested) -> str:
     if isinstance(result, Learned):
         return f"{result.estimate.summary}, {result.estimate.rounds} rounds"
-    if isinstance(result, AnswerTexts):
+    if isinstance(result, Tested):
         return f"{len(result.answers)} answers"
     best = "" if result.dev_loss is None else f", best at {result.best_step}, dev loss {result.dev_loss:.4f}"
     return f"{result.steps} steps{best}"
