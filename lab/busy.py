@@ -26,7 +26,7 @@ from speed_lab import RATIO, Lab, taken
 
 from grasp_lora.errors import GraspError
 from grasp_lora.method.masks import MaskSet
-from grasp_lora.models.generation import generate
+from grasp_lora.models.generation import answer
 from grasp_lora.models.live import live_pairs, segments_of
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.training.probes import ProbeSet, calibrate
@@ -139,7 +139,7 @@ def serve(arguments: argparse.Namespace) -> None:
                 probes.losses(model)
 
         works: dict[str, Callable[[], object]] = {
-            "answering": lambda: generate(model, session.backbone.tokenizer, prompts, recipe.generation),
+            "answering": lambda: answer(model, session.backbone.tokenizer, prompts, recipe.generation),
             "training step": lambda: lab.epoch(model, train, recipe.final.training),
             "probe": probe,
         }

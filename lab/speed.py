@@ -26,7 +26,7 @@ from grasp_lora.engine.steps import GRID
 from grasp_lora.method.masks import MaskSet
 from grasp_lora.method.search import preset
 from grasp_lora.models.backbone import supports_logits_to_keep
-from grasp_lora.models.generation import answer, generate
+from grasp_lora.models.generation import answer
 from grasp_lora.models.live import live_pairs, segments_of
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.recipes.recipe import Recipe
@@ -137,7 +137,7 @@ def answers(lab: Lab) -> list[Row]:
                 decoder(input_ids=torch.tensor([prompt]).to(lab.device), use_cache=False)
 
         def ours() -> None:
-            generate(model, backbone.tokenizer, prompts, lab.recipe.generation, ends=ends)
+            answer(model, backbone.tokenizer, prompts, lab.recipe.generation, ends=ends)
 
         def measured() -> None:
             answer(model, backbone.tokenizer, prompts, lab.recipe.generation, ends=ends, right=right)

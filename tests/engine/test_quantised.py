@@ -24,7 +24,7 @@ from grasp_lora.models import backbone as backbones
 from grasp_lora.models.adapter_files import read_adapter
 from grasp_lora.models.adapters import attached, fresh_adapter
 from grasp_lora.models.backbone import Backbone, fingerprint, load_backbone
-from grasp_lora.models.generation import generate
+from grasp_lora.models.generation import answer
 from grasp_lora.models.live import adapter_weights, live_factors
 from grasp_lora.models.model_settings import QUANTISERS, BackboneSettings, GenerationSettings, LoraSettings
 from grasp_lora.training.loss import collate, example_losses
@@ -142,7 +142,7 @@ def test_gradients_are_the_same_before_and_after_a_dev_evaluation(kind: str, ada
     assert all(gradient.abs().sum() > 0 for gradient in before.values())
     ProbeSet(EXAMPLES, 0).losses(model)
     model.eval()
-    generate(model, backbone.tokenizer, [one.prompt_ids for one in EXAMPLES], GenerationSettings(max_new_tokens=3))
+    answer(model, backbone.tokenizer, [one.prompt_ids for one in EXAMPLES], GenerationSettings(max_new_tokens=3))
     for name, gradient in gradients(model).items():
         assert torch.equal(gradient, before[name]), name
 

@@ -190,7 +190,7 @@ HELD = """
 import json, os, sys
 import torch
 from grasp_lora.models.backbone import fingerprint, load_backbone
-from grasp_lora.models.generation import generate
+from grasp_lora.models.generation import answer
 from grasp_lora.models.model_settings import BackboneSettings, GenerationSettings
 from grasp_lora.storage.processes import join, leave
 
@@ -208,8 +208,8 @@ def held():
 found = {"loaded": held(), "alike": split.fingerprint == whole.fingerprint == fingerprint(split.model)}
 prompts = [[5, 6, 7], [8] * 30, [9, 10]][: 3 * (1 - int(os.environ["RANK"]))]  # one process has nothing to answer
 settings = GenerationSettings(max_new_tokens=9)
-answers = generate(split.model, split.tokenizer, prompts, settings)
-found |= {"answered": held(), "same": answers == generate(whole.model, whole.tokenizer, prompts, settings)}
+answers = answer(split.model, split.tokenizer, prompts, settings)
+found |= {"answered": held(), "same": answers == answer(whole.model, whole.tokenizer, prompts, settings)}
 print(json.dumps(found))
 leave()
 """

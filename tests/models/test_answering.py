@@ -12,7 +12,7 @@ from random_examples import TARGETS
 
 from grasp_lora.errors import DataError, ProbeError
 from grasp_lora.models import generation as module
-from grasp_lora.models.generation import answer, generate, label_scores
+from grasp_lora.models.generation import answer, label_scores
 from grasp_lora.models.model_settings import GenerationSettings
 
 EOS = 2
@@ -32,6 +32,10 @@ def greedy_tokens(model, prompt, count=NEW_TOKENS):
     for _ in range(count):
         ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
     return ids[len(prompt) :]
+
+
+def generate(*arguments, **settings):
+    return [text for text, _ in answer(*arguments, **settings)]
 
 
 def expected_text(tokenizer, tokens, stop_ids=(EOS,), stop=()):

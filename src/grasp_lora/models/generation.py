@@ -30,39 +30,6 @@ _ONE_BY_ONE = ("minimax", "recurrent_gemma", "rwkv")  # model types that answer 
 _PADDING = -100
 
 
-def generate(
-    model: torch.nn.Module,
-    tokenizer: "PreTrainedTokenizerBase",
-    prompts: Sequence[Sequence[int]],
-    settings: GenerationSettings,
-    progress: Callable[[int, int], None] | None = None,
-    ends: Iterable[int] = (),
-) -> list[str]:
-    """Answer each prompt greedily.
-
-    An answer ends at an EOS token, one of `ends`, a stop text or `max_new_tokens`; unless it may be empty, not before there
-    is text.
-    Batching does not change the answers beyond rounding (in bfloat16, near-ties between two tokens can fall either
-    way). The model may be wrapped by PEFT; it is left as it was, each module in its train or eval mode.
-
-    Args:
-        model: causal language model, on its device.
-        tokenizer: of the model.
-        prompts: token ids of each prompt, BOS included where the model wants one.
-        settings: lengths and stop texts.
-        progress: called after each batch with the prompts answered so far and their total.
-        ends: further tokens that end an answer, such as the end of a turn.
-
-    Returns:
-        One answer a prompt, in the order of the prompts, stripped of surrounding white space.
-
-    Raises:
-        DataError: a prompt is empty, or too long for the model's context with `max_new_tokens` after it.
-        ProbeError: a score is no number.
-    """
-    return [text for text, _ in _answered(model, tokenizer, prompts, None, settings, progress, ends)]
-
-
 def answer(
     model: torch.nn.Module,
     tokenizer: "PreTrainedTokenizerBase",
@@ -73,20 +40,30 @@ def answer(
     labels: Mapping[str, Sequence[int]] | None = None,
     right: Sequence[Sequence[int]] | None = None,
 ) -> list[tuple[str, float]]:
-    """Answer each prompt, where there are labels by the likeliest; take the loss of its right answer, too, if that is given.
+    """Answer each prompt, greedily or by the likeliest label; take the loss of its right answer, too, if that is given.
 
-    The prompt is read once for both where the model's cache allows it. The losses are those of `training.loss`, beyond rounding.
+    A greedy answer ends at an EOS token, one of `ends`, a stop text or `max_new_tokens`; unless it may be empty, not before
+    there is text. Batching does not change the answers beyond rounding (in bfloat16, near-ties between two tokens can fall
+    either way). A prompt is read once for both where the model's cache allows it; the losses are those of `training.loss`,
+    beyond rounding. The model may be wrapped by PEFT; it is left as it was, each module in its train or eval mode.
 
     Args:
-        labels: label -> token ids; the first of equally likely ones is the answer.
+        model: causal language model, on its device.
+        tokenizer: of the model.
+        prompts: token ids of each prompt, BOS included where the model wants one.
+        settings: lengths and stop texts.
+        progress: called after each batch with the prompts answered so far and their total.
+        ends: further tokens that end an answer, such as the end of a turn.
+        labels: label -> token ids; the first of equally likely ones is the answer. Without labels answers are texts.
         right: token ids of each prompt's right answer, its end token last.
-        model, tokenizer, prompts, settings, progress, ends: as of `generate`.
 
     Returns:
-        For each prompt the answer, and the mean NLL of the right answer's tokens in nats; 0 where none are given.
+        For each prompt, in their order, the answer, stripped of surrounding white space, and the mean NLL of the right
+        answer's tokens in nats; 0 where none are given.
 
     Raises:
-        DataError, ProbeError: as of `generate`; or a loss is no finite number.
+        DataError: a prompt is empty, or too long for the model's context with `max_new_tokens` or a label after it.
+        ProbeError: a score is no number, or a loss is not finite.
     """
     if labels:
         scored = list(dict.fromkeys(map(tuple, (*labels.values(), *(right or ())))))
@@ -96,14 +73,14 @@ def answer(
             likeliest = max(labels, key=lambda label: found[tuple(labels[label])])
             rows.append((likeliest, -found[tuple(right[place])] / len(right[place]) if right else 0.0))
     else:
-        rows = _answered(model, tokenizer, prompts, right, settings, progress, ends)
+        rows = _greedy_answers(model, tokenizer, prompts, right, settings, progress, ends)
     if not all(math.isfinite(loss) for _, loss in rows):
         raise _no_numbers(model)
     return rows
 
 
 @torch.no_grad()
-def _answered(
+def _greedy_answers(
     model: torch.nn.Module,
     tokenizer: "PreTrainedTokenizerBase",
     prompts: Sequence[Sequence[int]],
@@ -112,7 +89,6 @@ def _answered(
     progress: Callable[[int, int], None] | None,
     ends: Iterable[int],
 ) -> list[tuple[str, float]]:
-    """The greedy answer to each prompt with the loss of the right one; 0 where none are given."""
     from transformers import LogitsProcessorList, StoppingCriteriaList
 
     inner = without_peft(model)

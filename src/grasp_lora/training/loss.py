@@ -1,6 +1,7 @@
 """The one loss of this project: the mean over examples of the mean negative log-likelihood of the answer's tokens.
 
-Training, dev sets, probes and reports all use it, so their numbers can be compared.
+Training, dev sets and probes use it, so their numbers can be compared. Test rows have the same mean from where they are answered
+(`models.generation`), which is the same number but for rounding.
 """
 
 from collections.abc import Mapping, Sequence
