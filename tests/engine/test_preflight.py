@@ -57,7 +57,7 @@ def test_all_that_a_run_needs_is_said_and_measured_and_nothing_is_written(check:
 
 
 def test_lines_come_as_they_are_found(tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("grasp_lora.engine.preflight.answer", lambda *_: pytest.fail("the minutes come last"))
+    monkeypatch.setattr("grasp_lora.engine.preflight.answer", lambda *_, **__: pytest.fail("the minutes come last"))
     assert [finding.topic for finding in islice(preflight(session_of()), 3)] == ["backbone", "splits", "leaks"]
 
 

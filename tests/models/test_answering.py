@@ -239,6 +239,8 @@ def test_a_prompt_is_neither_empty_nor_too_long_for_what_follows(architecture, m
         generate(model, tiny_tokenizer, [[]], settings)
     with pytest.raises(DataError, match="prompt 1 has 510 tokens"):
         label_scores(model, [[5] * 510], LABELS)
+    with pytest.raises(DataError, match=r"prompt 2 has 500 tokens and up to 13 follow"):
+        answer(model, tiny_tokenizer, [[1] * 5, [1] * 500], settings, right=[[5] * 40, [5] * 13])
 
 
 @pytest.mark.parametrize(
@@ -376,3 +378,47 @@ def test_a_prompt_is_read_once_for_its_answer_and_its_loss(make_tiny_model, tiny
     answer(model, tiny_tokenizer, [prompt, prompt[:50]], GenerationSettings(3, ()), right=[[5, 6, EOS], [7, EOS]])
     # What the cache is; the prompts; their last tokens with the right answers; their last tokens, then token by token.
     assert read == [(1, 1), (2, 100), (2, 3), (2, 1), (2, 1), (2, 1)]
+
+
+def test_batches_are_small_enough_for_the_scores_of_right_answers():
+    assert list(module._batches([4, 3, 2, 1], 5, 3)) == [[0, 1, 2], [3]]
+    assert list(module._batches([4, 3, 2, 1], 5, 3, [6, 4, 6, 20], 10)) == [[0, 1], [2], [3]]
+
+
+@pytest.mark.parametrize("labels", [None, {"a": [70, EOS], "b": [71, EOS]}])
+def test_a_right_answer_that_is_impossible_to_the_model_is_named(labels, make_tiny_model, tiny_tokenizer):
+    model = make_tiny_model("llama")
+
+    def forbid(_, inputs, logits):
+        logits[..., 7] = -torch.inf
+
+    model.lm_head.register_forward_hook(forbid)
+    with pytest.raises(ProbeError, match="loss of the right answer to prompt 2 is inf, no finite number"):
+        answer(model, tiny_tokenizer, [[5, 6], [5, 8]], GenerationSettings(), labels=labels, right=[[9, EOS], [7, EOS]])
+
+
+POSITIONS = {
+    "roberta": transformers.RobertaConfig(
+        **SHAPE, num_hidden_layers=2, max_position_embeddings=64, is_decoder=True, pad_token_id=1
+    ),
+    "bart": transformers.BartConfig(
+        vocab_size=260, d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=64,
+        max_position_embeddings=64,
+    ),
+    "bloom": transformers.BloomConfig(vocab_size=260, hidden_size=32, n_layer=2, n_head=4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", POSITIONS)
+def test_models_that_count_positions_in_their_own_way_have_right_losses(architecture, tiny_tokenizer):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(POSITIONS[architecture]).eval()
+    for name, parameter in model.named_parameters():
+        if "position" in name:
+            torch.nn.init.normal_(parameter, std=2.0)
+    prompts = [prompt[:20] for prompt in make_prompts(4)]
+    right = random_answers(prompts)
+    measured = answer(model, tiny_tokenizer, prompts, GenerationSettings(3, ()), right=right)
+    assert [loss for _, loss in measured] == pytest.approx(losses_of(model, prompts, right), abs=1e-4)
+    [scores] = label_scores(model, prompts[:1], LABELS)
+    assert scores == pytest.approx([slowly(model, prompts[0], label) for label in LABELS], abs=1e-4)

@@ -25,8 +25,13 @@ if TYPE_CHECKING:
 BATCH_SIZE = 16  # most rows of a batch
 BATCH_TOKENS = 8192  # most tokens, padding and room for the answers included; a longer prompt makes a batch of its own
 LABEL_TOKENS = 512  # most tokens of labels or right answers in a batch: each has scores of a whole vocabulary
+_ON_ACCELERATOR = 4  # as many times the right answers' tokens
 LESS_MEMORY = "shorten the prompts, lower generation.max_new_tokens, or set backbone.dtype to bfloat16 if it is float32"
 _ONE_BY_ONE = ("minimax", "recurrent_gemma", "rwkv")  # model types that answer otherwise in a batch
+_BY_MASK = ("bloom", "mpt")  # without position ids; they read positions off the mask
+_OTHER_POSITIONS = (  # they do not count from 0
+    "camembert", "cpmant", "data2vec-text", "moshi", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl",
+)  # fmt: skip
 _PADDING = -100
 
 
@@ -71,11 +76,14 @@ def answer(
         for place, of_prompt in enumerate(label_scores(model, prompts, scored, progress)):
             found = dict(zip(scored, of_prompt, strict=True))
             likeliest = max(labels, key=lambda label: found[tuple(labels[label])])
-            rows.append((likeliest, -found[tuple(right[place])] / len(right[place]) if right else 0.0))
+            rows.append((likeliest, abs(found[tuple(right[place])]) / len(right[place]) if right else 0.0))
     else:
         rows = _greedy_answers(model, tokenizer, prompts, right, settings, progress, ends)
-    if not all(math.isfinite(loss) for _, loss in rows):
-        raise _no_numbers(model)
+    for number, (_, loss) in enumerate(rows, start=1):
+        if not math.isfinite(loss):
+            raise ProbeError(
+                f"the loss of the right answer to prompt {number} is {loss}, no finite number; check it and the adapter"
+            )
     return rows
 
 
@@ -92,7 +100,8 @@ def _greedy_answers(
     from transformers import LogitsProcessorList, StoppingCriteriaList
 
     inner = without_peft(model)
-    _check_lengths(inner, prompts, settings.max_new_tokens)
+    lengths, scored = [len(prompt) for prompt in prompts], [len(ids) for ids in right or ()]
+    _check_lengths(inner, prompts, [max(settings.max_new_tokens, length) for length in scored or [0] * len(prompts)])
     stops = {text for stop in settings.stop for text in (stop, stop.strip())}
     # Special tokens never stand in a decoded text.
     special = {
@@ -100,8 +109,8 @@ def _greedy_answers(
     }
     ending = _Ending(inner, tokenizer, settings, {*find_stop_ids(inner, tokenizer), *special, *ends})
     most_rows = 1 if inner.config.model_type in _ONE_BY_ONE else BATCH_SIZE
-    lengths = [[len(ids) for ids in texts] for texts in (prompts, right or ())]
-    batches = list(_batches(lengths[0], settings.max_new_tokens, most_rows, lengths[1]))
+    most_scored = LABEL_TOKENS * (1 if inner.device.type == "cpu" else _ON_ACCELERATOR)
+    batches = list(_batches(lengths, settings.max_new_tokens, most_rows, scored, most_scored))
     batches += [[]] * calls_behind(inner, len(batches))
     answers, answered = [("", 0.0)] * len(prompts), 0
     with (
@@ -118,8 +127,8 @@ def _greedy_answers(
             losses = [0.0] * len(rows)
             if right is not None:
                 of_rows = [right[index] for index in batch] or [[0]]
-                scores = _score(inner, rows, copy.deepcopy(cache), of_rows)
-                losses = [-score / len(ids) for score, ids in zip(scores, of_rows, strict=True)]
+                scores = _score(inner, rows, _repeated(cache, 1), of_rows)
+                losses = [abs(score) / len(ids) for score, ids in zip(scores, of_rows, strict=True)]
             ids, mask = _padded(rows)
             ending.start = ids.shape[1]
             generated = inner.generate(
@@ -213,7 +222,7 @@ def label_scores(
     """
     inner = without_peft(model)
     longest, lengths = max(map(len, labels)), [len(prompt) for prompt in prompts]
-    _check_lengths(inner, prompts, longest)
+    _check_lengths(inner, prompts, [longest] * len(prompts))
     scores: list[list[float]] = [[] for _ in prompts]
     answered = 0
     with evaluating(inner), contiguous_head_input(inner), enough_memory("scoring labels", LESS_MEMORY):
@@ -231,10 +240,8 @@ def label_scores(
             rows = [prompts[index] for index in batch]
             cache = _read(inner, [row[:-1] for row in rows]) if once else None
             for part in of_labels:
-                repeated = copy.deepcopy(cache)  # a call adds to it
-                if repeated is not None:
-                    repeated.batch_repeat_interleave(len(part))
-                found = _score(inner, [row for row in rows for _ in part], repeated, [*part] * len(rows))
+                pairs = [row for row in rows for _ in part]
+                found = _score(inner, pairs, _repeated(cache, len(part)), [*part] * len(rows))
                 for place, index in enumerate(batch):
                     scores[index] += found[place * len(part) : (place + 1) * len(part)]
             if any(math.isnan(score) for index in batch for score in scores[index]):
@@ -253,12 +260,12 @@ def context_of(model: Any) -> int | None:
     return context if isinstance(context, int) and context > 0 else None
 
 
-def _check_lengths(model: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
+def _check_lengths(model: Any, prompts: Sequence[Sequence[int]], rooms: Sequence[int]) -> None:
     context = context_of(model)
-    for number, prompt in enumerate(prompts, start=1):
-        if not prompt or (context is not None and len(prompt) + new_tokens > context):
+    for number, (prompt, room) in enumerate(zip(prompts, rooms, strict=True), start=1):
+        if not prompt or (context is not None and len(prompt) + room > context):
             raise DataError(
-                f"prompt {number} has {len(prompt)} tokens and up to {new_tokens} are generated, but the model's context holds "
+                f"prompt {number} has {len(prompt)} tokens and up to {room} follow, but the model's context holds "
                 f"{context}: give each prompt one token at least, shorten it, or lower max_new_tokens"
             )
 
@@ -270,19 +277,20 @@ def _no_numbers(model: Any) -> ProbeError:
     return ProbeError(f"the model's scores are no numbers; {ways}")
 
 
-def _batches(lengths: Sequence[int], new_tokens: int, most_rows: int, right: Sequence[int] = ()) -> Iterator[list[int]]:
+def _batches(
+    lengths: Sequence[int], new_tokens: int, most_rows: int, scored: Sequence[int] = (), most_scored: int = 0
+) -> Iterator[list[int]]:
     """Group prompts of similar length, the longest first: what does not fit in memory fails at once.
 
     Args:
         lengths: of the prompts.
-        right: of the right answers, where those are scored, too.
+        scored: tokens of the right answer to each, if those are scored, too, and the most of them in a batch.
     """
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         rows = len(batch) + 1
-        scored = sum(right[place] for place in (*batch, index)) if right else 0
-        full = (lengths[batch[0]] + new_tokens) * rows > BATCH_TOKENS if batch else False
-        if batch and (rows > most_rows or full or scored > LABEL_TOKENS):
+        full = rows > most_rows or (scored and sum(scored[place] for place in (*batch, index)) > most_scored)
+        if batch and (full or (lengths[batch[0]] + new_tokens) * rows > BATCH_TOKENS):
             yield batch
             batch = []
         batch.append(index)
@@ -339,6 +347,9 @@ def _read(model: Any, prompts: Sequence[Sequence[int]]) -> Any:
     """The cache of a model that has read these prompts, padded on the left; None where it cannot serve several rows."""
     from transformers import cache_utils
 
+    kind, named = model.config.model_type, "position_ids" in inspect.signature(model.forward).parameters
+    if kind in _OTHER_POSITIONS or not (named or kind in _BY_MASK):
+        return None
     ids, mask = _padded(prompts)
     inputs = {"input_ids": ids, "attention_mask": mask, **_positions(model, (mask.cumsum(1) - 1).clamp_min(0))}
     if supports_logits_to_keep(model):
@@ -351,6 +362,14 @@ def _read(model: Any, prompts: Sequence[Sequence[int]]) -> Any:
         return None
     # A model that keeps nothing, as OpenAI's first GPT, leaves the one it was given empty.
     return cache if any(getattr(layer, "keys", None) is not None for layer in cache.layers) else None
+
+
+def _repeated(cache: Any, times: int) -> Any:
+    """A copy of a cache, since a call adds to it, with each row so many times; None of None."""
+    repeated = copy.deepcopy(cache)
+    if repeated is not None and times > 1:
+        repeated.batch_repeat_interleave(times)
+    return repeated
 
 
 def _padded(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
