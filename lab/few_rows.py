@@ -143,21 +143,17 @@ def draw_of(setting: str, draw: int, folder: Path, work: Workplace) -> None:
     write_json(folder / f"{setting}-{draw}.json", record)
 
 
-def on_xquad(steps: Steps, work: Workplace) -> Steps:
-    """The steps of a draw of Chinese, with rows of another data set to test on."""
-    name, _, changes = SETTINGS["zh"]
-    other = Session(load_recipe(name, [*changes, *XQUAD])[0], Path.cwd())
-    check(other)
-    rows = tuple(row for row in other.splits.test if row.where.startswith("xquad"))[:600]
-    session = steps.session.variant(steps.recipe, replace(steps.splits, test=rows))
-    return Steps(session, steps.store, stop_requested=lambda: work.interruption.asked_by)
-
-
 def elsewhere(setting: str, draw: int, folder: Path, work: Workplace) -> None:
     """GRASP's result, which is handed over in all draws of Chinese, and `continued`, on rows of another data set."""
     if setting != "zh":
         raise ValueError(f"the setting is {setting}; it must be zh")
-    steps = on_xquad(steps_of(setting, draw, folder, work), work)
+    steps = steps_of(setting, draw, folder, work)
+    name, _, changes = SETTINGS[setting]
+    other = Session(load_recipe(name, [*changes, *XQUAD])[0], Path.cwd())
+    check(other)
+    rows = tuple(row for row in other.splits.test if row.where.startswith("xquad"))[:600]
+    session = steps.session.variant(steps.recipe, replace(steps.splits, test=rows))
+    steps = Steps(session, steps.store, stop_requested=lambda: work.interruption.asked_by)
     systems = {"continued": steps.continued(), "grasp": steps.finetune(steps.parents().merged, 0.0)}
     record = {"setting": "xquad", "draw": draw, "systems": {name: measured(steps, of) for name, of in systems.items()}}
     write_json(folder / f"xquad-{draw}.json", record)
