@@ -1,7 +1,7 @@
 """What few rows come to, as `init` splits and trains them, with a test set that tells. The plans are in `lab/log.md`.
 
     python lab/few_rows.py draw SETTING DRAW FOLDER    # one draw; goes on where it was stopped, writes FOLDER/SETTING-DRAW.json
-    python lab/few_rows.py elsewhere zh DRAW FOLDER    # a draw of `zh` on 600 rows of XQuAD: FOLDER/xquad-DRAW.json
+    python lab/few_rows.py elsewhere zh DRAW FOLDER    # a draw of `zh` on the rows of XQuAD: FOLDER/xquad-DRAW.json
     python lab/few_rows.py table FILE [FILE ...]       # means over draws, with 95 % intervals over the draws
 
 Settings `sw` and `su` draw 45 rows, what 60 are after their test quarter; `sw100` and `su100` draw 75, what 100 are, and learn
@@ -151,11 +151,17 @@ def elsewhere(setting: str, draw: int, folder: Path, work: Workplace) -> None:
     name, _, changes = SETTINGS[setting]
     other = Session(load_recipe(name, [*changes, *XQUAD])[0], Path.cwd())
     check(other)
-    rows = tuple(row for row in other.splits.test if row.where.startswith("xquad"))[:600]
+    rows = tuple(row for row in other.splits.test if row.where.startswith("xquad"))
     session = steps.session.variant(steps.recipe, replace(steps.splits, test=rows))
     steps = Steps(session, steps.store, stop_requested=lambda: work.interruption.asked_by)
     systems = {"continued": steps.continued(), "grasp": steps.finetune(steps.parents().merged, 0.0)}
-    record = {"setting": "xquad", "draw": draw, "systems": {name: measured(steps, of) for name, of in systems.items()}}
+    articles = list(dict.fromkeys(row.group for row in rows))
+    record = {
+        "setting": "xquad",
+        "draw": draw,
+        "articles": [articles.index(row.group) for row in rows],  # many questions are on one
+        "systems": {name: measured(steps, of) for name, of in systems.items()},
+    }
     write_json(folder / f"xquad-{draw}.json", record)
 
 
@@ -173,12 +179,13 @@ def table(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
             score, loss = ([fmean(each[name][key]) for each in found] for key in ("test_scores", "test_losses"))
             beside = [over(found, name, "continued", key) for key in ("test_scores", "test_losses")]
             yield f"  {name:22} {fmean(score):5.1f} ({beside[0]})   {fmean(loss):.3f} ({beside[1]})"
+        articles = of_setting[0].get("articles")
         for key in ("delivered", f"delivered{EXPECTED}"):
             ours, theirs = ([each[name]["test_scores"] for each in found] for name in (key, "continued"))
-            of_draws = [shown(*pair) for pair in zip(ours, theirs, strict=True)]
+            of_draws = [shown(*pair, articles) for pair in zip(ours, theirs, strict=True)]
             verdicts = Counter(each.verdict or "no verdict" for each in of_draws)
             counts = ", ".join(f"{kind} {count}" for kind, count in verdicts.items())
-            gaps, rows = " ".join(f"{each.difference:+.1f}" for each in of_draws), shown(ours, theirs)
+            gaps, rows = " ".join(f"{each.difference:+.1f}" for each in of_draws), shown(ours, theirs, articles)
             yield f"  {key}, minus continued: {gaps} ({counts}); over the test rows {rows.low:+.1f} to {rows.high:+.1f}"
         for ours, theirs in (("grasp", PLAIN), ("delivered", f"delivered{WITHOUT}")):
             if theirs in names:
@@ -213,9 +220,10 @@ def handed_over(draw: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def shown(ours: Any, theirs: Any) -> PairedComparison:
-    """What the test rows show of two systems, of one draw or of several averaged; each row is drawn by itself."""
-    return compare_with_baselines(ours, {"other": theirs})["other"]
+def shown(ours: Any, theirs: Any, articles: Sequence[int] | None) -> PairedComparison:
+    """What the test rows show of two systems, of one draw or of several averaged; rows are drawn by article, if those are on
+    record, else each by itself."""
+    return compare_with_baselines(ours, {"other": theirs}, groups=articles)["other"]
 
 
 def over(found: Sequence[dict[str, Any]], ours: str, theirs: str, key: str) -> str:
