@@ -127,7 +127,8 @@ def answers(lab: Lab) -> list[Row]:
     rows, backbone = taken(lab.session.splits.test, lab.examples), lab.session.backbone
     ends, prompts = {row.completion_ids[-1] for row in rows}, [row.prompt_ids for row in rows]
     right, probes = [row.completion_ids for row in rows], ProbeSet(rows, lab.session.pad_id)
-    with lab.on() as model:
+    given = [adapter.weights.together() for adapter in lab.session.given.values()]
+    with lab.on(given[0] if given else None) as model:  # a random adapter seldom ends its answers
         decoder = decoder_of(model)
 
         @torch.no_grad()

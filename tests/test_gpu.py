@@ -8,7 +8,7 @@ from grasp_lora import api
 from grasp_lora.method.lora import LoraPair, Segment
 from grasp_lora.method.masks import MaskSet, MaskSettings
 from grasp_lora.models.backbone import supports_logits_to_keep
-from grasp_lora.training.loss import collate, example_losses
+from grasp_lora.models.loss import collate, example_losses
 from grasp_lora.training.probes import ProbeSet
 
 EXAMPLES = make_examples(12)

@@ -26,8 +26,8 @@ from grasp_lora.models.adapters import attached, fresh_adapter
 from grasp_lora.models.backbone import Backbone, fingerprint, load_backbone
 from grasp_lora.models.generation import answer
 from grasp_lora.models.live import adapter_weights, live_factors
+from grasp_lora.models.loss import collate, example_losses
 from grasp_lora.models.model_settings import QUANTISERS, BackboneSettings, GenerationSettings, LoraSettings
-from grasp_lora.training.loss import collate, example_losses
 from grasp_lora.training.probes import ProbeSet
 
 NEAR = {"nf4": 0.3, "int8": 0.02}  # relative distance of the logits from those of the full model

@@ -63,10 +63,40 @@ def test_batch_size_does_not_change_answers(architecture, make_tiny_model, tiny_
     prompts = make_prompts()
     expected = [expected_text(tiny_tokenizer, greedy_tokens(model, prompt)) for prompt in prompts]
     assert len(set(expected)) > 4  # the prompts matter to this model
-    for size in (1, 3, 8):
+    settings = GenerationSettings(max_new_tokens=NEW_TOKENS, stop=())
+    for size, read, part in ((1, 1024, 8), (3, 1, 1), (8, 40, 3)):
         monkeypatch.setattr(module, "BATCH_SIZE", size)
-        settings = GenerationSettings(max_new_tokens=NEW_TOKENS, stop=())
+        monkeypatch.setattr(module, "READ_TOKENS", read)
+        monkeypatch.setattr(module, "PART", part)
         assert generate(model, tiny_tokenizer, prompts, settings) == expected, size
+
+
+def test_a_long_prompt_is_read_in_parts(make_tiny_model, tiny_tokenizer, monkeypatch):
+    model, shapes = make_tiny_model("llama"), []
+    monkeypatch.setattr(module, "READ_TOKENS", 16)
+    model.model.embed_tokens.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
+    generate(model, tiny_tokenizer, [[1, *[5] * 20], [1, *[6] * 17]], GenerationSettings(max_new_tokens=1, stop=()))
+    assert shapes[1:] == [
+        (2, 8),
+        (2, 8),
+        (2, 4),
+        (2, 1),
+    ]  # after the look whether the cache serves; all but the last token
+
+
+def test_rows_that_have_ended_leave_their_batch(make_tiny_model, tiny_tokenizer, monkeypatch):
+    model, prompts, rows = make_tiny_model("qwen3"), make_prompts(6), []
+    tokens = [greedy_tokens(model, prompt) for prompt in prompts]
+    model.generation_config.eos_token_id = sorted({EOS, *(row[place] for place, row in enumerate(tokens[:3], start=1))})
+    ends = model.generation_config.eos_token_id
+    lengths = [next((place for place, token in enumerate(row, start=1) if token in ends), NEW_TOKENS) for row in tokens]
+    assert len(set(lengths)) > 2
+    model.lm_head.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0].view(-1, inputs[0].shape[-1]))))
+    monkeypatch.setattr(module, "PART", 1)
+    settings = GenerationSettings(max_new_tokens=NEW_TOKENS, stop=(), allow_empty=True)
+    answers = generate(model, tiny_tokenizer, prompts, settings)
+    assert answers == [expected_text(tiny_tokenizer, row, stop_ids=ends) for row in tokens]
+    assert sum(rows) == sum(lengths)  # each row makes the tokens of its answer, and no others
 
 
 def test_token_budget_splits_batches_longest_first(make_tiny_model, tiny_tokenizer, monkeypatch):
@@ -77,7 +107,7 @@ def test_token_budget_splits_batches_longest_first(make_tiny_model, tiny_tokeniz
     model = make_tiny_model("llama")
     model.model.embed_tokens.register_forward_pre_hook(lambda _, args: widths.append(tuple(args[0].shape)))
     generate(model, tiny_tokenizer, prompts, settings, progress=lambda done, total: seen.append((done, total)))
-    assert [shape for shape in widths if shape[1] > 1] == [(1, 100), (2, 30), (1, 10)]
+    assert [shape for shape in widths if shape[1] > 1] == [(1, 99), (2, 29), (1, 9)]  # all but the last token
     assert seen == [(1, 4), (3, 4), (4, 4)]
 
 
@@ -101,6 +131,8 @@ def force(model, step: int, token: int) -> list[int]:
     taken = []
 
     def say(_, inputs, logits):
+        if not logits.numel():  # the prompt is read
+            return
         taken.append(1)
         if len(taken) == step:
             logits[..., token] = 1e9
@@ -304,10 +336,10 @@ def slowly(model: torch.nn.Module, prompt: list[int], label: list[int]) -> float
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "qwen3", "gpt2", "qwen3_moe"])
-@pytest.mark.parametrize("sizes", [(16, 8192), (3, 60)])
+@pytest.mark.parametrize("sizes", [(16, 8192, 1024), (3, 60, 8)])
 def test_a_score_is_the_log_probability_of_label_and_end(architecture, sizes, make_tiny_model, monkeypatch):
-    monkeypatch.setattr(module, "BATCH_SIZE", sizes[0])
-    monkeypatch.setattr(module, "BATCH_TOKENS", sizes[1])
+    for name, size in zip(("BATCH_SIZE", "BATCH_TOKENS", "READ_TOKENS"), sizes, strict=True):
+        monkeypatch.setattr(module, name, size)
     model = make_tiny_model(architecture).train()
     prompts, done = [*make_prompts(5), [1]], []
     found = label_scores(model, prompts, LABELS, lambda *of: done.append(of))
@@ -341,12 +373,12 @@ def losses_of(model: torch.nn.Module, prompts: list[list[int]], right: list[list
 
 
 @pytest.mark.parametrize("architecture", TARGETS)
-@pytest.mark.parametrize("sizes", [(16, 8192, 512), (3, 8192, 512), (16, 60, 512), (16, 8192, 12)])
+@pytest.mark.parametrize("sizes", [(16, 8192, 512, 1024), (3, 8192, 512, 9), (16, 60, 512, 1024), (16, 8192, 12, 64)])
 def test_losses_of_right_answers_come_with_the_answers(
     architecture, sizes, make_tiny_model, tiny_tokenizer, monkeypatch
 ):
     """Long prompts go beyond the sliding window of those that have one; a prompt of one token leaves nothing to share."""
-    for name, size in zip(("BATCH_SIZE", "BATCH_TOKENS", "LABEL_TOKENS"), sizes, strict=True):
+    for name, size in zip(("BATCH_SIZE", "BATCH_TOKENS", "LABEL_TOKENS", "READ_TOKENS"), sizes, strict=True):
         monkeypatch.setattr(module, name, size)
     model = make_tiny_model(architecture)
     prompts, settings = [*make_prompts(6), [1], *make_prompts(2, 100)], GenerationSettings(NEW_TOKENS, ())

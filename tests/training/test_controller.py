@@ -25,13 +25,13 @@ from grasp_lora.method.rules import RatioEstimate, Round
 from grasp_lora.method.search import POLICIES, PRESETS, Controller, Decision, Gaussian, Rounds, Spread
 from grasp_lora.models.adapters import attached, fresh_adapter
 from grasp_lora.models.live import adapter_weights, live_pairs, segments_of
+from grasp_lora.models.loss import collate
 from grasp_lora.models.model_settings import LoraSettings
 from grasp_lora.storage.checkpoints import read_state
 from grasp_lora.training import probes as probing
 from grasp_lora.training import pruned as pruned_module
 from grasp_lora.training import trainer as finetune_module
 from grasp_lora.training.controller import GraspController
-from grasp_lora.training.loss import collate
 from grasp_lora.training.probes import ProbeSet, ProbesInTurn
 from grasp_lora.training.pruned import PrunedTraining
 from grasp_lora.training.trainer import finetune

@@ -15,8 +15,8 @@ from grasp_lora.method.masks import MaskSet, MaskSettings
 from grasp_lora.models.adapters import attached, fresh_adapter
 from grasp_lora.models.backbone import supports_logits_to_keep
 from grasp_lora.models.live import live_pairs, lora_layers
+from grasp_lora.models.loss import IGNORED, collate, example_losses
 from grasp_lora.models.model_settings import LoraSettings
-from grasp_lora.training.loss import IGNORED, collate, example_losses
 from grasp_lora.training.probes import NormCollector, ProbeSet, ProbesInTurn, calibrate
 
 PAD = 0

@@ -25,13 +25,13 @@ from grasp_lora.engine.steps import choosing_splits
 from grasp_lora.models.adapters import attached, fresh_adapter
 from grasp_lora.models.backbone import is_quantised, supports_logits_to_keep
 from grasp_lora.models.generation import answer
+from grasp_lora.models.loss import collate, example_losses
 from grasp_lora.recipes.advice import advice
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.recipes.stages import AUTO
 from grasp_lora.storage.memory import enough_memory, peak_memory
 from grasp_lora.text.characters import are_glued
 from grasp_lora.text.display import listed, one_line
-from grasp_lora.training.loss import collate, example_losses
 from grasp_lora.training.training_settings import TRAINED_AS_MEASURED
 
 FEW_ROUNDS = 10

@@ -16,6 +16,7 @@ import torch
 from grasp_lora.errors import DataError, ProbeError
 from grasp_lora.models.backbone import calls_behind, find_stop_ids, is_split, supports_logits_to_keep, without_peft
 from grasp_lora.models.live import evaluating
+from grasp_lora.models.loss import IGNORED, summed_losses
 from grasp_lora.models.model_settings import GenerationSettings
 from grasp_lora.storage.memory import enough_memory
 
@@ -26,13 +27,14 @@ BATCH_SIZE = 16  # most rows of a batch
 BATCH_TOKENS = 8192  # most tokens, padding and room for the answers included; a longer prompt makes a batch of its own
 LABEL_TOKENS = 512  # most tokens of labels or right answers in a batch: each has scores of a whole vocabulary
 _ON_ACCELERATOR = 4  # as many times the right answers' tokens
+READ_TOKENS = 1024  # most tokens that a processor reads in one call, padding included
+PART = 8  # tokens of answers, after which the rows that have ended leave their batch
 LESS_MEMORY = "shorten the prompts, lower generation.max_new_tokens, or set backbone.dtype to bfloat16 if it is float32"
 _ONE_BY_ONE = ("minimax", "recurrent_gemma", "rwkv")  # model types that answer otherwise in a batch
 _BY_MASK = ("bloom", "mpt")  # without position ids; they read positions off the mask
 _OTHER_POSITIONS = (  # they do not count from 0
     "camembert", "cpmant", "data2vec-text", "moshi", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl",
 )  # fmt: skip
-_PADDING = -100
 
 
 def answer(
@@ -49,7 +51,7 @@ def answer(
 
     A greedy answer ends at an EOS token, one of `ends`, a stop text or `max_new_tokens`; unless it may be empty, not before
     there is text. Batching does not change the answers beyond rounding (in bfloat16, near-ties between two tokens can fall
-    either way). A prompt is read once for both where the model's cache allows it; the losses are those of `training.loss`,
+    either way). A prompt is read once for both where the model's cache allows it; the losses are those of `models.loss`,
     beyond rounding. The model may be wrapped by PEFT; it is left as it was, each module in its train or eval mode.
 
     Args:
@@ -97,8 +99,6 @@ def _greedy_answers(
     progress: Callable[[int, int], None] | None,
     ends: Iterable[int],
 ) -> list[tuple[str, float]]:
-    from transformers import LogitsProcessorList, StoppingCriteriaList
-
     inner = without_peft(model)
     lengths, scored = [len(prompt) for prompt in prompts], [len(ids) for ids in right or ()]
     _check_lengths(inner, prompts, [max(settings.max_new_tokens, length) for length in scored or [0] * len(prompts)])
@@ -114,11 +114,11 @@ def _greedy_answers(
     batches += [[]] * calls_behind(inner, len(batches))
     answers, answered = [("", 0.0)] * len(prompts), 0
     with (
-        _greedy(inner, settings.max_new_tokens, sorted(ending.stop_ids)),
+        _greedy(inner, sorted(ending.stop_ids)),
         contiguous_head_input(inner),
         enough_memory("answering", LESS_MEMORY),
     ):
-        shares = right is not None and _read(inner, [[0]]) is not None
+        shares = _read(inner, [[0]]) is not None
         for batch in batches:
             rows = [prompts[index] for index in batch] or [[0, 0]]
             # All processes of a split backbone make the same calls, be a cache of use or not.
@@ -129,24 +129,48 @@ def _greedy_answers(
                 of_rows = [right[index] for index in batch] or [[0]]
                 scores = _score(inner, rows, _repeated(cache, 1), of_rows)
                 losses = [abs(score) / len(ids) for score, ids in zip(scores, of_rows, strict=True)]
-            ids, mask = _padded(rows)
-            ending.start = ids.shape[1]
-            generated = inner.generate(
-                ids.to(inner.device),
-                attention_mask=mask.to(inner.device),
-                stopping_criteria=StoppingCriteriaList([ending.is_reached]),
-                logits_processor=LogitsProcessorList([ending.wait_for_text]),
-                synced_gpus=is_split(inner),
-                **({} if cache is None else {"cache": cache}),
-            )
+            texts = _generate(inner, rows, cache, ending, settings.max_new_tokens)
             if not batch:
                 continue
-            for index, (text, _), loss in zip(batch, ending.texts(generated), losses, strict=True):
+            for index, text, loss in zip(batch, texts, losses, strict=True):
                 answers[index] = text.strip(), loss
             answered += len(batch)
             if progress is not None:
                 progress(answered, len(prompts))
     return answers
+
+
+def _generate(
+    model: Any, prompts: Sequence[Sequence[int]], cache: Any, ending: "_Ending", max_new_tokens: int
+) -> list[str]:
+    """The texts after these prompts. Rows that have ended leave the batch, where a cache lets the others go on without them."""
+    from transformers import LogitsProcessorList, StoppingCriteriaList
+
+    ids, mask = (tensor.to(model.device) for tensor in _padded(prompts))
+    ending.start, last = ids.shape[1], ids.shape[1] + max_new_tokens
+    # All processes of a split backbone make the same calls.
+    part = max_new_tokens if cache is None or is_split(model) else PART
+    texts, places = [""] * len(prompts), list(range(len(prompts)))
+    while places:
+        ids = model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=min(part, last - ids.shape[1]),
+            stopping_criteria=StoppingCriteriaList([ending.is_reached]),
+            logits_processor=LogitsProcessorList([ending.wait_for_text]),
+            synced_gpus=is_split(model),
+            **({} if cache is None else {"cache": cache}),
+        )
+        found = ending.texts(ids)
+        for place, (text, _) in zip(places, found, strict=True):
+            texts[place] = text
+        left = [row for row, (_, ended) in enumerate(found) if not ended and ids.shape[1] < last]
+        places = [places[row] for row in left]
+        if places:
+            ids = ids[left]
+            mask = torch.cat([mask[left], mask.new_ones(len(left), ids.shape[1] - mask.shape[1])], dim=1)
+            cache.batch_select_indices(torch.tensor(left, device=ids.device))
+    return texts
 
 
 class _Ending:
@@ -164,7 +188,7 @@ class _Ending:
         self._model, self._tokenizer, self._settings = model, tokenizer, settings
 
     def texts(self, ids: torch.Tensor) -> list[tuple[str, bool]]:
-        """Return the text of each row of prompts and answers [rows, tokens], and whether a stop text cut it."""
+        """Return the text of each row of prompts and answers [rows, tokens], and whether it has ended."""
         answers = []
         for row in ids[:, self.start :].tolist():
             length = next((place for place, token in enumerate(row) if token in self.stop_ids), len(row))
@@ -172,12 +196,12 @@ class _Ending:
             text = str(self._tokenizer.decode(row[:length], **options))
             text = text if self._settings.allow_empty else text.lstrip()
             cuts = [place for place in map(text.find, self._settings.stop) if place >= 0]
-            answers.append((text[: min(cuts)] if cuts else text, bool(cuts)))
+            answers.append((text[: min(cuts)] if cuts else text, bool(cuts) or length < len(row)))
         return answers
 
     def is_reached(self, ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """Tell of each row whether a stop text has ended it; end tokens are seen by transformers."""
-        return torch.tensor([cut for _, cut in self.texts(ids)], device=ids.device)
+        """Tell of each row whether it has ended."""
+        return torch.tensor([ended for _, ended in self.texts(ids)], device=ids.device)
 
     def wait_for_text(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Take the end tokens from the scores [rows, vocabulary] of rows that have no text yet, unless they may be empty.
@@ -299,7 +323,7 @@ def _batches(
 
 
 @contextmanager
-def _greedy(model: Any, max_new_tokens: int, stop_ids: list[int]) -> Iterator[None]:
+def _greedy(model: Any, stop_ids: list[int]) -> Iterator[None]:
     """Put the model in eval mode, with a greedy generation config in place of its own.
 
     Passing ours to `generate` would not do: its gaps are filled from the model's own (temperature, penalties).
@@ -308,9 +332,7 @@ def _greedy(model: Any, max_new_tokens: int, stop_ids: list[int]) -> Iterator[No
 
     config_type: Any = GenerationConfig  # its constructor has no type hints
     usual_config = model.generation_config
-    model.generation_config = config_type(
-        do_sample=False, use_cache=True, max_new_tokens=max_new_tokens, eos_token_id=stop_ids, pad_token_id=0
-    )
+    model.generation_config = config_type(do_sample=False, use_cache=True, eos_token_id=stop_ids, pad_token_id=0)
     try:
         with evaluating(model):
             yield
@@ -345,23 +367,42 @@ def _label_batches(labels: Sequence[Sequence[int]], width: int, prompts: int) ->
 
 def _read(model: Any, prompts: Sequence[Sequence[int]]) -> Any:
     """The cache of a model that has read these prompts, padded on the left; None where it cannot serve several rows."""
-    from transformers import cache_utils
-
     kind, named = model.config.model_type, "position_ids" in inspect.signature(model.forward).parameters
     if kind in _OTHER_POSITIONS or not (named or kind in _BY_MASK):
         return None
     ids, mask = _padded(prompts)
-    inputs = {"input_ids": ids, "attention_mask": mask, **_positions(model, (mask.cumsum(1) - 1).clamp_min(0))}
-    if supports_logits_to_keep(model):
-        inputs["logits_to_keep"] = torch.zeros_like(ids, dtype=torch.bool)
-    called = model(**{name: tensor.to(model.device) for name, tensor in inputs.items()}, use_cache=True)
-    cache = getattr(called, "cache", None)
+    places = (mask.cumsum(1) - 1).clamp_min(0)
+    # A processor is slower once a call's activations outgrow its caches. All processes of a split backbone make the same calls.
+    whole = model.device.type != "cpu" or is_split(model)
+    width = ids.shape[1] if whole else max(1, READ_TOKENS // len(ids))
+    cache = None
+    for start in range(0, ids.shape[1], width):
+        part = slice(start, start + width)
+        inputs = {
+            "input_ids": ids[:, part],
+            "attention_mask": mask[:, : part.stop],
+            **_positions(model, places[:, part]),
+        }
+        if supports_logits_to_keep(model):
+            inputs["logits_to_keep"] = torch.zeros_like(ids[:, part], dtype=torch.bool)
+        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+        called = model(**inputs, use_cache=True, **({} if cache is None else {"cache": cache}))
+        cache = getattr(called, "cache", None)
+        if not _serves_rows(cache):
+            return None
+    return cache
+
+
+def _serves_rows(cache: Any) -> bool:
+    """Whether rows of a cache can be repeated and taken out."""
+    from transformers import cache_utils
+
     plain = (cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer, cache_utils.DummyLayer)
     # A layer with a state of its own, or a model's own kind of cache (MiniMax), has no rows to repeat.
     if type(cache) is not cache_utils.DynamicCache or not all(type(layer) in plain for layer in cache.layers):
-        return None
+        return False
     # A model that keeps nothing, as OpenAI's first GPT, leaves the one it was given empty.
-    return cache if any(getattr(layer, "keys", None) is not None for layer in cache.layers) else None
+    return any(getattr(layer, "keys", None) is not None for layer in cache.layers)
 
 
 def _repeated(cache: Any, times: int) -> Any:
@@ -394,7 +435,7 @@ def _score(model: Any, prompts: Sequence[Sequence[int]], cache: Any, answers: Se
     width = max(len(prompt) + len(answer) for prompt, answer in zip(read, answers, strict=True)) - 1
     ids = torch.zeros((len(read), width), dtype=torch.long)
     mask = torch.zeros_like(ids)
-    targets = torch.full_like(ids, _PADDING)
+    targets = torch.full_like(ids, IGNORED)
     for row, (prompt, answer) in enumerate(zip(read, answers, strict=True)):
         end = len(prompt) + len(answer) - 1
         ids[row, :end] = torch.tensor([*prompt, *answer[:-1]])
@@ -405,18 +446,8 @@ def _score(model: Any, prompts: Sequence[Sequence[int]], cache: Any, answers: Se
         _, before = _padded([prompt[:-1] for prompt in prompts])
         inputs |= _positions(model, before.sum(1, keepdim=True) + torch.arange(width))
         mask = torch.cat([before, mask], dim=1)
-    inputs["attention_mask"] = mask
-    scored, keeps = targets != _PADDING, supports_logits_to_keep(model)
-    if keeps:
-        # A mask, not a number: in bfloat16 a processor copies the whole output layer for a slice of several rows.
-        inputs["logits_to_keep"] = scored
-    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()} | {"use_cache": cache is not None}
-    if cache is not None:
-        inputs["cache"] = cache
-    logits = model(**inputs).logits
-    logits = logits if keeps else logits[scored.to(logits.device)]
-    logits = logits.view(-1, logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32))
-    losses = torch.nn.functional.cross_entropy(logits, targets[scored].to(logits.device), reduction="none")
-    rows = scored.nonzero()[:, 0].to(logits.device)
-    scores: list[float] = losses.new_zeros(len(read)).index_add(0, rows, -losses).tolist()
-    return scores
+    inputs = {name: tensor.to(model.device) for name, tensor in {**inputs, "attention_mask": mask}.items()}
+    inputs |= {"use_cache": cache is not None} | ({} if cache is None else {"cache": cache})
+    keeps = supports_logits_to_keep(model)
+    losses: list[float] = summed_losses(model, inputs, targets.to(model.device), label_positions=keeps).tolist()
+    return [-loss for loss in losses]

@@ -21,14 +21,14 @@ from grasp_lora.errors import AdapterError, ProbeError
 from grasp_lora.method.masks import InputNorms, MaskSet
 from grasp_lora.models.backbone import supports_logits_to_keep
 from grasp_lora.models.live import active_adapter, evaluating, lora_layers
-from grasp_lora.storage.memory import enough_memory
-from grasp_lora.text.display import quoted
-from grasp_lora.training.loss import (
+from grasp_lora.models.loss import (
     Encoded,
     check_measurable,
     collate,
     example_losses,
 )
+from grasp_lora.storage.memory import enough_memory
+from grasp_lora.text.display import quoted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

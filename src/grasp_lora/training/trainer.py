@@ -1,6 +1,6 @@
 """One fine-tune: an adapter on a backbone, examples, callbacks; out comes the adapter at its best dev loss, or at its end.
 
-`finetune` builds a `FineTuneTrainer` and calls its `train`. That is transformers' Trainer with the loss of `training.loss`, a
+`finetune` builds a `FineTuneTrainer` and calls its `train`. That is transformers' Trainer with the loss of `models.loss`, a
 learning rate that falls each epoch, and checkpoints that count only when they are whole. Each optimizer step follows the mean
 over all its examples, also under gradient accumulation. What else happens in a training are callbacks, in this order:
 
@@ -37,6 +37,7 @@ from transformers.utils import logging as transformers_logging
 from grasp_lora.errors import DivergedError, GraspError, Interrupted
 from grasp_lora.models.backbone import is_quantised, supports_logits_to_keep, without_peft
 from grasp_lora.models.live import live_factors
+from grasp_lora.models.loss import Encoded, check_measurable, collate, example_losses
 from grasp_lora.storage.checkpoints import (
     State,
     checkpoint_at,
@@ -49,7 +50,6 @@ from grasp_lora.storage.checkpoints import (
 from grasp_lora.storage.memory import enough_memory
 from grasp_lora.storage.writing import cannot_write, clear_write_errors, vanished, write_jsonl
 from grasp_lora.text.display import first_line
-from grasp_lora.training.loss import Encoded, check_measurable, collate, example_losses
 from grasp_lora.training.probes import ProbeSet
 from grasp_lora.training.pruned import GradientCheck, PrunedTraining, SavedInCheckpoints, no_gradients
 from grasp_lora.training.training_settings import TrainingSettings

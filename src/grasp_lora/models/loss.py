@@ -1,11 +1,10 @@
 """The one loss of this project: the mean over examples of the mean negative log-likelihood of the answer's tokens.
 
-Training, dev sets and probes use it, so their numbers can be compared. Test rows have the same mean from where they are answered
-(`models.generation`), which is the same number but for rounding.
+Training, dev sets, probes and test rows use it, so their numbers can be compared; the last from where they are answered.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -68,16 +67,31 @@ def example_losses(
         batch: of `collate`, on the model's device.
         label_positions: what `supports_logits_to_keep` says of the model.
     """
-    labels = batch["labels"]
-    # Position i predicts token i + 1.
-    predicts = torch.zeros_like(labels, dtype=torch.bool)
-    predicts[:, :-1] = labels[:, 1:] != IGNORED
-    targets = labels[:, 1:][predicts[:, :-1]]
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
-    output = model(**inputs, logits_to_keep=predicts) if label_positions else model(**inputs)
-    logits = output.logits if label_positions else output.logits[predicts]
+    # Position i predicts token i + 1.
+    targets = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+    counts = (targets != IGNORED).sum(1).clamp(min=1)
+    return summed_losses(model, inputs, targets, label_positions=label_positions) / counts
+
+
+def summed_losses(
+    model: torch.nn.Module, inputs: Mapping[str, Any], targets: Tensor, *, label_positions: bool
+) -> Tensor:
+    """Return the sum of each row's token NLLs, float32 or finer, [rows].
+
+    Args:
+        model: causal language model.
+        inputs: what it is called with.
+        targets: at each position the token after it, `IGNORED` where that does not count; [rows, tokens], on the model's device.
+        label_positions: what `supports_logits_to_keep` says of the model.
+    """
+    counts = targets != IGNORED
+    # A mask, not a number: in bfloat16 a processor copies the whole output layer for a slice of several rows.
+    output = model(**inputs, logits_to_keep=counts) if label_positions else model(**inputs)
+    counts, targets = (
+        tensor.to(output.logits.device) for tensor in (counts, targets)
+    )  # a model may be spread over devices
+    logits = output.logits if label_positions else output.logits[counts]
     logits = logits.view(-1, logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32))
-    token_losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-    counts = predicts.sum(1)
-    rows = torch.arange(len(labels), device=labels.device).repeat_interleave(counts, output_size=len(targets))
-    return token_losses.new_zeros(len(labels)).index_add(0, rows, token_losses) / counts.clamp(min=1)
+    losses = torch.nn.functional.cross_entropy(logits, targets[counts], reduction="none")
+    return losses.new_zeros(len(targets)).index_add(0, counts.nonzero()[:, 0], losses)
