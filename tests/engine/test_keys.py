@@ -74,7 +74,6 @@ TABLE: dict[str, str] = {
     "final.deliver": NOTHING,  # a choice among finished adapters
     "generation.max_new_tokens": "answers rows",
     "generation.stop": "answers rows",
-    "generation.allow_empty": "answers rows",
     "metrics": "scores rows",
     "bertscore.models": "scores rows",
     "report_to": NOTHING,
@@ -255,7 +254,7 @@ def test_labels_take_the_place_of_settings_of_texts(session: Session) -> None:
         for labels in ({"a": (5, 2)}, {"a": (5, 2), "b": (6, 2)})
     )
     assert differ(chooses, more) == {"answers", "rows"}  # which those of scores rest on
-    for field in ("max_new_tokens", "stop", "allow_empty"):
+    for field in ("max_new_tokens", "stop"):
         value = getattr(session.recipe.generation, field)
         other = chooses.variant(changed(session.recipe, f"generation.{field}", another(value)))
         assert not differ(chooses, other)

@@ -306,7 +306,7 @@ def _trial(
         _check_rows(contestant, examples, corpus)
         prompt_ids, right = [row.prompt_ids for row in examples], [row.completion_ids for row in examples]
         chosen = encode_labels(form.labels or corpus.labels, encoder) if labels else None
-        settings = GenerationSettings(form.max_new_tokens, form.stop, form.allow_empty)
+        settings = GenerationSettings(form.max_new_tokens, form.stop)
         place = attached(loaded.model, contestant.weights) if contestant.weights else nullcontext(loaded.model)
         with place as model:
             progress.begin("answers")

@@ -133,7 +133,6 @@ def asking(
     asked = {
         "max_new_tokens": form.max_new_tokens if max_new_tokens is None else max_new_tokens,
         "stop": tuple(form.stop if stop is None else stop),
-        "allow_empty": form.allow_empty,
     }
     with reading("how to answer", RecipeError):
         settings = TypeAdapter(GenerationSettings).validate_python(asked)

@@ -129,7 +129,7 @@ class Session:
         report, data, generation = self.splits.report, self.recipe.data, self.recipe.generation
         return HowToAnswer(
             generation.max_new_tokens, generation.stop, report.chat_template, report.task, report.prompt, data.target.columns,
-            data.max_document_tokens, tuple(self.splits.labels), report.completion, generation.allow_empty,
+            data.max_document_tokens, tuple(self.splits.labels), report.completion,
         )  # fmt: skip
 
     def save(self, folder: Path, weights: AdapterWeights, rows: Iterable[str] = ()) -> None:

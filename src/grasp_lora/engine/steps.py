@@ -578,7 +578,6 @@ class Steps:
         return {
             "max_new_tokens": generation.max_new_tokens,
             "stop": generation.stop,
-            "allow_empty": generation.allow_empty,
             "ends": sorted({*self._ends(rows), *self.session.backbone.stop_ids}),
         }
 

@@ -59,7 +59,6 @@ class Answers:
         max_document_tokens: what contexts and articles were cut to, or None.
         labels: of a classification, what an answer may be.
         completion: of a classification, the template of its answers, or None.
-        allow_empty: whether an answer may be empty.
     """
 
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
@@ -71,7 +70,6 @@ class Answers:
     max_document_tokens: Annotated[int, Field(ge=1)] | None = None
     labels: tuple[str, ...] = ()
     completion: str | None = None
-    allow_empty: bool = False
 
 
 @dataclass(frozen=True)

@@ -49,10 +49,10 @@ def answer(
 ) -> list[tuple[str, float]]:
     """Answer each prompt, greedily or by the likeliest label; take the loss of its right answer, too, if that is given.
 
-    A greedy answer ends at an EOS token, one of `ends`, a stop text or `max_new_tokens`; unless it may be empty, not before
-    there is text. Batching does not change the answers beyond rounding (in bfloat16, near-ties between two tokens can fall
-    either way). A prompt is read once for both where the model's cache allows it; the losses are those of `models.loss`,
-    beyond rounding. The model may be wrapped by PEFT; it is left as it was, each module in its train or eval mode.
+    A greedy answer ends at an EOS token, one of `ends`, a stop text or `max_new_tokens`, not before there is text. Batching does
+    not change the answers beyond rounding (in bfloat16, near-ties between two tokens can fall either way). A prompt is read once
+    for both where the model's cache allows it; the losses are those of `models.loss`, beyond rounding. The model may be wrapped
+    by PEFT; it is left as it was, each module in its train or eval mode.
 
     Args:
         model: causal language model, on its device.
@@ -193,8 +193,7 @@ class _Ending:
         for row in ids[:, self.start :].tolist():
             length = next((place for place, token in enumerate(row) if token in self.stop_ids), len(row))
             options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-            text = str(self._tokenizer.decode(row[:length], **options))
-            text = text if self._settings.allow_empty else text.lstrip()
+            text = str(self._tokenizer.decode(row[:length], **options)).lstrip()
             cuts = [place for place in map(text.find, self._settings.stop) if place >= 0]
             answers.append((text[: min(cuts)] if cuts else text, bool(cuts) or length < len(row)))
         return answers
@@ -204,17 +203,16 @@ class _Ending:
         return torch.tensor([ended for _, ended in self.texts(ids)], device=ids.device)
 
     def wait_for_text(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Take the end tokens from the scores [rows, vocabulary] of rows that have no text yet, unless they may be empty.
+        """Take the end tokens from the scores [rows, vocabulary] of rows that have no text yet.
 
         Raises:
             ProbeError: a score is no number.
         """
         if scores.amax(dim=-1).isnan().any():
             raise _no_numbers(self._model)
-        if not self._settings.allow_empty:
-            waiting = [row for row, (text, _) in enumerate(self.texts(ids)) if not text]
-            ends = [token for token in sorted(self.stop_ids) if token < scores.shape[-1]]
-            scores[torch.tensor(waiting, dtype=torch.long)[:, None], torch.tensor(ends, dtype=torch.long)] = -torch.inf
+        waiting = [row for row, (text, _) in enumerate(self.texts(ids)) if not text]
+        ends = [token for token in sorted(self.stop_ids) if token < scores.shape[-1]]
+        scores[torch.tensor(waiting, dtype=torch.long)[:, None], torch.tensor(ends, dtype=torch.long)] = -torch.inf
         return scores
 
 

@@ -74,12 +74,13 @@ class LoraSettings:
 class GenerationSettings:
     """How answers are decoded; always greedy, whatever the model's own generation config says.
 
+    No training answer is empty, so none is here: white space at the start is skipped, and an end token has to wait for a text. A
+    stop text does not wait.
+
     Args:
         max_new_tokens: longest answer, >= 1.
         stop: texts that end an answer; they are cut off, with all that follows. A special token of the tokenizer, such as
             `<|im_end|>`, is an end token.
-        allow_empty: whether the end may come before any text. No training answer is empty, so by default neither is one here:
-            white space at the start is skipped, and an end token has to wait for a text. A stop text does not wait.
 
     Raises:
         ValueError: a stop text spells a line break with a backslash.
@@ -87,7 +88,6 @@ class GenerationSettings:
 
     max_new_tokens: Annotated[int, Field(ge=1)] = 32
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ("\n",)
-    allow_empty: bool = False
 
     def __post_init__(self) -> None:
         for text in self.stop:

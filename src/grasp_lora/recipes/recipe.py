@@ -71,7 +71,7 @@ class Recipe(BaseModel):
     mask: Annotated[MaskSettings, Section()] = Field(default_factory=MaskSettings)
     controller: Annotated[ControllerStage, Section()] = Field(default_factory=ControllerStage)
     final: Annotated[FinalStage, Section()] = Field(default_factory=FinalStage)
-    generation: Annotated[GenerationSettings, Section(("allow_empty",))] = Field(default_factory=GenerationSettings)
+    generation: Annotated[GenerationSettings, Section()] = Field(default_factory=GenerationSettings)
     metrics: tuple[str, ...] = ()
     bertscore: Annotated[BertScoreSettings, Section()] = Field(default_factory=BertScoreSettings)
     report_to: Texts = ()
