@@ -64,24 +64,22 @@ def test_batch_size_does_not_change_answers(architecture, make_tiny_model, tiny_
     expected = [expected_text(tiny_tokenizer, greedy_tokens(model, prompt)) for prompt in prompts]
     assert len(set(expected)) > 4  # the prompts matter to this model
     settings = GenerationSettings(max_new_tokens=NEW_TOKENS, stop=())
-    for size, read, part in ((1, 1024, 8), (3, 1, 1), (8, 40, 3)):
+    for size, read, part in ((1, 1024, 8), (3, 40, 1), (8, 64, 3)):
         monkeypatch.setattr(module, "BATCH_SIZE", size)
         monkeypatch.setattr(module, "READ_TOKENS", read)
         monkeypatch.setattr(module, "PART", part)
         assert generate(model, tiny_tokenizer, prompts, settings) == expected, size
 
 
-def test_a_long_prompt_is_read_in_parts(make_tiny_model, tiny_tokenizer, monkeypatch):
-    model, shapes = make_tiny_model("llama"), []
-    monkeypatch.setattr(module, "READ_TOKENS", 16)
+def test_prompts_together_are_read_in_parts_and_long_ones_whole(make_tiny_model, tiny_tokenizer, monkeypatch):
+    model, shapes, settings = make_tiny_model("llama"), [], GenerationSettings(max_new_tokens=1, stop=())
+    monkeypatch.setattr(module, "READ_TOKENS", 24)
     model.model.embed_tokens.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
-    generate(model, tiny_tokenizer, [[1, *[5] * 20], [1, *[6] * 17]], GenerationSettings(max_new_tokens=1, stop=()))
-    assert shapes[1:] == [
-        (2, 8),
-        (2, 8),
-        (2, 4),
-        (2, 1),
-    ]  # after the look whether the cache serves; all but the last token
+    generate(model, tiny_tokenizer, [[1, *[5] * 20], [1, *[6] * 17]], settings)
+    assert shapes[1:] == [(2, 12), (2, 8), (2, 1)]  # after the look whether the cache serves; all but the last token
+    shapes.clear()
+    generate(model, tiny_tokenizer, [[1, *[5] * 25], [1, *[6] * 17]], settings)
+    assert shapes[1:] == [(2, 25), (2, 1)]
 
 
 def test_rows_that_have_ended_leave_their_batch(make_tiny_model, tiny_tokenizer, monkeypatch):
@@ -336,7 +334,7 @@ def slowly(model: torch.nn.Module, prompt: list[int], label: list[int]) -> float
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "qwen3", "gpt2", "qwen3_moe"])
-@pytest.mark.parametrize("sizes", [(16, 8192, 1024), (3, 60, 8)])
+@pytest.mark.parametrize("sizes", [(16, 8192, 1024), (3, 60, 48)])
 def test_a_score_is_the_log_probability_of_label_and_end(architecture, sizes, make_tiny_model, monkeypatch):
     for name, size in zip(("BATCH_SIZE", "BATCH_TOKENS", "READ_TOKENS"), sizes, strict=True):
         monkeypatch.setattr(module, name, size)
@@ -373,7 +371,9 @@ def losses_of(model: torch.nn.Module, prompts: list[list[int]], right: list[list
 
 
 @pytest.mark.parametrize("architecture", TARGETS)
-@pytest.mark.parametrize("sizes", [(16, 8192, 512, 1024), (3, 8192, 512, 9), (16, 60, 512, 1024), (16, 8192, 12, 64)])
+@pytest.mark.parametrize(
+    "sizes", [(16, 8192, 512, 128), (3, 8192, 512, 128), (16, 60, 512, 1024), (16, 8192, 12, 1024)]
+)
 def test_losses_of_right_answers_come_with_the_answers(
     architecture, sizes, make_tiny_model, tiny_tokenizer, monkeypatch
 ):

@@ -27,7 +27,7 @@ BATCH_SIZE = 16  # most rows of a batch
 BATCH_TOKENS = 8192  # most tokens, padding and room for the answers included; a longer prompt makes a batch of its own
 LABEL_TOKENS = 512  # most tokens of labels or right answers in a batch: each has scores of a whole vocabulary
 _ON_ACCELERATOR = 4  # as many times the right answers' tokens
-READ_TOKENS = 1024  # most tokens that a processor reads in one call, padding included
+READ_TOKENS = 1024  # that a processor reads in one call, padding included; a longer prompt is read whole
 PART = 8  # tokens of answers, after which the rows that have ended leave their batch
 LESS_MEMORY = "shorten the prompts, lower generation.max_new_tokens, or set backbone.dtype to bfloat16 if it is float32"
 _ONE_BY_ONE = ("minimax", "recurrent_gemma", "rwkv")  # model types that answer otherwise in a batch
@@ -148,14 +148,13 @@ def _generate(
 
     ids, mask = (tensor.to(model.device) for tensor in _padded(prompts))
     ending.start, last = ids.shape[1], ids.shape[1] + max_new_tokens
-    # All processes of a split backbone make the same calls.
-    part = max_new_tokens if cache is None or is_split(model) else PART
+    leave = cache is not None and not is_split(model)  # all processes of a split backbone make the same calls
     texts, places = [""] * len(prompts), list(range(len(prompts)))
     while places:
         ids = model.generate(
             ids,
             attention_mask=mask,
-            max_new_tokens=min(part, last - ids.shape[1]),
+            max_new_tokens=min(PART, last - ids.shape[1]) if leave else max_new_tokens,
             stopping_criteria=StoppingCriteriaList([ending.is_reached]),
             logits_processor=LogitsProcessorList([ending.wait_for_text]),
             synced_gpus=is_split(model),
@@ -164,7 +163,7 @@ def _generate(
         found = ending.texts(ids)
         for place, (text, _) in zip(places, found, strict=True):
             texts[place] = text
-        left = [row for row, (_, ended) in enumerate(found) if not ended and ids.shape[1] < last]
+        left = [row for row, (_, ended) in enumerate(found) if leave and not ended and ids.shape[1] < last]
         places = [places[row] for row in left]
         if places:
             ids = ids[left]
@@ -370,8 +369,9 @@ def _read(model: Any, prompts: Sequence[Sequence[int]]) -> Any:
         return None
     ids, mask = _padded(prompts)
     places = (mask.cumsum(1) - 1).clamp_min(0)
-    # A processor is slower once a call's activations outgrow its caches. All processes of a split backbone make the same calls.
-    whole = model.device.type != "cpu" or is_split(model)
+    # A processor is slower once a call's activations outgrow its caches. All processes of a split backbone make the same calls,
+    # and long prompts are read whole: parts would cost attention more, and some models (Phi-3) turn long ones otherwise.
+    whole = model.device.type != "cpu" or is_split(model) or ids.shape[1] > READ_TOKENS
     width = ids.shape[1] if whole else max(1, READ_TOKENS // len(ids))
     cache = None
     for start in range(0, ids.shape[1], width):
