@@ -24,6 +24,7 @@ from typing import Any
 
 from scipy.stats import t as student
 
+from grasp_lora.data.encode import Example
 from grasp_lora.data.splits import Splits
 from grasp_lora.engine.check import check
 from grasp_lora.engine.deliver import clearly_ahead
@@ -136,11 +137,18 @@ def draw_of(setting: str, draw: int, folder: Path, work: Workplace) -> None:
     if made.continued is not None:
         systems["continued"] = made.continued
     record: dict[str, Any] = {"setting": setting, "draw": draw, "train": len(steps.splits.train)}
+    record["articles"] = articles_of(steps.splits.test)
     if made.learned is not None:
         record["ratio"] = asdict(made.learned.result.estimate)
         systems[PLAIN] = steps.finetune(made.parents.merged, 0.0)
     record["systems"] = {name: measured(steps, adapter) for name, adapter in systems.items()}
     write_json(folder / f"{setting}-{draw}.json", record)
+
+
+def articles_of(rows: Sequence[Example]) -> list[int]:
+    """Which article each row is on, by number: several questions may be on one."""
+    groups = list(dict.fromkeys(row.group for row in rows))
+    return [groups.index(row.group) for row in rows]
 
 
 def elsewhere(setting: str, draw: int, folder: Path, work: Workplace) -> None:
@@ -155,11 +163,10 @@ def elsewhere(setting: str, draw: int, folder: Path, work: Workplace) -> None:
     session = steps.session.variant(steps.recipe, replace(steps.splits, test=rows))
     steps = Steps(session, steps.store, stop_requested=lambda: work.interruption.asked_by)
     systems = {"continued": steps.continued(), "grasp": steps.finetune(steps.parents().merged, 0.0)}
-    articles = list(dict.fromkeys(row.group for row in rows))
     record = {
         "setting": "xquad",
         "draw": draw,
-        "articles": [articles.index(row.group) for row in rows],  # many questions are on one
+        "articles": articles_of(rows),
         "systems": {name: measured(steps, of) for name, of in systems.items()},
     }
     write_json(folder / f"xquad-{draw}.json", record)
@@ -221,8 +228,8 @@ def handed_over(draw: dict[str, Any]) -> dict[str, Any]:
 
 
 def shown(ours: Any, theirs: Any, articles: Sequence[int] | None) -> PairedComparison:
-    """What the test rows show of two systems, of one draw or of several averaged; rows are drawn by article, if those are on
-    record, else each by itself."""
+    """What the test rows show of two systems, of one draw or of several averaged; rows are drawn by article. Records without
+    articles have one row of each."""
     return compare_with_baselines(ours, {"other": theirs}, groups=articles)["other"]
 
 
