@@ -194,10 +194,10 @@ def table(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
             counts = ", ".join(f"{kind} {count}" for kind, count in verdicts.items())
             gaps, rows = " ".join(f"{each.difference:+.1f}" for each in of_draws), shown(ours, theirs, articles)
             yield f"  {key}, minus continued: {gaps} ({counts}); over the test rows {rows.low:+.1f} to {rows.high:+.1f}"
-        for ours, theirs in (("grasp", PLAIN), ("delivered", f"delivered{WITHOUT}")):
-            if theirs in names:
-                gains = [over(found, ours, theirs, key) for key in ("test_scores", "test_losses")]
-                yield f"  {ours} minus {theirs}: score {gains[0]}, loss {gains[1]}"
+        for name, other in (("grasp", PLAIN), ("delivered", f"delivered{WITHOUT}")):
+            if other in names:
+                gains = [over(found, name, other, key) for key in ("test_scores", "test_losses")]
+                yield f"  {name} minus {other}: score {gains[0]}, loss {gains[1]}"
         everywhere += found
     yield f"all {len(everywhere)} draws: delivered minus continued {over(everywhere, 'delivered', 'continued', 'test_scores')}"
     usual = f"delivered{EXPECTED}"
