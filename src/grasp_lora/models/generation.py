@@ -16,7 +16,7 @@ import torch
 from grasp_lora.errors import DataError, ProbeError
 from grasp_lora.models.backbone import calls_behind, find_stop_ids, is_split, supports_logits_to_keep, without_peft
 from grasp_lora.models.live import evaluating
-from grasp_lora.models.loss import IGNORED, summed_losses
+from grasp_lora.models.loss import collate_pairs, summed_losses
 from grasp_lora.models.model_settings import GenerationSettings
 from grasp_lora.storage.memory import enough_memory
 
@@ -370,7 +370,7 @@ def _read(model: Any, prompts: Sequence[Sequence[int]]) -> Any:
     ids, mask = _padded(prompts)
     places = (mask.cumsum(1) - 1).clamp_min(0)
     # A processor is slower once a call's activations outgrow its caches. All processes of a split backbone make the same calls,
-    # and long prompts are read whole: parts would cost attention more, and some models (Phi-3) turn long ones otherwise.
+    # and long prompts are read whole: parts cost attention more, and Phi-3 places tokens by the length of a call.
     whole = model.device.type != "cpu" or is_split(model) or ids.shape[1] > READ_TOKENS
     width = ids.shape[1] if whole else max(1, READ_TOKENS // len(ids))
     cache = None
@@ -429,20 +429,13 @@ def _positions(model: Any, places: torch.Tensor) -> dict[str, torch.Tensor]:
 def _score(model: Any, prompts: Sequence[Sequence[int]], cache: Any, answers: Sequence[Sequence[int]]) -> list[float]:
     """The log-probability of each answer after its prompt; a cache holds all but the prompts' last tokens, and is added to."""
     read = [prompt if cache is None else prompt[-1:] for prompt in prompts]
-    # The last token of each row is only predicted. Padding stands behind it, where nothing that counts sees it.
-    width = max(len(prompt) + len(answer) for prompt, answer in zip(read, answers, strict=True)) - 1
-    ids = torch.zeros((len(read), width), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    targets = torch.full_like(ids, IGNORED)
-    for row, (prompt, answer) in enumerate(zip(read, answers, strict=True)):
-        end = len(prompt) + len(answer) - 1
-        ids[row, :end] = torch.tensor([*prompt, *answer[:-1]])
-        mask[row, :end] = 1
-        targets[row, len(prompt) - 1 : end] = torch.tensor(answer)
+    # The last column is only predicted. Padding stands on the right, where nothing that counts sees it.
+    batch = collate_pairs(list(zip(read, answers, strict=True)), pad_id=0)
+    ids, mask, targets = batch["input_ids"][:, :-1], batch["attention_mask"][:, :-1], batch["labels"][:, 1:]
     inputs: dict[str, Any] = {"input_ids": ids}
     if cache is not None:
         _, before = _padded([prompt[:-1] for prompt in prompts])
-        inputs |= _positions(model, before.sum(1, keepdim=True) + torch.arange(width))
+        inputs |= _positions(model, before.sum(1, keepdim=True) + torch.arange(ids.shape[1]))
         mask = torch.cat([before, mask], dim=1)
     inputs = {name: tensor.to(model.device) for name, tensor in {**inputs, "attention_mask": mask}.items()}
     inputs |= {"use_cache": cache is not None} | ({} if cache is None else {"cache": cache})

@@ -27,16 +27,20 @@ class Encoded(Protocol):
 
 def collate(examples: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
     """Pad examples on the right into input_ids, attention_mask and labels, each [examples, longest]."""
-    length = max(len(example.prompt_ids) + len(example.completion_ids) for example in examples)
-    input_ids = torch.full((len(examples), length), pad_id)
-    attention_mask = torch.zeros(len(examples), length, dtype=torch.long)
-    labels = torch.full((len(examples), length), IGNORED)
-    for row, example in enumerate(examples):
-        prompt, completion = list(example.prompt_ids), list(example.completion_ids)
+    return collate_pairs([(example.prompt_ids, example.completion_ids) for example in examples], pad_id)
+
+
+def collate_pairs(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int) -> dict[str, Tensor]:
+    """The same of token ids of prompts and completions."""
+    length = max(len(prompt) + len(completion) for prompt, completion in pairs)
+    input_ids = torch.full((len(pairs), length), pad_id)
+    attention_mask = torch.zeros(len(pairs), length, dtype=torch.long)
+    labels = torch.full((len(pairs), length), IGNORED)
+    for row, (prompt, completion) in enumerate(pairs):
         end = len(prompt) + len(completion)
-        input_ids[row, :end] = torch.tensor(prompt + completion)
+        input_ids[row, :end] = torch.tensor([*prompt, *completion])
         attention_mask[row, :end] = 1
-        labels[row, len(prompt) : end] = torch.tensor(completion)
+        labels[row, len(prompt) : end] = torch.tensor(list(completion))
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
