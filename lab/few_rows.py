@@ -2,13 +2,14 @@
 
     python lab/few_rows.py draw SETTING DRAW FOLDER    # one draw; goes on where it was stopped, writes FOLDER/SETTING-DRAW.json
     python lab/few_rows.py elsewhere zh DRAW FOLDER    # a draw of `zh` on the rows of XQuAD: FOLDER/xquad-DRAW.json
+    python lab/few_rows.py elsewhere ar DRAW FOLDER    # the same of `ar`, which is measured there alone: FOLDER/xquad-ar-DRAW.json
     python lab/few_rows.py table FILE [FILE ...]       # means over draws, with 95 % intervals over the draws
 
 Settings `sw` and `su` draw 45 rows, what 60 are after their test quarter; `sw100` and `su100` draw 75, what 100 are, and learn
 a ratio. `sw200`, `su200` and `min200` draw 150, what 200 are. `su400`, `su200` and `min200` have 400 English rows, the
 other settings of labels 120. `titles` asks for the titles of Chinese abstracts, with 144 English rows of headlines.
 Draws of a setting share the source adapter and the test rows; their other rows are disjoint.
-`ko`, `zh`, `min` and `min100` are to confirm: each of their draws has a training seed of its own.
+`ko`, `zh`, `ar`, `min` and `min100` are to confirm: each of their draws has a training seed of its own.
 Needs GRASP_LORA_DATA.
 """
 
@@ -43,7 +44,7 @@ PLAIN, WITHOUT = "merge, trained further", ", without a controller"
 EXPECTED = ", GRASP's result expected"
 # Rows of a draw, those of them to judge by; there is room for six draws, for three of 200 rows.
 SIZES = {60: (45, 15), 100: (75, 25), 200: (150, 50)}
-CONFIRMING = ("ko", "zh", "min", "min100")
+CONFIRMING = ("ko", "zh", "ar", "min", "min100")
 # As `init` writes them; the draws of `sw` and `su` were made before it wrote a patience.
 COMMON = ["data.target.dev=2", "data.target.micro_dev=2", "source.training.epochs=2"]
 FEW = [*COMMON, "target.on=null", "final.prune_ratio=0", "data.target.train=270"]
@@ -58,10 +59,13 @@ MINANGKABAU = [
         for split, file in {"train": "train", "dev": "valid", "test": "test"}.items()
     ),
 ]
-XQUAD = [
-    "data.target.files={pool: mlqa/dev-context-zh-question-zh.json, test: xquad/xquad.zh.json}",
-    "data.target.test=1",  # of the pool
-]
+XQUAD = {
+    setting: [
+        f"data.target.files={{pool: mlqa/dev-context-{setting}-question-{setting}.json, test: xquad/xquad.{setting}.json}}",
+        "data.target.test=1",  # of the pool
+    ]
+    for setting in ("zh", "ar")
+}
 WEAK = ["data.source.train=120", "data.source.dev=12"]
 TITLES = [
     "name=titles",
@@ -76,6 +80,7 @@ SETTINGS = {
     "sw": ("tydiqa-sw", 60, [*FEW, *QUESTIONS]),
     "ko": ("tydiqa-ko", 60, [*FEW, *QUESTIONS, *PATIENT, "data.target.test=300"]),
     "zh": ("mlqa-zh", 60, [*FEW, *QUESTIONS, *PATIENT]),
+    "ar": ("mlqa-ar", 60, [*FEW, *QUESTIONS, *PATIENT]),
     "titles": ("xlsum-zh", 60, [*FEW, *PATIENT, *TITLES]),
     "su400": ("nusax-su", 60, [*FEW, *PATIENT]),
     "min": ("nusax-su", 60, [*FEW, *WEAK, *PATIENT, *MINANGKABAU]),
@@ -102,18 +107,17 @@ def drawn(splits: Splits, draw: int, size: int) -> Splits:
     return replace(splits, dev=tuple(rows[:place]), train=tuple(rows[place:]), micro_dev=())
 
 
-def measured(steps: Steps, adapter: Adapter) -> dict[str, Any]:
+def measured(steps: Steps, adapter: Adapter, *, with_test: bool = True) -> dict[str, Any]:
     """Losses and scores of one system, a number a row."""
-    found = steps.measure(adapter)
-    assert found.test is not None
-    assert found.dev is not None
-    metric = main_metric(steps.session.available_metrics)
-    record: dict[str, Any] = {
-        "test_losses": [round(loss, 4) for loss in found.test.result.losses],
-        "test_scores": [round(float(score), 4) for score in found.metrics[metric].per_example],
-        "dev_losses": [round(loss, 4) for loss in found.dev.result.losses],
-        "dev_scores": list(steps.row_scores(adapter, "dev").result.scores),
-    }
+    record: dict[str, Any] = {}
+    if with_test:
+        found = steps.measure(adapter)
+        assert found.test is not None
+        metric = main_metric(steps.session.available_metrics)
+        record["test_losses"] = [round(loss, 4) for loss in found.test.result.losses]
+        record["test_scores"] = [round(float(score), 4) for score in found.metrics[metric].per_example]
+    record["dev_losses"] = [round(loss, 4) for loss in steps.losses(adapter, "dev").result.losses]
+    record["dev_scores"] = list(steps.row_scores(adapter, "dev").result.scores)
     if adapter.made is not None:
         record["best_step"] = adapter.made.result.best_step
     return record
@@ -152,24 +156,26 @@ def articles_of(rows: Sequence[Example]) -> list[int]:
 
 
 def elsewhere(setting: str, draw: int, folder: Path, work: Workplace) -> None:
-    """GRASP's result, which is handed over in all draws of Chinese, and `continued`, on rows of another data set."""
-    if setting != "zh":
-        raise ValueError(f"the setting is {setting}; it must be zh")
+    """What is handed over, and `continued`, on rows of another data set; of the other systems dev rows alone."""
     steps = steps_of(setting, draw, folder, work)
     name, _, changes = SETTINGS[setting]
-    other = Session(load_recipe(name, [*changes, *XQUAD])[0], Path.cwd())
+    other = Session(load_recipe(name, [*changes, *XQUAD[setting]])[0], Path.cwd())
     check(other)
     rows = tuple(row for row in other.splits.test if row.where.startswith("xquad"))
     session = steps.session.variant(steps.recipe, replace(steps.splits, test=rows))
     steps = Steps(session, steps.store, stop_requested=lambda: work.interruption.asked_by)
-    systems = {"continued": steps.continued(), "grasp": steps.finetune(steps.parents().merged, 0.0)}
+    made = make(steps)
+    systems = made.systems | ({} if made.continued is None else {"continued": made.continued})
+    on_dev = {name: measured(steps, of, with_test=False) for name, of in systems.items()}
+    chosen = handed_over({"setting": setting, "systems": on_dev})["delivered"]
+    tested = {"continued", *(name for name, of in on_dev.items() if of is chosen)}
     record = {
-        "setting": "xquad",
+        "setting": "xquad" if setting == "zh" else f"xquad-{setting}",
         "draw": draw,
         "articles": articles_of(rows),
-        "systems": {name: measured(steps, of) for name, of in systems.items()},
+        "systems": on_dev | {name: measured(steps, systems[name]) for name in sorted(tested)},
     }
-    write_json(folder / f"xquad-{draw}.json", record)
+    write_json(folder / f"{record['setting']}-{draw}.json", record)
 
 
 def table(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -180,7 +186,7 @@ def table(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
     ):
         of_setting = list(group)
         found = [{**draw["systems"], **handed_over(draw)} for draw in of_setting]
-        names = [name for name in found[0] if all(name in each for each in found)]
+        names = [name for name in found[0] if all("test_scores" in each.get(name, ()) for each in found)]
         yield f"{setting}, {len(found)} draws: score (minus continued), test loss (minus continued)"
         for name in names:
             score, loss = ([fmean(each[name][key]) for each in found] for key in ("test_scores", "test_losses"))
