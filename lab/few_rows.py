@@ -80,7 +80,7 @@ SETTINGS = {
     "sw": ("tydiqa-sw", 60, [*FEW, *QUESTIONS]),
     "ko": ("tydiqa-ko", 60, [*FEW, *QUESTIONS, *PATIENT, "data.target.test=300"]),
     "zh": ("mlqa-zh", 60, [*FEW, *QUESTIONS, *PATIENT]),
-    "ar": ("mlqa-ar", 60, [*FEW, *QUESTIONS, *PATIENT]),
+    "ar": ("mlqa-ar", 60, [*FEW, *QUESTIONS, *PATIENT, "data.target.test=100"]),
     "titles": ("xlsum-zh", 60, [*FEW, *PATIENT, *TITLES]),
     "su400": ("nusax-su", 60, [*FEW, *PATIENT]),
     "min": ("nusax-su", 60, [*FEW, *WEAK, *PATIENT, *MINANGKABAU]),
