@@ -381,12 +381,32 @@ def test_losses_of_right_answers_come_with_the_answers(
     for name, size in zip(("BATCH_SIZE", "BATCH_TOKENS", "LABEL_TOKENS", "READ_TOKENS"), sizes, strict=True):
         monkeypatch.setattr(module, name, size)
     model = make_tiny_model(architecture)
-    prompts, settings = [*make_prompts(6), [1], *make_prompts(2, 100)], GenerationSettings(NEW_TOKENS, ())
+    prompts, settings = [*make_prompts(6), [1], *make_prompts(6, 100)], GenerationSettings(NEW_TOKENS, ())
     right, done = random_answers(prompts), []
+    for place in range(3, len(prompts)):  # these begin as the model answers, or are all of it
+        right[place][:0] = greedy_tokens(model, prompts[place], place)
+    right[4] = [*greedy_tokens(model, prompts[4]), EOS]
     measured = answer(model, tiny_tokenizer, prompts, settings, lambda *of: done.append(of), right=right)
     assert [text for text, _ in measured] == generate(model, tiny_tokenizer, prompts, settings)
     assert [loss for _, loss in measured] == pytest.approx(losses_of(model, prompts, right), abs=1e-4)
     assert done[-1] == (len(prompts), len(prompts))
+
+
+@pytest.mark.parametrize("with_stop", [False, True])
+def test_right_answers_that_the_model_says_change_no_answer(with_stop, make_tiny_model, tiny_tokenizer):
+    """Ends before there is a text, ends and stop texts within the right answer, and more tokens of it than an answer may have."""
+    model, prompts = make_tiny_model("qwen3"), make_prompts(8)
+    tokens = [greedy_tokens(model, prompt) for prompt in prompts]
+    model.generation_config.eos_token_id = sorted({EOS, tokens[0][0], tokens[1][0], *(row[4] for row in tokens[2:5])})
+    stop = (tiny_tokenizer.decode(tokens[5][2:4])[-1],) if with_stop else ()
+    settings = GenerationSettings(max_new_tokens=NEW_TOKENS, stop=stop)
+    plain = generate(model, tiny_tokenizer, prompts, settings)
+    assert all(plain)
+    for known in (0, 1, 3, NEW_TOKENS, NEW_TOKENS + 3):
+        right = [[*greedy_tokens(model, prompt, known), 7, EOS] for prompt in prompts]
+        measured = answer(model, tiny_tokenizer, prompts, settings, right=right)
+        assert [text for text, _ in measured] == plain
+        assert [loss for _, loss in measured] == pytest.approx(losses_of(model, prompts, right), abs=1e-4)
 
 
 def test_the_likeliest_label_comes_with_the_loss_of_the_right_one(make_tiny_model, tiny_tokenizer):
@@ -403,13 +423,22 @@ def test_the_likeliest_label_comes_with_the_loss_of_the_right_one(make_tiny_mode
         assert [loss for _, loss in found] == pytest.approx(losses, abs=1e-4)
 
 
-def test_a_prompt_is_read_once_for_its_answer_and_its_loss(make_tiny_model, tiny_tokenizer):
+def test_a_prompt_is_read_once_and_what_the_model_says_of_the_right_answer_is_not_said_again(
+    make_tiny_model, tiny_tokenizer
+):
     model, read = make_tiny_model("llama"), []
+    prompts, settings = [[1, *range(4, 104)], [1, *range(4, 53)], [1, *range(60, 80)]], GenerationSettings(6, ())
+    tokens = [greedy_tokens(model, prompt, 6) for prompt in prompts]
+    model.generation_config.eos_token_id = [EOS, tokens[0][3]]
+    assert EOS not in [token for row in tokens for token in row]
+    assert tokens[0][3] not in [*tokens[0][:3], *tokens[1], *tokens[2]]
+    right = [tokens[0][:4], [*tokens[1][:3], 7, EOS], [7, EOS]]
+    assert 7 not in (tokens[1][3], tokens[2][0])
     model.model.embed_tokens.register_forward_pre_hook(lambda _, args: read.append(tuple(args[0].shape)))
-    prompt = [1, *range(4, 104)]
-    answer(model, tiny_tokenizer, [prompt, prompt[:50]], GenerationSettings(3, ()), right=[[5, 6, EOS], [7, EOS]])
-    # What the cache is; the prompts; their last tokens with the right answers; their last tokens, then token by token.
-    assert read == [(1, 1), (2, 100), (2, 3), (2, 1), (2, 1), (2, 1)]
+    answer(model, tiny_tokenizer, prompts, settings, right=right)
+    # What the cache is; the prompts; their last tokens with the right answers. The first row has said all of it, the second four
+    # tokens of six, the third one.
+    assert read == [(1, 1), (3, 100), (3, 5), *[(2, 1)] * 5]
 
 
 def test_batches_are_small_enough_for_the_scores_of_right_answers():

@@ -9,6 +9,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ import torch
 from grasp_lora.errors import DataError, ProbeError
 from grasp_lora.models.backbone import calls_behind, find_stop_ids, is_split, supports_logits_to_keep, without_peft
 from grasp_lora.models.live import evaluating
-from grasp_lora.models.loss import collate_pairs, summed_losses
+from grasp_lora.models.loss import collate_pairs, summed_losses, target_scores
 from grasp_lora.models.model_settings import GenerationSettings
 from grasp_lora.storage.memory import enough_memory
 
@@ -122,14 +123,20 @@ def _greedy_answers(
         for batch in batches:
             rows = [prompts[index] for index in batch] or [[0, 0]]
             # All processes of a split backbone make the same calls, be a cache of use or not.
-            cache = _read(inner, [row[:-1] or row for row in rows]) if shares else None
+            cache: Any = _read(inner, [row[:-1] or row for row in rows]) if shares else None
             cache = None if min(map(len, rows)) == 1 else cache
-            losses = [0.0] * len(rows)
+            losses, begun = [0.0] * len(rows), [list[int]() for _ in rows]
             if right is not None:
                 of_rows = [right[index] for index in batch] or [[0]]
-                scores = _score(inner, rows, _repeated(cache, 1), of_rows)
+                goes_on = cache is not None and not is_split(inner)
+                if goes_on:
+                    cache.activate_past_recording()  # a sliding window keeps what `_shift` brings back into it
+                scores, said = _score(inner, rows, cache if goes_on else _repeated(cache, 1), of_rows)
                 losses = [abs(score) / len(ids) for score, ids in zip(scores, of_rows, strict=True)]
-            texts = _generate(inner, rows, cache, ending, settings.max_new_tokens)
+                if goes_on:
+                    begun = [ending.beginning(*pair) for pair in zip(of_rows, said, strict=True)]
+                    _shift(cache, [max(map(len, of_rows)) - len(known) for known in begun])
+            texts = _generate(inner, rows, begun, cache, ending)
             if not batch:
                 continue
             for index, text, loss in zip(batch, texts, losses, strict=True):
@@ -141,35 +148,51 @@ def _greedy_answers(
 
 
 def _generate(
-    model: Any, prompts: Sequence[Sequence[int]], cache: Any, ending: "_Ending", max_new_tokens: int
+    model: Any, prompts: Sequence[Sequence[int]], begun: Sequence[Sequence[int]], cache: Any, ending: "_Ending"
 ) -> list[str]:
-    """The texts after these prompts. Rows that have ended leave the batch, where a cache lets the others go on without them."""
+    """The texts after these prompts and what is known of them, where the cache holds all but the last token.
+
+    Rows that have ended leave the batch, where a cache lets the others go on without them.
+    """
     from transformers import LogitsProcessorList, StoppingCriteriaList
 
-    ids, mask = (tensor.to(model.device) for tensor in _padded(prompts))
-    ending.start, last = ids.shape[1], ids.shape[1] + max_new_tokens
+    rows = [[*prompt, *known] for prompt, known in zip(prompts, begun, strict=True)]
+    width = None if cache is None else cache.get_seq_length() + 1
+    ids, mask = (tensor.to(model.device) for tensor in _padded(rows, width))
+    ending.starts = [ids.shape[1] - len(known) for known in begun]
     leave = cache is not None and not is_split(model)  # all processes of a split backbone make the same calls
     texts, places = [""] * len(prompts), list(range(len(prompts)))
-    while places:
+    while True:
+        found = ending.texts(ids)
+        for place, (text, _) in zip(places, found, strict=True):
+            texts[place] = text
+        left = [row for row, (_, ended) in enumerate(found) if not ended]
+        if not left:
+            return texts
+        if len(left) < len(places):
+            places, ending.starts = ([of_rows[row] for row in left] for of_rows in (places, ending.starts))
+            ids, mask = ids[left], mask[left]
+            cache.batch_select_indices(torch.tensor(left, device=ids.device))
         ids = model.generate(
             ids,
             attention_mask=mask,
-            max_new_tokens=min(PART, last - ids.shape[1]) if leave else max_new_tokens,
+            max_new_tokens=PART if leave else ending.max_new_tokens,
             stopping_criteria=StoppingCriteriaList([ending.is_reached]),
             logits_processor=LogitsProcessorList([ending.wait_for_text]),
             synced_gpus=is_split(model),
             **({} if cache is None else {"cache": cache}),
         )
-        found = ending.texts(ids)
-        for place, (text, _) in zip(places, found, strict=True):
-            texts[place] = text
-        left = [row for row, (_, ended) in enumerate(found) if leave and not ended and ids.shape[1] < last]
-        places = [places[row] for row in left]
-        if places:
-            ids = ids[left]
-            mask = torch.cat([mask[left], mask.new_ones(len(left), ids.shape[1] - mask.shape[1])], dim=1)
-            cache.batch_select_indices(torch.tensor(left, device=ids.device))
-    return texts
+        mask = torch.cat([mask, mask.new_ones(len(ids), ids.shape[1] - mask.shape[1])], dim=1)
+
+
+def _shift(cache: Any, columns: Sequence[int]) -> None:
+    """Move each row of a cache to the right by so many columns: the last ones, which do not count, become padding."""
+    for layer in cache.layers:
+        if getattr(layer, "keys", None) is not None:
+            layer.keys, layer.values = (
+                torch.stack([row.roll(by, dims=-2) for row, by in zip(tensor, columns, strict=True)])
+                for tensor in (layer.keys, layer.values)
+            )
 
 
 class _Ending:
@@ -177,25 +200,45 @@ class _Ending:
 
     Example: with the stop text "\\n" the tokens of "\\n Paris\\nQuestion" give "Paris"; "\\n" alone is no answer yet.
 
-    `start` is the width of the prompts of the batch.
+    `starts` are the columns in which the answers of a batch begin.
     """
 
     def __init__(
         self, model: Any, tokenizer: "PreTrainedTokenizerBase", settings: GenerationSettings, stop_ids: set[int]
     ) -> None:
-        self.stop_ids, self.start = stop_ids, 0
-        self._model, self._tokenizer, self._settings = model, tokenizer, settings
+        self.stop_ids, self.max_new_tokens = stop_ids, settings.max_new_tokens
+        self.starts: list[int] = []
+        self._model, self._tokenizer, self._stops = model, tokenizer, settings.stop
+
+    def text(self, tokens: Sequence[int]) -> tuple[str, bool]:
+        """Return the text of an answer's tokens, and whether it has ended."""
+        tokens = list(tokens[: self.max_new_tokens])
+        length = self._until_end(tokens)
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        text = str(self._tokenizer.decode(tokens[:length], **options)).lstrip()
+        cuts = [place for place in map(text.find, self._stops) if place >= 0]
+        ended = bool(cuts) or length < len(tokens) or length == self.max_new_tokens
+        return text[: min(cuts)] if cuts else text, ended
+
+    def _until_end(self, tokens: Sequence[int]) -> int:
+        return next((place for place, token in enumerate(tokens) if token in self.stop_ids), len(tokens))
 
     def texts(self, ids: torch.Tensor) -> list[tuple[str, bool]]:
-        """Return the text of each row of prompts and answers [rows, tokens], and whether it has ended."""
-        answers = []
-        for row in ids[:, self.start :].tolist():
-            length = next((place for place, token in enumerate(row) if token in self.stop_ids), len(row))
-            options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-            text = str(self._tokenizer.decode(row[:length], **options)).lstrip()
-            cuts = [place for place in map(text.find, self._settings.stop) if place >= 0]
-            answers.append((text[: min(cuts)] if cuts else text, bool(cuts) or length < len(row)))
-        return answers
+        """The same of each row of prompts and answers [rows, tokens]."""
+        return [self.text(row[start:]) for row, start in zip(ids.tolist(), self.starts, strict=True)]
+
+    def beginning(self, right: Sequence[int], said: Sequence[int]) -> list[int]:
+        """Return what a greedy answer begins with, given what the model says after each beginning of the right answer.
+
+        It is the right answer as far as the model says the same, and the first token that differs. No end token stands before
+        there is a text.
+        """
+        same = next(
+            (place for place, pair in enumerate(zip(right, said, strict=True)) if pair[0] != pair[1]), len(right)
+        )
+        begun = list(said[: same + 1])
+        text, _ = self.text(begun)
+        return begun if text else begun[: self._until_end(begun)]
 
     def is_reached(self, ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         """Tell of each row whether it has ended."""
@@ -262,7 +305,7 @@ def label_scores(
             cache = _read(inner, [row[:-1] for row in rows]) if once else None
             for part in of_labels:
                 pairs = [row for row in rows for _ in part]
-                found = _score(inner, pairs, _repeated(cache, len(part)), [*part] * len(rows))
+                found, _ = _score(inner, pairs, _repeated(cache, len(part)), [*part] * len(rows))
                 for place, index in enumerate(batch):
                     scores[index] += found[place * len(part) : (place + 1) * len(part)]
             if any(math.isnan(score) for index in batch for score in scores[index]):
@@ -411,13 +454,13 @@ def _repeated(cache: Any, times: int) -> Any:
     return repeated
 
 
-def _padded(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts padded on the left, and the mask: 1 where a prompt stands, 0 for its padding; each [prompts, longest]."""
-    lengths = torch.tensor([[len(prompt)] for prompt in prompts])
-    width = int(lengths.max())
+def _padded(rows: Sequence[Sequence[int]], width: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of tokens padded on the left, and the mask: 1 where a row stands, 0 for its padding; each [rows, longest or width]."""
+    lengths = torch.tensor([[len(row)] for row in rows])
+    width = width or int(lengths.max())
     mask = (torch.arange(width) >= width - lengths).long()
     ids = torch.zeros_like(mask)
-    ids[mask.bool()] = torch.tensor([token for prompt in prompts for token in prompt])
+    ids[mask.bool()] = torch.tensor([token for row in rows for token in row])
     return ids, mask
 
 
@@ -426,8 +469,13 @@ def _positions(model: Any, places: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"position_ids": places} if "position_ids" in inspect.signature(model.forward).parameters else {}
 
 
-def _score(model: Any, prompts: Sequence[Sequence[int]], cache: Any, answers: Sequence[Sequence[int]]) -> list[float]:
-    """The log-probability of each answer after its prompt; a cache holds all but the prompts' last tokens, and is added to."""
+def _score(
+    model: Any, prompts: Sequence[Sequence[int]], cache: Any, answers: Sequence[Sequence[int]]
+) -> tuple[list[float], list[list[int]]]:
+    """The log-probability of each answer after its prompt, and the likeliest token in each of its places.
+
+    A cache holds all but the prompts' last tokens, and is added to.
+    """
     read = [prompt if cache is None else prompt[-1:] for prompt in prompts]
     # The last column is only predicted. Padding stands on the right, where nothing that counts sees it.
     batch = collate_pairs(list(zip(read, answers, strict=True)), pad_id=0)
@@ -440,5 +488,7 @@ def _score(model: Any, prompts: Sequence[Sequence[int]], cache: Any, answers: Se
     inputs = {name: tensor.to(model.device) for name, tensor in {**inputs, "attention_mask": mask}.items()}
     inputs |= {"use_cache": cache is not None} | ({} if cache is None else {"cache": cache})
     keeps = supports_logits_to_keep(model)
-    losses: list[float] = summed_losses(model, inputs, targets.to(model.device), label_positions=keeps).tolist()
-    return [-loss for loss in losses]
+    scores = target_scores(model, inputs, targets.to(model.device), label_positions=keeps)
+    losses: list[float] = summed_losses(scores, targets).tolist()
+    said = iter(scores.argmax(-1).tolist())
+    return [-loss for loss in losses], [list(islice(said, len(ids))) for ids in answers]

@@ -75,13 +75,14 @@ def example_losses(
     # Position i predicts token i + 1.
     targets = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
     counts = (targets != IGNORED).sum(1).clamp(min=1)
-    return summed_losses(model, inputs, targets, label_positions=label_positions) / counts
+    scores = target_scores(model, inputs, targets, label_positions=label_positions)
+    return summed_losses(scores, targets) / counts
 
 
-def summed_losses(
+def target_scores(
     model: torch.nn.Module, inputs: Mapping[str, Any], targets: Tensor, *, label_positions: bool
 ) -> Tensor:
-    """Return the sum of each row's token NLLs, float32 or finer, [rows].
+    """Return the vocabulary's scores (logits) where a target counts, row by row, float32 or finer, [targets, vocabulary].
 
     Args:
         model: causal language model.
@@ -92,10 +93,15 @@ def summed_losses(
     counts = targets != IGNORED
     # A mask, not a number: in bfloat16 a processor copies the whole output layer for a slice of several rows.
     output = model(**inputs, logits_to_keep=counts) if label_positions else model(**inputs)
-    counts, targets = (
-        tensor.to(output.logits.device) for tensor in (counts, targets)
-    )  # a model may be spread over devices
-    logits = output.logits if label_positions else output.logits[counts]
-    logits = logits.view(-1, logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32))
-    losses = torch.nn.functional.cross_entropy(logits, targets[counts], reduction="none")
+    # A model may be spread over devices.
+    logits: Tensor = output.logits if label_positions else output.logits[counts.to(output.logits.device)]
+    logits = logits.view(-1, logits.shape[-1])
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def summed_losses(scores: Tensor, targets: Tensor) -> Tensor:
+    """Return the sum of each row's token NLLs, [rows], from `target_scores` and its targets."""
+    targets = targets.to(scores.device)
+    counts = targets != IGNORED
+    losses = torch.nn.functional.cross_entropy(scores, targets[counts], reduction="none")
     return losses.new_zeros(len(targets)).index_add(0, counts.nonzero()[:, 0], losses)
