@@ -64,10 +64,9 @@ def test_batch_size_does_not_change_answers(architecture, make_tiny_model, tiny_
     expected = [expected_text(tiny_tokenizer, greedy_tokens(model, prompt)) for prompt in prompts]
     assert len(set(expected)) > 4  # the prompts matter to this model
     settings = GenerationSettings(max_new_tokens=NEW_TOKENS, stop=())
-    for size, read, part in ((1, 1024, 8), (3, 40, 1), (8, 64, 3)):
-        monkeypatch.setattr(module, "BATCH_SIZE", size)
-        monkeypatch.setattr(module, "READ_TOKENS", read)
-        monkeypatch.setattr(module, "PART", part)
+    for size, *others in ((1, 1024, 8, 8), (3, 40, 1, 2), (8, 64, 3, 0)):
+        for name, value in zip(("BATCH_SIZE", "READ_TOKENS", "PART", "WAITING"), (size, *others), strict=True):
+            monkeypatch.setattr(module, name, value)
         assert generate(model, tiny_tokenizer, prompts, settings) == expected, size
 
 
@@ -107,7 +106,19 @@ def test_token_budget_splits_batches_longest_first(make_tiny_model, tiny_tokeniz
     model.model.embed_tokens.register_forward_pre_hook(lambda _, args: widths.append(tuple(args[0].shape)))
     generate(model, tiny_tokenizer, prompts, settings, progress=lambda done, total: seen.append((done, total)))
     assert [shape for shape in widths if shape[1] > 1] == [(1, 99), (2, 29), (1, 9)]  # all but the last token
-    assert seen == [(1, 4), (3, 4), (4, 4)]
+    assert seen == [(1, 4), (4, 4)]  # the first batch leaves no room to wait in
+
+
+def test_few_rows_wait_for_those_of_the_next_batch(make_tiny_model, tiny_tokenizer, monkeypatch):
+    model, prompts, rows = make_tiny_model("gemma3"), make_prompts(7), []  # some go beyond its sliding window
+    settings = GenerationSettings(NEW_TOKENS, ())
+    expected = generate(model, tiny_tokenizer, prompts, settings)
+    monkeypatch.setattr(module, "BATCH_SIZE", 3)
+    monkeypatch.setattr(module, "WAITING", 3)
+    model.lm_head.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0].view(-1, inputs[0].shape[-1]))))
+    assert generate(model, tiny_tokenizer, prompts, settings) == expected
+    assert max(rows) == 6
+    assert rows[-1] < 6
 
 
 def test_stop_text_is_cut_off_and_ends_the_batch_early(make_tiny_model, tiny_tokenizer, monkeypatch):
@@ -437,8 +448,8 @@ def test_a_prompt_is_read_once_and_what_the_model_says_of_the_right_answer_is_no
     model.model.embed_tokens.register_forward_pre_hook(lambda _, args: read.append(tuple(args[0].shape)))
     answer(model, tiny_tokenizer, prompts, settings, right=right)
     # What the cache is; the prompts; their last tokens with the right answers. The first row has said all of it, the second four
-    # tokens of six, the third one.
-    assert read == [(1, 1), (3, 100), (3, 5), *[(2, 1)] * 5]
+    # tokens of six, the third one; rows leave after every four.
+    assert read == [(1, 1), (3, 100), (3, 5), *[(2, 1)] * 4, (1, 1)]
 
 
 def test_batches_are_small_enough_for_the_scores_of_right_answers():

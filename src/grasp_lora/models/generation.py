@@ -29,7 +29,8 @@ BATCH_TOKENS = 8192  # most tokens, padding and room for the answers included; a
 LABEL_TOKENS = 512  # most tokens of labels or right answers in a batch: each has scores of a whole vocabulary
 _ON_ACCELERATOR = 4  # as many times the right answers' tokens
 READ_TOKENS = 1024  # that a processor reads in one call, padding included; a longer prompt is read whole
-PART = 8  # tokens of answers, after which the rows that have ended leave their batch
+PART = 4  # tokens of answers, after which the rows that have ended leave
+WAITING = 8  # most rows that wait for those of the next batch: a step of few rows takes nearly as long as one of many
 LESS_MEMORY = "shorten the prompts, lower generation.max_new_tokens, or set backbone.dtype to bfloat16 if it is float32"
 _ONE_BY_ONE = ("minimax", "recurrent_gemma", "rwkv")  # model types that answer otherwise in a batch
 _BY_MASK = ("bloom", "mpt")  # without position ids; they read positions off the mask
@@ -108,107 +109,139 @@ def _greedy_answers(
     special = {
         token for token, added in tokenizer.added_tokens_decoder.items() if added.special and added.content in stops
     }
-    ending = _Ending(inner, tokenizer, settings, {*find_stop_ids(inner, tokenizer), *special, *ends})
+    ending = _Ending(tokenizer, settings, {*find_stop_ids(inner, tokenizer), *special, *ends})
     most_rows = 1 if inner.config.model_type in _ONE_BY_ONE else BATCH_SIZE
     most_scored = LABEL_TOKENS * (1 if inner.device.type == "cpu" else _ON_ACCELERATOR)
     batches = list(_batches(lengths, settings.max_new_tokens, most_rows, scored, most_scored))
     batches += [[]] * calls_behind(inner, len(batches))
-    answers, answered = [("", 0.0)] * len(prompts), 0
+    losses, answers, answered = [0.0] * len(prompts), _Answers(inner, ending), 0
     with (
         _greedy(inner, sorted(ending.stop_ids)),
         contiguous_head_input(inner),
         enough_memory("answering", LESS_MEMORY),
     ):
         shares = _read(inner, [[0]]) is not None
-        for batch in batches:
+        for number, batch in enumerate(batches, start=1):
             rows = [prompts[index] for index in batch] or [[0, 0]]
             # All processes of a split backbone make the same calls, be a cache of use or not.
             cache: Any = _read(inner, [row[:-1] or row for row in rows]) if shares else None
             cache = None if min(map(len, rows)) == 1 else cache
-            losses, begun = [0.0] * len(rows), [list[int]() for _ in rows]
+            begun = [list[int]() for _ in rows]
             if right is not None:
                 of_rows = [right[index] for index in batch] or [[0]]
                 goes_on = cache is not None and not is_split(inner)
                 if goes_on:
                     cache.activate_past_recording()  # a sliding window keeps what `_shift` brings back into it
                 scores, said = _score(inner, rows, cache if goes_on else _repeated(cache, 1), of_rows)
-                losses = [abs(score) / len(ids) for score, ids in zip(scores, of_rows, strict=True)]
+                for index, score in zip(batch, scores, strict=False):  # no row of a call that only keeps step
+                    losses[index] = abs(score) / len(right[index])
                 if goes_on:
                     begun = [ending.beginning(*pair) for pair in zip(of_rows, said, strict=True)]
                     _shift(cache, [max(map(len, of_rows)) - len(known) for known in begun])
-            texts = _generate(inner, rows, begun, cache, ending)
-            if not batch:
-                continue
-            for index, text, loss in zip(batch, texts, losses, strict=True):
-                answers[index] = text.strip(), loss
-            answered += len(batch)
-            if progress is not None:
+            answers.add(batch or [len(prompts)], rows, begun, cache)
+            answers.go_on(until=WAITING if number < len(batches) else 0)
+            if progress is not None and len(answers.texts.keys() & range(len(prompts))) > answered:
+                answered = len(answers.texts.keys() & range(len(prompts)))
                 progress(answered, len(prompts))
-    return answers
+    return [(answers.texts[place].strip(), loss) for place, loss in enumerate(losses)]
 
 
-def _generate(
-    model: Any, prompts: Sequence[Sequence[int]], begun: Sequence[Sequence[int]], cache: Any, ending: "_Ending"
-) -> list[str]:
-    """The texts after these prompts and what is known of them, where the cache holds all but the last token.
+class _Answers:
+    """Answers that are being written, of one batch or several: rows leave as they end, and those of the next batch join them.
 
-    Rows that have ended leave the batch, where a cache lets the others go on without them.
+    `texts` are those that have ended, by their place among all. Rows are padded on the left, and the cache holds all but the
+    last token of each. Without a cache, or with a backbone that is split, a batch is answered alone in one call of `generate`.
     """
-    from transformers import LogitsProcessorList, StoppingCriteriaList
 
-    rows = [[*prompt, *known] for prompt, known in zip(prompts, begun, strict=True)]
-    width = None if cache is None else cache.get_seq_length() + 1
-    ids, mask = (tensor.to(model.device) for tensor in _padded(rows, width))
-    ending.starts = [ids.shape[1] - len(known) for known in begun]
-    leave = cache is not None and not is_split(model)  # all processes of a split backbone make the same calls
-    texts, places = [""] * len(prompts), list(range(len(prompts)))
-    while True:
-        found = ending.texts(ids)
-        for place, (text, _) in zip(places, found, strict=True):
-            texts[place] = text
-        left = [row for row, (_, ended) in enumerate(found) if not ended]
-        if not left:
-            return texts
-        if len(left) < len(places):
-            places, ending.starts = ([of_rows[row] for row in left] for of_rows in (places, ending.starts))
-            ids, mask = ids[left], mask[left]
-            cache.batch_select_indices(torch.tensor(left, device=ids.device))
-        ids = model.generate(
-            ids,
-            attention_mask=mask,
-            max_new_tokens=PART if leave else ending.max_new_tokens,
-            stopping_criteria=StoppingCriteriaList([ending.is_reached]),
-            logits_processor=LogitsProcessorList([ending.wait_for_text]),
-            synced_gpus=is_split(model),
-            **({} if cache is None else {"cache": cache}),
-        )
-        mask = torch.cat([mask, mask.new_ones(len(ids), ids.shape[1] - mask.shape[1])], dim=1)
+    def __init__(self, model: Any, ending: "_Ending") -> None:
+        self.texts: dict[int, str] = {}
+        self._model, self._ending = model, ending
+        self._places: list[int] = []
+        self._starts: list[int] = []  # the column in which each answer begins
+        self._ids = self._mask = torch.zeros(0, 0, dtype=torch.long)
+        self._cache: Any = None
 
+    def add(
+        self, places: Sequence[int], prompts: Sequence[Sequence[int]], begun: Sequence[Sequence[int]], cache: Any
+    ) -> None:
+        """Add a batch: prompts, the tokens with which their answers begin, and a cache of both."""
+        rows = [[*prompt, *known] for prompt, known in zip(prompts, begun, strict=True)]
+        width = max(map(len, rows)) if cache is None else cache.get_seq_length() + 1
+        tokens = (len(self._places) + len(rows)) * (max(width, self._ids.shape[1]) + self._ending.max_new_tokens)
+        if cache is None or tokens > BATCH_TOKENS:
+            self.go_on()
+        ids, mask = (tensor.to(self._model.device) for tensor in _padded(rows, width))
+        starts = [width - len(known) for known in begun]
+        if self._places:
+            wider = max(width, self._ids.shape[1])
+            starts = [
+                *(start + wider - self._ids.shape[1] for start in self._starts),
+                *(start + wider - width for start in starts),
+            ]
+            ids, mask = _stacked(self._ids, ids), _stacked(self._mask, mask)
+            cache = _joined(self._cache, cache)
+        self._places, self._starts = [*self._places, *places], starts
+        self._ids, self._mask, self._cache = ids, mask, cache
+        self._let_go()
 
-def _shift(cache: Any, columns: Sequence[int]) -> None:
-    """Move each row of a cache to the right by so many columns: the last ones, which do not count, become padding."""
-    for layer in cache.layers:
-        if getattr(layer, "keys", None) is not None:
-            layer.keys, layer.values = (
-                torch.stack([row.roll(by, dims=-2) for row, by in zip(tensor, columns, strict=True)])
-                for tensor in (layer.keys, layer.values)
+    def go_on(self, until: int = 0) -> None:
+        """Write until at most so many answers are left."""
+        from transformers import LogitsProcessorList, StoppingCriteriaList
+
+        alone = self._cache is None or is_split(self._model)
+        while len(self._places) > (0 if alone else until):
+            self._ids = self._model.generate(
+                self._ids,
+                attention_mask=self._mask,
+                max_new_tokens=self._ending.max_new_tokens if alone else PART,
+                stopping_criteria=StoppingCriteriaList([self._are_ended]),
+                logits_processor=LogitsProcessorList([self._wait_for_text]),
+                synced_gpus=is_split(self._model),
+                **({} if self._cache is None else {"cache": self._cache}),
             )
+            self._mask = torch.nn.functional.pad(self._mask, (0, self._ids.shape[1] - self._mask.shape[1]), value=1)
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Take out the rows that have ended."""
+        found = self._found(self._ids)
+        self.texts |= {place: text for place, (text, ended) in zip(self._places, found, strict=True) if ended}
+        left = [row for row, (_, ended) in enumerate(found) if not ended]
+        if len(left) < len(found):
+            self._places, self._starts = ([of_rows[row] for row in left] for of_rows in (self._places, self._starts))
+            self._ids, self._mask = self._ids[left], self._mask[left]
+            if left:  # and so a cache
+                self._cache.batch_select_indices(torch.tensor(left, device=self._ids.device))
+
+    def _found(self, ids: torch.Tensor) -> list[tuple[str, bool]]:
+        return [self._ending.text(row[start:]) for row, start in zip(ids.tolist(), self._starts, strict=True)]
+
+    def _are_ended(self, ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.tensor([ended for _, ended in self._found(ids)], device=ids.device)
+
+    def _wait_for_text(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Take the end tokens from the scores [rows, vocabulary] of rows that have no text yet.
+
+        Raises:
+            ProbeError: a score is no number.
+        """
+        if scores.amax(dim=-1).isnan().any():
+            raise _no_numbers(self._model)
+        waiting = [row for row, (text, _) in enumerate(self._found(ids)) if not text]
+        ends = [token for token in sorted(self._ending.stop_ids) if token < scores.shape[-1]]
+        scores[torch.tensor(waiting, dtype=torch.long)[:, None], torch.tensor(ends, dtype=torch.long)] = -torch.inf
+        return scores
 
 
 class _Ending:
-    """How answers end, as `generate` of transformers asks for it.
+    """How answers end.
 
     Example: with the stop text "\\n" the tokens of "\\n Paris\\nQuestion" give "Paris"; "\\n" alone is no answer yet.
-
-    `starts` are the columns in which the answers of a batch begin.
     """
 
-    def __init__(
-        self, model: Any, tokenizer: "PreTrainedTokenizerBase", settings: GenerationSettings, stop_ids: set[int]
-    ) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", settings: GenerationSettings, stop_ids: set[int]) -> None:
         self.stop_ids, self.max_new_tokens = stop_ids, settings.max_new_tokens
-        self.starts: list[int] = []
-        self._model, self._tokenizer, self._stops = model, tokenizer, settings.stop
+        self._tokenizer, self._stops = tokenizer, settings.stop
 
     def text(self, tokens: Sequence[int]) -> tuple[str, bool]:
         """Return the text of an answer's tokens, and whether it has ended."""
@@ -219,13 +252,6 @@ class _Ending:
         cuts = [place for place in map(text.find, self._stops) if place >= 0]
         ended = bool(cuts) or length < len(tokens) or length == self.max_new_tokens
         return text[: min(cuts)] if cuts else text, ended
-
-    def _until_end(self, tokens: Sequence[int]) -> int:
-        return next((place for place, token in enumerate(tokens) if token in self.stop_ids), len(tokens))
-
-    def texts(self, ids: torch.Tensor) -> list[tuple[str, bool]]:
-        """The same of each row of prompts and answers [rows, tokens]."""
-        return [self.text(row[start:]) for row, start in zip(ids.tolist(), self.starts, strict=True)]
 
     def beginning(self, right: Sequence[int], said: Sequence[int]) -> list[int]:
         """Return what a greedy answer begins with, given what the model says after each beginning of the right answer.
@@ -240,22 +266,8 @@ class _Ending:
         text, _ = self.text(begun)
         return begun if text else begun[: self._until_end(begun)]
 
-    def is_reached(self, ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """Tell of each row whether it has ended."""
-        return torch.tensor([ended for _, ended in self.texts(ids)], device=ids.device)
-
-    def wait_for_text(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Take the end tokens from the scores [rows, vocabulary] of rows that have no text yet.
-
-        Raises:
-            ProbeError: a score is no number.
-        """
-        if scores.amax(dim=-1).isnan().any():
-            raise _no_numbers(self._model)
-        waiting = [row for row, (text, _) in enumerate(self.texts(ids)) if not text]
-        ends = [token for token in sorted(self.stop_ids) if token < scores.shape[-1]]
-        scores[torch.tensor(waiting, dtype=torch.long)[:, None], torch.tensor(ends, dtype=torch.long)] = -torch.inf
-        return scores
+    def _until_end(self, tokens: Sequence[int]) -> int:
+        return next((place for place, token in enumerate(tokens) if token in self.stop_ids), len(tokens))
 
 
 @torch.no_grad()
@@ -452,6 +464,40 @@ def _repeated(cache: Any, times: int) -> Any:
     if repeated is not None and times > 1:
         repeated.batch_repeat_interleave(times)
     return repeated
+
+
+def _shift(cache: Any, columns: Sequence[int]) -> None:
+    """Move each row of a cache to the right by so many columns: the last ones, which do not count, become padding."""
+    for layer in _layers(cache):
+        layer.keys, layer.values = (
+            torch.stack([row.roll(by, dims=-2) for row, by in zip(tensor, columns, strict=True)])
+            for tensor in (layer.keys, layer.values)
+        )
+
+
+def _joined(cache: Any, other: Any) -> Any:
+    """The first cache with the rows of the second behind its own."""
+    for layer, joining in zip(_layers(cache), _layers(other), strict=True):
+        layer.keys, layer.values = (
+            _stacked(*(tensor.movedim(-2, 1) for tensor in pair)).movedim(1, -2)
+            for pair in ((layer.keys, joining.keys), (layer.values, joining.values))
+        )
+        if layer.is_sliding:
+            layer.cumulative_length = max(layer.cumulative_length, joining.cumulative_length)
+    return cache
+
+
+def _layers(cache: Any) -> list[Any]:
+    return [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+
+
+def _stacked(above: torch.Tensor, below: torch.Tensor) -> torch.Tensor:
+    """Two tensors [rows, tokens, ...] as one, the shorter rows padded on the left with zeros."""
+    tokens = max(above.shape[1], below.shape[1])
+    return torch.cat([
+        torch.cat([tensor.new_zeros(len(tensor), tokens - tensor.shape[1], *tensor.shape[2:]), tensor], dim=1)
+        for tensor in (above, below)
+    ])  # fmt: skip
 
 
 def _padded(rows: Sequence[Sequence[int]], width: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
