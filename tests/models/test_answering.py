@@ -110,15 +110,30 @@ def test_token_budget_splits_batches_longest_first(make_tiny_model, tiny_tokeniz
 
 
 def test_few_rows_wait_for_those_of_the_next_batch(make_tiny_model, tiny_tokenizer, monkeypatch):
-    model, prompts, rows = make_tiny_model("gemma3"), make_prompts(7), []  # some go beyond its sliding window
+    model, prompts = make_tiny_model("gemma3"), make_prompts(24)  # most go beyond its sliding window
     settings = GenerationSettings(NEW_TOKENS, ())
-    expected = generate(model, tiny_tokenizer, prompts, settings)
+    expected = [generate(model, tiny_tokenizer, [prompt], settings)[0] for prompt in prompts]
+    right = [[*greedy_tokens(model, prompt, place % 9), 7, EOS] for place, prompt in enumerate(prompts)]
     monkeypatch.setattr(module, "BATCH_SIZE", 3)
     monkeypatch.setattr(module, "WAITING", 3)
-    model.lm_head.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0].view(-1, inputs[0].shape[-1]))))
-    assert generate(model, tiny_tokenizer, prompts, settings) == expected
-    assert max(rows) == 6
-    assert rows[-1] < 6
+    shapes, generate_of_model = [], model.generate
+    model.generate = lambda ids, **rest: shapes.append(ids.shape) or generate_of_model(ids, **rest)
+    assert [text for text, _ in answer(model, tiny_tokenizer, prompts, settings, right=right)] == expected
+    assert max(rows for rows, _ in shapes) == 6
+    longest = max(map(len, prompts))
+    assert max(width for _, width in shapes) < longest + NEW_TOKENS
+    assert shapes[-1][1] < longest  # rows get shorter with each batch, and their padding with them
+
+
+@pytest.mark.parametrize("turn", [1, -1])
+def test_a_joined_cache_is_that_of_all_its_rows(turn, make_tiny_model):
+    model = make_tiny_model("gemma3")
+    prompts = [[1, 5, 6], [1, 7, 8, 9, 10], *make_prompts(3, 60)][::turn]
+    parts = prompts[:2], prompts[2:]
+    cache = module._joined(*(module._read(model, [prompt[:-1] for prompt in part]) for part in parts))
+    answers = random_answers(prompts)
+    found, _ = module._score(model, prompts, cache, answers)
+    assert found == pytest.approx([slowly(model, *pair) for pair in zip(prompts, answers, strict=True)], abs=1e-4)
 
 
 def test_stop_text_is_cut_off_and_ends_the_batch_early(make_tiny_model, tiny_tokenizer, monkeypatch):
@@ -448,8 +463,8 @@ def test_a_prompt_is_read_once_and_what_the_model_says_of_the_right_answer_is_no
     model.model.embed_tokens.register_forward_pre_hook(lambda _, args: read.append(tuple(args[0].shape)))
     answer(model, tiny_tokenizer, prompts, settings, right=right)
     # What the cache is; the prompts; their last tokens with the right answers. The first row has said all of it, the second four
-    # tokens of six, the third one; rows leave after every four.
-    assert read == [(1, 1), (3, 100), (3, 5), *[(2, 1)] * 4, (1, 1)]
+    # tokens of six, the third one.
+    assert read == [(1, 1), (3, 100), (3, 5), *[(2, 1)] * 2, *[(1, 1)] * 3]
 
 
 def test_batches_are_small_enough_for_the_scores_of_right_answers():

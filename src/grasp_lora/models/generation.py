@@ -31,6 +31,7 @@ _ON_ACCELERATOR = 4  # as many times the right answers' tokens
 READ_TOKENS = 1024  # that a processor reads in one call, padding included; a longer prompt is read whole
 PART = 4  # tokens of answers, after which the rows that have ended leave
 WAITING = 8  # most rows that wait for those of the next batch: a step of few rows takes nearly as long as one of many
+NO_ROW = -1  # the place of an answer that nobody asked for, so that all processes make the same calls
 LESS_MEMORY = "shorten the prompts, lower generation.max_new_tokens, or set backbone.dtype to bfloat16 if it is float32"
 _ONE_BY_ONE = ("minimax", "recurrent_gemma", "rwkv")  # model types that answer otherwise in a batch
 _BY_MASK = ("bloom", "mpt")  # without position ids; they read positions off the mask
@@ -138,11 +139,10 @@ def _greedy_answers(
                 if goes_on:
                     begun = [ending.beginning(*pair) for pair in zip(of_rows, said, strict=True)]
                     _shift(cache, [max(map(len, of_rows)) - len(known) for known in begun])
-            answers.add(batch or [len(prompts)], rows, begun, cache)
+            answers.add(batch or [NO_ROW], rows, begun, cache)
             answers.go_on(until=WAITING if number < len(batches) else 0)
-            if progress is not None and len(answers.texts.keys() & range(len(prompts))) > answered:
-                answered = len(answers.texts.keys() & range(len(prompts)))
-                progress(answered, len(prompts))
+            if progress is not None and (ended := len(answers.texts.keys() - {NO_ROW})) > answered:
+                progress(answered := ended, len(prompts))
     return [(answers.texts[place].strip(), loss) for place, loss in enumerate(losses)]
 
 
@@ -190,10 +190,11 @@ class _Answers:
 
         alone = self._cache is None or is_split(self._model)
         while len(self._places) > (0 if alone else until):
+            most = min(self._ending.max_new_tokens - self._ids.shape[1] + start for start in self._starts)
             self._ids = self._model.generate(
                 self._ids,
                 attention_mask=self._mask,
-                max_new_tokens=self._ending.max_new_tokens if alone else PART,
+                max_new_tokens=most if alone else min(PART, most),
                 stopping_criteria=StoppingCriteriaList([self._are_ended]),
                 logits_processor=LogitsProcessorList([self._wait_for_text]),
                 synced_gpus=is_split(self._model),
@@ -207,11 +208,17 @@ class _Answers:
         found = self._found(self._ids)
         self.texts |= {place: text for place, (text, ended) in zip(self._places, found, strict=True) if ended}
         left = [row for row, (_, ended) in enumerate(found) if not ended]
-        if len(left) < len(found):
-            self._places, self._starts = ([of_rows[row] for row in left] for of_rows in (self._places, self._starts))
-            self._ids, self._mask = self._ids[left], self._mask[left]
-            if left:  # and so a cache
-                self._cache.batch_select_indices(torch.tensor(left, device=self._ids.device))
+        if len(left) == len(found):
+            return
+        self._places = [self._places[row] for row in left]
+        self._ids, self._mask = self._ids[left], self._mask[left]
+        # What was padding for the longest row that is left is nothing now; else rows would get longer with each batch.
+        spare = int(self._mask.any(dim=0).int().argmax()) if left else 0
+        self._starts = [self._starts[row] - spare for row in left]
+        if left:  # and so there is a cache
+            self._ids, self._mask = self._ids[:, spare:], self._mask[:, spare:]
+            self._cache.batch_select_indices(torch.tensor(left, device=self._ids.device))
+            _cut(self._cache, spare)
 
     def _found(self, ids: torch.Tensor) -> list[tuple[str, bool]]:
         return [self._ending.text(row[start:]) for row, start in zip(ids.tolist(), self._starts, strict=True)]
@@ -485,6 +492,16 @@ def _joined(cache: Any, other: Any) -> Any:
         if layer.is_sliding:
             layer.cumulative_length = max(layer.cumulative_length, joining.cumulative_length)
     return cache
+
+
+def _cut(cache: Any, columns: int) -> None:
+    """Take so many columns of padding off the left of a cache."""
+    for layer in _layers(cache):
+        left = layer.keys.shape[-2] - columns
+        if layer.is_sliding:  # what is beyond its window has left it before
+            layer.cumulative_length -= columns
+            left = min(layer.keys.shape[-2], layer.cumulative_length)
+        layer.keys, layer.values = layer.keys[..., -left:, :], layer.values[..., -left:, :]
 
 
 def _layers(cache: Any) -> list[Any]:
