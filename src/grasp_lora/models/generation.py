@@ -157,7 +157,7 @@ class _Answers:
         self.texts: dict[int, str] = {}
         self._model, self._ending = model, ending
         self._places: list[int] = []
-        self._starts: list[int] = []  # the column in which each answer begins
+        self._written: list[int] = []  # tokens of each answer, at the end of its row
         self._ids = self._mask = torch.zeros(0, 0, dtype=torch.long)
         self._cache: Any = None
 
@@ -171,16 +171,10 @@ class _Answers:
         if cache is None or tokens > BATCH_TOKENS:
             self.go_on()
         ids, mask = (tensor.to(self._model.device) for tensor in _padded(rows, width))
-        starts = [width - len(known) for known in begun]
         if self._places:
-            wider = max(width, self._ids.shape[1])
-            starts = [
-                *(start + wider - self._ids.shape[1] for start in self._starts),
-                *(start + wider - width for start in starts),
-            ]
             ids, mask = _stacked(self._ids, ids), _stacked(self._mask, mask)
             cache = _joined(self._cache, cache)
-        self._places, self._starts = [*self._places, *places], starts
+        self._places, self._written = [*self._places, *places], [*self._written, *map(len, begun)]
         self._ids, self._mask, self._cache = ids, mask, cache
         self._let_go()
 
@@ -190,8 +184,8 @@ class _Answers:
 
         alone = self._cache is None or is_split(self._model)
         while len(self._places) > (0 if alone else until):
-            most = min(self._ending.max_new_tokens - self._ids.shape[1] + start for start in self._starts)
-            self._ids = self._model.generate(
+            most = self._ending.max_new_tokens - max(self._written)
+            ids = self._model.generate(
                 self._ids,
                 attention_mask=self._mask,
                 max_new_tokens=most if alone else min(PART, most),
@@ -200,7 +194,9 @@ class _Answers:
                 synced_gpus=is_split(self._model),
                 **({} if self._cache is None else {"cache": self._cache}),
             )
-            self._mask = torch.nn.functional.pad(self._mask, (0, self._ids.shape[1] - self._mask.shape[1]), value=1)
+            new = ids.shape[1] - self._ids.shape[1]
+            self._written = [length + new for length in self._written]
+            self._ids, self._mask = ids, torch.nn.functional.pad(self._mask, (0, new), value=1)
             self._let_go()
 
     def _let_go(self) -> None:
@@ -210,18 +206,21 @@ class _Answers:
         left = [row for row, (_, ended) in enumerate(found) if not ended]
         if len(left) == len(found):
             return
-        self._places = [self._places[row] for row in left]
+        self._places, self._written = ([of_rows[row] for row in left] for of_rows in (self._places, self._written))
         self._ids, self._mask = self._ids[left], self._mask[left]
-        # What was padding for the longest row that is left is nothing now; else rows would get longer with each batch.
-        spare = int(self._mask.any(dim=0).int().argmax()) if left else 0
-        self._starts = [self._starts[row] - spare for row in left]
         if left:  # and so there is a cache
+            # What was padding for the longest row that is left is nothing now; else rows would get longer with each batch.
+            spare = int(self._mask.any(dim=0).int().argmax())
             self._ids, self._mask = self._ids[:, spare:], self._mask[:, spare:]
             self._cache.batch_select_indices(torch.tensor(left, device=self._ids.device))
             _cut(self._cache, spare)
 
     def _found(self, ids: torch.Tensor) -> list[tuple[str, bool]]:
-        return [self._ending.text(row[start:]) for row, start in zip(ids.tolist(), self._starts, strict=True)]
+        """The text of each row of `ids`, which are those of now or longer, and whether it has ended."""
+        width = self._ids.shape[1]
+        return [
+            self._ending.text(row[width - length :]) for row, length in zip(ids.tolist(), self._written, strict=True)
+        ]
 
     def _are_ended(self, ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         return torch.tensor([ended for _, ended in self._found(ids)], device=ids.device)
