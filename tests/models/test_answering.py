@@ -424,7 +424,8 @@ def test_right_answers_that_the_model_says_change_no_answer(with_stop, make_tiny
     model, prompts = make_tiny_model("qwen3"), make_prompts(8)
     tokens = [greedy_tokens(model, prompt) for prompt in prompts]
     model.generation_config.eos_token_id = sorted({EOS, tokens[0][0], tokens[1][0], *(row[4] for row in tokens[2:5])})
-    stop = (tiny_tokenizer.decode(tokens[5][2:4])[-1],) if with_stop else ()
+    text = tiny_tokenizer.decode(tokens[5])
+    stop = (text[2:4], text[1:5]) if with_stop else ()  # the one that begins first ends last
     settings = GenerationSettings(max_new_tokens=NEW_TOKENS, stop=stop)
     plain = generate(model, tiny_tokenizer, prompts, settings)
     assert all(plain)
@@ -433,6 +434,43 @@ def test_right_answers_that_the_model_says_change_no_answer(with_stop, make_tiny
         measured = answer(model, tiny_tokenizer, prompts, settings, right=right)
         assert [text for text, _ in measured] == plain
         assert [loss for _, loss in measured] == pytest.approx(losses_of(model, prompts, right), abs=1e-4)
+
+
+NEAR_THE_LIMIT = {
+    "gpt_neo": transformers.GPTNeoConfig(
+        vocab_size=260, hidden_size=32, num_heads=2, max_position_embeddings=64, attention_types=[[["global"], 2]],
+        num_layers=2, intermediate_size=64,
+    ),
+    "phi3": transformers.Phi3Config(
+        **SHAPE, num_hidden_layers=2, pad_token_id=0, eos_token_id=2, original_max_position_embeddings=32,
+        max_position_embeddings=64, rope_parameters={
+            "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
+            "original_max_position_embeddings": 32,
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", NEAR_THE_LIMIT)
+def test_right_answers_that_reach_the_model_s_limits_change_no_answer(architecture, tiny_tokenizer):
+    """One is the context, with buffers of its size; another where long RoPE turns all tokens otherwise."""
+    model = transformers.AutoModelForCausalLM.from_config(NEAR_THE_LIMIT[architecture]).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.25)
+    settings = GenerationSettings(NEW_TOKENS, ())
+    for lengths, scored in (
+        ((50, 48), (3, 16)),
+        ((34,), (30,)),
+        ((52, 20), (1, 20)),
+        ((20,), (20,)),
+        ((28,), (8,)),
+    ):
+        prompts = [[1, *prompt[: length - 1]] for prompt, length in zip(make_prompts(2, 500), lengths, strict=False)]
+        right = [[5] * (length - 1) + [EOS] for length in scored]
+        expected = [expected_text(tiny_tokenizer, greedy_tokens(model, prompt)) for prompt in prompts]
+        measured = answer(model, tiny_tokenizer, prompts, settings, right=right)
+        assert [text for text, _ in measured] == expected, (lengths, scored)
 
 
 def test_the_likeliest_label_comes_with_the_loss_of_the_right_one(make_tiny_model, tiny_tokenizer):

@@ -113,7 +113,7 @@ def _greedy_answers(
     ending = _Ending(tokenizer, settings, {*find_stop_ids(inner, tokenizer), *special, *ends})
     most_rows = 1 if inner.config.model_type in _ONE_BY_ONE else BATCH_SIZE
     most_scored = LABEL_TOKENS * (1 if inner.device.type == "cpu" else _ON_ACCELERATOR)
-    batches = list(_batches(lengths, settings.max_new_tokens, most_rows, scored, most_scored))
+    batches = list(_batches(lengths, settings.max_new_tokens, most_rows, scored, most_scored, context_of(inner)))
     batches += [[]] * calls_behind(inner, len(batches))
     losses, answers, answered = [0.0] * len(prompts), _Answers(inner, ending), 0
     with (
@@ -140,6 +140,7 @@ def _greedy_answers(
                     begun = [ending.beginning(*pair) for pair in zip(of_rows, said, strict=True)]
                     _shift(cache, [max(map(len, of_rows)) - len(known) for known in begun])
             answers.add(batch or [NO_ROW], rows, begun, cache)
+            cache = None  # its rows are those of `answers` now, or none
             answers.go_on(until=WAITING if number < len(batches) else 0)
             if progress is not None and (ended := len(answers.texts.keys() - {NO_ROW})) > answered:
                 progress(answered := ended, len(prompts))
@@ -200,20 +201,20 @@ class _Answers:
             self._let_go()
 
     def _let_go(self) -> None:
-        """Take out the rows that have ended."""
+        """Take out the rows that have ended, and padding."""
         found = self._found(self._ids)
         self.texts |= {place: text for place, (text, ended) in zip(self._places, found, strict=True) if ended}
         left = [row for row, (_, ended) in enumerate(found) if not ended]
-        if len(left) == len(found):
-            return
         self._places, self._written = ([of_rows[row] for row in left] for of_rows in (self._places, self._written))
         self._ids, self._mask = self._ids[left], self._mask[left]
-        if left:  # and so there is a cache
-            # What was padding for the longest row that is left is nothing now; else rows would get longer with each batch.
+        if left and self._cache is not None:
+            # What is padding for all rows goes; else they would get longer with each batch, and than the model's context.
             spare = int(self._mask.any(dim=0).int().argmax())
             self._ids, self._mask = self._ids[:, spare:], self._mask[:, spare:]
-            self._cache.batch_select_indices(torch.tensor(left, device=self._ids.device))
-            _cut(self._cache, spare)
+            if len(left) < len(found):
+                self._cache.batch_select_indices(torch.tensor(left, device=self._ids.device))
+            if spare:
+                _cut(self._cache, spare)
 
     def _found(self, ids: torch.Tensor) -> list[tuple[str, bool]]:
         """The text of each row of `ids`, which are those of now or longer, and whether it has ended."""
@@ -252,7 +253,7 @@ class _Ending:
     def text(self, tokens: Sequence[int]) -> tuple[str, bool]:
         """Return the text of an answer's tokens, and whether it has ended."""
         tokens = list(tokens[: self.max_new_tokens])
-        length = self._until_end(tokens)
+        length = next((place for place, token in enumerate(tokens) if token in self.stop_ids), len(tokens))
         options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         text = str(self._tokenizer.decode(tokens[:length], **options)).lstrip()
         cuts = [place for place in map(text.find, self._stops) if place >= 0]
@@ -268,12 +269,11 @@ class _Ending:
         same = next(
             (place for place, pair in enumerate(zip(right, said, strict=True)) if pair[0] != pair[1]), len(right)
         )
-        begun = list(said[: same + 1])
-        text, _ = self.text(begun)
-        return begun if text else begun[: self._until_end(begun)]
-
-    def _until_end(self, tokens: Sequence[int]) -> int:
-        return next((place for place, token in enumerate(tokens) if token in self.stop_ids), len(tokens))
+        for length in range(1, same + 2):
+            text, ended = self.text(said[:length])
+            if ended:  # as it would have been, token by token
+                return list(said[: length - 1 if not text and said[length - 1] in self.stop_ids else length])
+        return list(said[: same + 1])
 
 
 @torch.no_grad()
@@ -360,18 +360,26 @@ def _no_numbers(model: Any) -> ProbeError:
 
 
 def _batches(
-    lengths: Sequence[int], new_tokens: int, most_rows: int, scored: Sequence[int] = (), most_scored: int = 0
+    lengths: Sequence[int],
+    new_tokens: int,
+    most_rows: int,
+    scored: Sequence[int] = (),
+    most_scored: int = 0,
+    context: int | None = None,
 ) -> Iterator[list[int]]:
     """Group prompts of similar length, the longest first: what does not fit in memory fails at once.
 
     Args:
         lengths: of the prompts.
         scored: tokens of the right answer to each, if those are scored, too, and the most of them in a batch.
+        context: that the longest prompt and the longest right answer of a batch fit in.
     """
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         rows = len(batch) + 1
-        full = rows > most_rows or (scored and sum(scored[place] for place in (*batch, index)) > most_scored)
+        right = [scored[place] for place in (*batch, index)] if scored else [0]
+        full = rows > most_rows or sum(right) > most_scored
+        full = full or (context is not None and lengths[(*batch, index)[0]] + max(right) > context)
         if batch and (full or (lengths[batch[0]] + new_tokens) * rows > BATCH_TOKENS):
             yield batch
             batch = []
@@ -426,12 +434,14 @@ def _label_batches(labels: Sequence[Sequence[int]], width: int, prompts: int) ->
 def _read(model: Any, prompts: Sequence[Sequence[int]]) -> Any:
     """The cache of a model that has read these prompts, padded on the left; None where it cannot serve several rows."""
     kind, named = model.config.model_type, "position_ids" in inspect.signature(model.forward).parameters
-    if kind in _OTHER_POSITIONS or not (named or kind in _BY_MASK):
+    # By the length of a call long RoPE, as Phi-3 has it, turns all of its tokens.
+    by_length = "longrope" in str(getattr(model.config.get_text_config(decoder=True), "rope_parameters", ""))
+    if kind in _OTHER_POSITIONS or by_length or not (named or kind in _BY_MASK):
         return None
     ids, mask = _padded(prompts)
     places = (mask.cumsum(1) - 1).clamp_min(0)
     # A processor is slower once a call's activations outgrow its caches. All processes of a split backbone make the same calls,
-    # and long prompts are read whole: parts cost attention more, and Phi-3 places tokens by the length of a call.
+    # and long prompts are read whole: parts cost attention more.
     whole = model.device.type != "cpu" or is_split(model) or ids.shape[1] > READ_TOKENS
     width = ids.shape[1] if whole else max(1, READ_TOKENS // len(ids))
     cache = None
