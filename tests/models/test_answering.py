@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 from random_examples import TARGETS
 
 from grasp_lora.errors import DataError, ProbeError
+from grasp_lora.models import caches
 from grasp_lora.models import generation as module
 from grasp_lora.models.generation import answer, label_scores
 from grasp_lora.models.model_settings import GenerationSettings
@@ -66,13 +67,13 @@ def test_batch_size_does_not_change_answers(architecture, make_tiny_model, tiny_
     settings = GenerationSettings(max_new_tokens=NEW_TOKENS, stop=())
     for size, *others in ((1, 1024, 8, 8), (3, 40, 1, 2), (8, 64, 3, 0)):
         for name, value in zip(("BATCH_SIZE", "READ_TOKENS", "PART", "WAITING"), (size, *others), strict=True):
-            monkeypatch.setattr(module, name, value)
+            monkeypatch.setattr(caches if name == "READ_TOKENS" else module, name, value)
         assert generate(model, tiny_tokenizer, prompts, settings) == expected, size
 
 
 def test_prompts_together_are_read_in_parts_and_long_ones_whole(make_tiny_model, tiny_tokenizer, monkeypatch):
     model, shapes, settings = make_tiny_model("llama"), [], GenerationSettings(max_new_tokens=1, stop=())
-    monkeypatch.setattr(module, "READ_TOKENS", 24)
+    monkeypatch.setattr(caches, "READ_TOKENS", 24)
     model.model.embed_tokens.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
     generate(model, tiny_tokenizer, [[1, *[5] * 20], [1, *[6] * 17]], settings)
     assert shapes[1:] == [(2, 12), (2, 8), (2, 1)]  # after the look whether the cache serves; all but the last token
@@ -130,7 +131,7 @@ def test_a_joined_cache_is_that_of_all_its_rows(turn, make_tiny_model):
     model = make_tiny_model("gemma3")
     prompts = [[1, 5, 6], [1, 7, 8, 9, 10], *make_prompts(3, 60)][::turn]
     parts = prompts[:2], prompts[2:]
-    cache = module._joined(*(module._read(model, [prompt[:-1] for prompt in part]) for part in parts))
+    cache = caches.joined(*(caches.read(model, [prompt[:-1] for prompt in part]) for part in parts))
     answers = random_answers(prompts)
     found, _ = module._score(model, prompts, cache, answers)
     assert found == pytest.approx([slowly(model, *pair) for pair in zip(prompts, answers, strict=True)], abs=1e-4)
@@ -363,7 +364,7 @@ def slowly(model: torch.nn.Module, prompt: list[int], label: list[int]) -> float
 @pytest.mark.parametrize("sizes", [(16, 8192, 1024), (3, 60, 48)])
 def test_a_score_is_the_log_probability_of_label_and_end(architecture, sizes, make_tiny_model, monkeypatch):
     for name, size in zip(("BATCH_SIZE", "BATCH_TOKENS", "READ_TOKENS"), sizes, strict=True):
-        monkeypatch.setattr(module, name, size)
+        monkeypatch.setattr(caches if name == "READ_TOKENS" else module, name, size)
     model = make_tiny_model(architecture).train()
     prompts, done = [*make_prompts(5), [1]], []
     found = label_scores(model, prompts, LABELS, lambda *of: done.append(of))
@@ -382,7 +383,7 @@ def test_prompts_are_read_together_and_once_for_all_labels(make_tiny_model, monk
     label_scores(model, [prompt, prompt[:50]], LABELS)
     assert tokens == [(1, 1), (2, 100), (2 * len(LABELS), 5)]  # the first tells what the cache is
     tokens.clear()
-    monkeypatch.setattr(module, "_read", lambda *_: None)
+    monkeypatch.setattr(module, "read", lambda *_: None)
     label_scores(model, [prompt, prompt], LABELS)
     assert tokens == [(len(LABELS), 105)] * 2
 
@@ -405,7 +406,7 @@ def test_losses_of_right_answers_come_with_the_answers(
 ):
     """Long prompts go beyond the sliding window of those that have one; a prompt of one token leaves nothing to share."""
     for name, size in zip(("BATCH_SIZE", "BATCH_TOKENS", "LABEL_TOKENS", "READ_TOKENS"), sizes, strict=True):
-        monkeypatch.setattr(module, name, size)
+        monkeypatch.setattr(caches if name == "READ_TOKENS" else module, name, size)
     model = make_tiny_model(architecture)
     prompts, settings = [*make_prompts(6), [1], *make_prompts(6, 100)], GenerationSettings(NEW_TOKENS, ())
     right, done = random_answers(prompts), []

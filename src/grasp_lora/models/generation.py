@@ -4,8 +4,6 @@ Texts come from transformers' `generate`. Added here: how an answer ends (at a s
 of similar lengths, and equally many calls in each process where the backbone is split over several.
 """
 
-import copy
-import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +14,7 @@ import torch
 
 from grasp_lora.errors import DataError, ProbeError
 from grasp_lora.models.backbone import calls_behind, find_stop_ids, is_split, supports_logits_to_keep, without_peft
+from grasp_lora.models.caches import cut, joined, padded, positions, read, repeated, shift, stacked
 from grasp_lora.models.live import evaluating
 from grasp_lora.models.loss import collate_pairs, summed_losses, target_scores
 from grasp_lora.models.model_settings import GenerationSettings
@@ -28,16 +27,11 @@ BATCH_SIZE = 16  # most rows of a batch
 BATCH_TOKENS = 8192  # most tokens, padding and room for the answers included; a longer prompt makes a batch of its own
 LABEL_TOKENS = 512  # most tokens of labels or right answers in a batch: each has scores of a whole vocabulary
 _ON_ACCELERATOR = 4  # as many times the right answers' tokens
-READ_TOKENS = 1024  # that a processor reads in one call, padding included; a longer prompt is read whole
 PART = 4  # tokens of answers, after which the rows that have ended leave
 WAITING = 8  # most rows that wait for those of the next batch: a step of few rows takes nearly as long as one of many
 NO_ROW = -1  # the place of an answer that nobody asked for, so that all processes make the same calls
 LESS_MEMORY = "shorten the prompts, lower generation.max_new_tokens, or set backbone.dtype to bfloat16 if it is float32"
 _ONE_BY_ONE = ("minimax", "recurrent_gemma", "rwkv")  # model types that answer otherwise in a batch
-_BY_MASK = ("bloom", "mpt")  # without position ids; they read positions off the mask
-_OTHER_POSITIONS = (  # they do not count from 0
-    "camembert", "cpmant", "data2vec-text", "moshi", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl",
-)  # fmt: skip
 
 
 def answer(
@@ -121,24 +115,24 @@ def _greedy_answers(
         contiguous_head_input(inner),
         enough_memory("answering", LESS_MEMORY),
     ):
-        shares = _read(inner, [[0]]) is not None
+        shares = read(inner, [[0]]) is not None
         for number, batch in enumerate(batches, start=1):
             rows = [prompts[index] for index in batch] or [[0, 0]]
             # All processes of a split backbone make the same calls, be a cache of use or not.
-            cache: Any = _read(inner, [row[:-1] or row for row in rows]) if shares else None
+            cache: Any = read(inner, [row[:-1] or row for row in rows]) if shares else None
             cache = None if min(map(len, rows)) == 1 else cache
             begun = [list[int]() for _ in rows]
             if right is not None:
                 of_rows = [right[index] for index in batch] or [[0]]
                 goes_on = cache is not None and not is_split(inner)
                 if goes_on:
-                    cache.activate_past_recording()  # a sliding window keeps what `_shift` brings back into it
-                scores, said = _score(inner, rows, cache if goes_on else _repeated(cache, 1), of_rows)
+                    cache.activate_past_recording()  # a sliding window keeps what `shift` brings back into it
+                scores, said = _score(inner, rows, cache if goes_on else repeated(cache, 1), of_rows)
                 for index, score in zip(batch, scores, strict=False):  # no row of a call that only keeps step
                     losses[index] = abs(score) / len(right[index])
                 if goes_on:
                     begun = [ending.beginning(*pair) for pair in zip(of_rows, said, strict=True)]
-                    _shift(cache, [max(map(len, of_rows)) - len(known) for known in begun])
+                    shift(cache, [max(map(len, of_rows)) - len(known) for known in begun])
             answers.add(batch or [NO_ROW], rows, begun, cache)
             cache = None  # its rows are those of `answers` now, or none
             answers.go_on(until=WAITING if number < len(batches) else 0)
@@ -171,10 +165,10 @@ class _Answers:
         tokens = (len(self._places) + len(rows)) * (max(width, self._ids.shape[1]) + self._ending.max_new_tokens)
         if cache is None or tokens > BATCH_TOKENS:
             self.go_on()
-        ids, mask = (tensor.to(self._model.device) for tensor in _padded(rows, width))
+        ids, mask = (tensor.to(self._model.device) for tensor in padded(rows, width))
         if self._places:
-            ids, mask = _stacked(self._ids, ids), _stacked(self._mask, mask)
-            cache = _joined(self._cache, cache)
+            ids, mask = stacked(self._ids, ids), stacked(self._mask, mask)
+            cache = joined(self._cache, cache)
         self._places, self._written = [*self._places, *places], [*self._written, *map(len, begun)]
         self._ids, self._mask, self._cache = ids, mask, cache
         self._let_go()
@@ -214,7 +208,7 @@ class _Answers:
             if len(left) < len(found):
                 self._cache.batch_select_indices(torch.tensor(left, device=self._ids.device))
             if spare:
-                _cut(self._cache, spare)
+                cut(self._cache, spare)
 
     def _found(self, ids: torch.Tensor) -> list[tuple[str, bool]]:
         """The text of each row of `ids`, which are those of now or longer, and whether it has ended."""
@@ -308,11 +302,11 @@ def label_scores(
     scores: list[list[float]] = [[] for _ in prompts]
     answered = 0
     with evaluating(inner), contiguous_head_input(inner), enough_memory("scoring labels", LESS_MEMORY):
-        shares = _read(inner, [[0]]) is not None
-        read = [index for index, length in enumerate(lengths) if shares and length > 1]
+        shares = read(inner, [[0]]) is not None
+        longer = [index for index, length in enumerate(lengths) if shares and length > 1]
         batches = [
-            [read[place] for place in batch]
-            for batch in _batches([lengths[index] for index in read], longest, BATCH_SIZE)
+            [longer[place] for place in batch]
+            for batch in _batches([lengths[index] for index in longer], longest, BATCH_SIZE)
         ]
         batches += [[index] for index, length in enumerate(lengths) if not shares or length == 1]
         parts = [_label_batches(labels, lengths[batch[0]] + longest, len(batch)) for batch in batches]
@@ -320,10 +314,10 @@ def label_scores(
         behind = calls_behind(inner, sum(map(len, parts)) + sum(cached))
         for batch, of_labels, once in zip(batches, parts, cached, strict=True):
             rows = [prompts[index] for index in batch]
-            cache = _read(inner, [row[:-1] for row in rows]) if once else None
+            cache = read(inner, [row[:-1] for row in rows]) if once else None
             for part in of_labels:
                 pairs = [row for row in rows for _ in part]
-                found, _ = _score(inner, pairs, _repeated(cache, len(part)), [*part] * len(rows))
+                found, _ = _score(inner, pairs, repeated(cache, len(part)), [*part] * len(rows))
                 for place, index in enumerate(batch):
                     scores[index] += found[place * len(part) : (place + 1) * len(part)]
             if any(math.isnan(score) for index in batch for score in scores[index]):
@@ -332,7 +326,7 @@ def label_scores(
             if progress is not None:
                 progress(answered, len(prompts))
         for _ in range(behind):
-            _read(inner, [[0]])
+            read(inner, [[0]])
     return scores
 
 
@@ -431,116 +425,6 @@ def _label_batches(labels: Sequence[Sequence[int]], width: int, prompts: int) ->
     return [labels[start : start + rows] for start in range(0, len(labels), rows)]
 
 
-def _read(model: Any, prompts: Sequence[Sequence[int]]) -> Any:
-    """The cache of a model that has read these prompts, padded on the left; None where it cannot serve several rows."""
-    kind, named = model.config.model_type, "position_ids" in inspect.signature(model.forward).parameters
-    # By the length of a call long RoPE, as Phi-3 has it, turns all of its tokens.
-    by_length = "longrope" in str(getattr(model.config.get_text_config(decoder=True), "rope_parameters", ""))
-    if kind in _OTHER_POSITIONS or by_length or not (named or kind in _BY_MASK):
-        return None
-    ids, mask = _padded(prompts)
-    places = (mask.cumsum(1) - 1).clamp_min(0)
-    # A processor is slower once a call's activations outgrow its caches. All processes of a split backbone make the same calls,
-    # and long prompts are read whole: parts cost attention more.
-    whole = model.device.type != "cpu" or is_split(model) or ids.shape[1] > READ_TOKENS
-    width = ids.shape[1] if whole else max(1, READ_TOKENS // len(ids))
-    cache = None
-    for start in range(0, ids.shape[1], width):
-        part = slice(start, start + width)
-        inputs = {
-            "input_ids": ids[:, part],
-            "attention_mask": mask[:, : part.stop],
-            **_positions(model, places[:, part]),
-        }
-        if supports_logits_to_keep(model):
-            inputs["logits_to_keep"] = torch.zeros_like(ids[:, part], dtype=torch.bool)
-        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-        called = model(**inputs, use_cache=True, **({} if cache is None else {"cache": cache}))
-        cache = getattr(called, "cache", None)
-        if not _serves_rows(cache):
-            return None
-    return cache
-
-
-def _serves_rows(cache: Any) -> bool:
-    """Whether rows of a cache can be repeated and taken out."""
-    from transformers import cache_utils
-
-    plain = (cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer, cache_utils.DummyLayer)
-    # A layer with a state of its own, or a model's own kind of cache (MiniMax), has no rows to repeat.
-    if type(cache) is not cache_utils.DynamicCache or not all(type(layer) in plain for layer in cache.layers):
-        return False
-    # A model that keeps nothing, as OpenAI's first GPT, leaves the one it was given empty.
-    return any(getattr(layer, "keys", None) is not None for layer in cache.layers)
-
-
-def _repeated(cache: Any, times: int) -> Any:
-    """A copy of a cache, since a call adds to it, with each row so many times; None of None."""
-    repeated = copy.deepcopy(cache)
-    if repeated is not None and times > 1:
-        repeated.batch_repeat_interleave(times)
-    return repeated
-
-
-def _shift(cache: Any, columns: Sequence[int]) -> None:
-    """Move each row of a cache to the right by so many columns: the last ones, which do not count, become padding."""
-    for layer in _layers(cache):
-        layer.keys, layer.values = (
-            torch.stack([row.roll(by, dims=-2) for row, by in zip(tensor, columns, strict=True)])
-            for tensor in (layer.keys, layer.values)
-        )
-
-
-def _joined(cache: Any, other: Any) -> Any:
-    """The first cache with the rows of the second behind its own."""
-    for layer, joining in zip(_layers(cache), _layers(other), strict=True):
-        layer.keys, layer.values = (
-            _stacked(*(tensor.movedim(-2, 1) for tensor in pair)).movedim(1, -2)
-            for pair in ((layer.keys, joining.keys), (layer.values, joining.values))
-        )
-        if layer.is_sliding:
-            layer.cumulative_length = max(layer.cumulative_length, joining.cumulative_length)
-    return cache
-
-
-def _cut(cache: Any, columns: int) -> None:
-    """Take so many columns of padding off the left of a cache."""
-    for layer in _layers(cache):
-        left = layer.keys.shape[-2] - columns
-        if layer.is_sliding:  # what is beyond its window has left it before
-            layer.cumulative_length -= columns
-            left = min(layer.keys.shape[-2], layer.cumulative_length)
-        layer.keys, layer.values = layer.keys[..., -left:, :], layer.values[..., -left:, :]
-
-
-def _layers(cache: Any) -> list[Any]:
-    return [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
-
-
-def _stacked(above: torch.Tensor, below: torch.Tensor) -> torch.Tensor:
-    """Two tensors [rows, tokens, ...] as one, the shorter rows padded on the left with zeros."""
-    tokens = max(above.shape[1], below.shape[1])
-    return torch.cat([
-        torch.cat([tensor.new_zeros(len(tensor), tokens - tensor.shape[1], *tensor.shape[2:]), tensor], dim=1)
-        for tensor in (above, below)
-    ])  # fmt: skip
-
-
-def _padded(rows: Sequence[Sequence[int]], width: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of tokens padded on the left, and the mask: 1 where a row stands, 0 for its padding; each [rows, longest or width]."""
-    lengths = torch.tensor([[len(row)] for row in rows])
-    width = width or int(lengths.max())
-    mask = (torch.arange(width) >= width - lengths).long()
-    ids = torch.zeros_like(mask)
-    ids[mask.bool()] = torch.tensor([token for row in rows for token in row])
-    return ids, mask
-
-
-def _positions(model: Any, places: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The argument that says at which positions tokens stand; a model without it reads that off the mask."""
-    return {"position_ids": places} if "position_ids" in inspect.signature(model.forward).parameters else {}
-
-
 def _score(
     model: Any, prompts: Sequence[Sequence[int]], cache: Any, answers: Sequence[Sequence[int]]
 ) -> tuple[list[float], list[list[int]]]:
@@ -548,14 +432,14 @@ def _score(
 
     A cache holds all but the prompts' last tokens, and is added to.
     """
-    read = [prompt if cache is None else prompt[-1:] for prompt in prompts]
+    rest = [prompt if cache is None else prompt[-1:] for prompt in prompts]
     # The last column is only predicted. Padding stands on the right, where nothing that counts sees it.
-    batch = collate_pairs(list(zip(read, answers, strict=True)), pad_id=0)
+    batch = collate_pairs(list(zip(rest, answers, strict=True)), pad_id=0)
     ids, mask, targets = batch["input_ids"][:, :-1], batch["attention_mask"][:, :-1], batch["labels"][:, 1:]
     inputs: dict[str, Any] = {"input_ids": ids}
     if cache is not None:
-        _, before = _padded([prompt[:-1] for prompt in prompts])
-        inputs |= _positions(model, before.sum(1, keepdim=True) + torch.arange(ids.shape[1]))
+        _, before = padded([prompt[:-1] for prompt in prompts])
+        inputs |= positions(model, before.sum(1, keepdim=True) + torch.arange(ids.shape[1]))
         mask = torch.cat([before, mask], dim=1)
     inputs = {name: tensor.to(model.device) for name, tensor in {**inputs, "attention_mask": mask}.items()}
     inputs |= {"use_cache": cache is not None} | ({} if cache is None else {"cache": cache})
