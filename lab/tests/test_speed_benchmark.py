@@ -193,8 +193,8 @@ class TestMeasures:
         alone, with_losses = ratios(speed.answers(lab)).values()
         # One tells what the cache is; 6 prompts are read, and then each token of an answer is.
         assert 1 + 1 / 6 < alone <= 1 + 1 / 6 + lab.recipe.generation.max_new_tokens
-        # Right answers: 6 rows from the caches of their prompts, or 6 whole ones.
-        assert with_losses == 1.0
+        # Right answers: 6 rows from the caches of their prompts, or 6 whole ones; what the model says of them is not said again.
+        assert 0.5 < with_losses <= 1.0
 
     def test_rounds_grow_with_what_is_probed_and_not_with_the_adapter(
         self, lab: speed_lab.Lab, monkeypatch: pytest.MonkeyPatch
