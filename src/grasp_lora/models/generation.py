@@ -1,7 +1,8 @@
 """Answers: token ids of prompts in, greedy texts or the likeliest labels out, with the losses of the right answers if asked for.
 
 Texts come from transformers' `generate`. Added here: how an answer ends (at a stop text, never before there is a text), batches
-of similar lengths, and equally many calls in each process where the backbone is split over several.
+of similar lengths whose rows leave and join, a beginning from what the loss of the right answer tells, and equally many calls in
+each process where the backbone is split over several.
 """
 
 import math
