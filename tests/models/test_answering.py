@@ -330,12 +330,18 @@ OTHERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("architecture", OTHERS)
-def test_models_with_a_state_of_their_own_or_none_answer_alike_in_batches(architecture, tiny_tokenizer):
-    model = transformers.AutoModelForCausalLM.from_config(OTHERS[architecture]).eval()
+def random_model(config: transformers.PreTrainedConfig) -> torch.nn.Module:
+    """A model whose prompts matter: its random weights are wide."""
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=0.25)
+    return model
+
+
+@pytest.mark.parametrize("architecture", OTHERS)
+def test_models_with_a_state_of_their_own_or_none_answer_alike_in_batches(architecture, tiny_tokenizer):
+    model = random_model(OTHERS[architecture])
     prompts = make_prompts(4, longest=12)
     settings = GenerationSettings(max_new_tokens=9, stop=())
     answers = generate(model, tiny_tokenizer, prompts, settings)
@@ -455,10 +461,7 @@ NEAR_THE_LIMIT = {
 @pytest.mark.parametrize("architecture", NEAR_THE_LIMIT)
 def test_right_answers_that_reach_the_model_s_limits_change_no_answer(architecture, tiny_tokenizer):
     """One is the context, with buffers of its size; another where long RoPE turns all tokens otherwise."""
-    model = transformers.AutoModelForCausalLM.from_config(NEAR_THE_LIMIT[architecture]).eval()
-    for parameter in model.parameters():
-        if parameter.ndim == 2:
-            torch.nn.init.normal_(parameter, std=0.25)
+    model = random_model(NEAR_THE_LIMIT[architecture])
     settings = GenerationSettings(NEW_TOKENS, ())
     for lengths, scored in (
         ((50, 48), (3, 16)),

@@ -65,10 +65,10 @@ def _serves_rows(cache: Any) -> bool:
 
 def repeated(cache: Any, times: int) -> Any:
     """A copy of a cache, since a call adds to it, with each row so many times; None of None."""
-    repeated = copy.deepcopy(cache)
-    if repeated is not None and times > 1:
-        repeated.batch_repeat_interleave(times)
-    return repeated
+    copied = copy.deepcopy(cache)
+    if copied is not None and times > 1:
+        copied.batch_repeat_interleave(times)
+    return copied
 
 
 def shift(cache: Any, columns: Sequence[int]) -> None:
