@@ -5,11 +5,11 @@
     python lab/few_rows.py elsewhere ar DRAW FOLDER    # the same of `ar`: FOLDER/xquad-ar-DRAW.json
     python lab/few_rows.py table FILE [FILE ...]       # means over draws, with 95 % intervals over the draws
 
-Settings `sw` and `su` draw 45 rows, what 60 are after their test quarter; `sw100` and `su100` draw 75, what 100 are, and learn
-a ratio. `sw200`, `su200` and `min200` draw 150, what 200 are. `su400`, `su200` and `min200` have 400 English rows, the
+Settings `sw` and `su` draw 45 rows, what 60 are after their test quarter; `sw100`, `ko100` and `su100` draw 75, what 100 are, and
+learn a ratio. `sw200`, `su200` and `min200` draw 150, what 200 are. `su400`, `su200` and `min200` have 400 English rows, the
 other settings of labels 120. `titles` asks for the titles of Chinese abstracts, with 144 English rows of headlines.
 Draws of a setting share the source adapter and the test rows; their other rows are disjoint.
-`ko`, `zh`, `ar`, `min` and `min100` are to confirm: each of their draws has a training seed of its own.
+`ko`, `ko100`, `zh`, `ar`, `min` and `min100` are to confirm: each of their draws has a training seed of its own.
 Needs GRASP_LORA_DATA.
 """
 
@@ -44,7 +44,7 @@ PLAIN, WITHOUT = "merge, trained further", ", without a controller"
 EXPECTED = ", GRASP's result expected"
 # Rows of a draw, those of them to judge by; there is room for six draws, for three of 200 rows.
 SIZES = {60: (45, 15), 100: (75, 25), 200: (150, 50)}
-CONFIRMING = ("ko", "zh", "ar", "min", "min100")
+CONFIRMING = ("ko", "ko100", "zh", "ar", "min", "min100")
 # As `init` writes them; the draws of `sw` and `su` were made before it wrote a patience.
 COMMON = ["data.target.dev=2", "data.target.micro_dev=2", "source.training.epochs=2"]
 FEW = [*COMMON, "target.on=null", "final.prune_ratio=0", "data.target.train=270"]
@@ -89,6 +89,7 @@ SETTINGS = {
     "min200": ("nusax-su", 200, [*MORE, "final.prune_ratio=0", *MINANGKABAU]),
     "su": ("nusax-su", 60, [*FEW, *WEAK]),
     "sw100": ("tydiqa-sw", 100, [*MORE, *QUESTIONS, "target.on=auto"]),
+    "ko100": ("tydiqa-ko", 100, [*MORE, *QUESTIONS, "target.on=auto", "data.target.test=600"]),
     "sw200": ("tydiqa-sw", 200, [*MORE, *QUESTIONS, "target.on=auto"]),
     "su100": ("nusax-su", 100, [*MORE, *WEAK, "target.on=source"]),
 }
@@ -136,6 +137,9 @@ def steps_of(setting: str, draw: int, folder: Path, work: Workplace) -> Steps:
 
 def draw_of(setting: str, draw: int, folder: Path, work: Workplace) -> None:
     steps = steps_of(setting, draw, folder, work)
+    if setting == "ko100":
+        write_json(folder / f"{setting}-{draw}.json", beside_the_usual(setting, draw, steps))
+        return
     made = make(steps)
     systems = dict(made.systems)
     if made.continued is not None:
@@ -156,7 +160,7 @@ def articles_of(rows: Sequence[Example]) -> list[int]:
 
 
 def elsewhere(setting: str, draw: int, folder: Path, work: Workplace) -> None:
-    """What is handed over, and `continued`, on rows of another data set; of the other systems dev rows alone."""
+    """The same on rows of another data set."""
     steps = steps_of(setting, draw, folder, work)
     name, _, changes = SETTINGS[setting]
     other = Session(load_recipe(name, [*changes, *XQUAD[setting]])[0], Path.cwd())
@@ -164,18 +168,21 @@ def elsewhere(setting: str, draw: int, folder: Path, work: Workplace) -> None:
     rows = tuple(row for row in other.splits.test if row.where.startswith("xquad"))
     session = steps.session.variant(steps.recipe, replace(steps.splits, test=rows))
     steps = Steps(session, steps.store, stop_requested=lambda: work.interruption.asked_by)
+    record = beside_the_usual(setting, draw, steps) | {"setting": "xquad" if setting == "zh" else f"xquad-{setting}"}
+    write_json(folder / f"{record['setting']}-{draw}.json", record)
+
+
+def beside_the_usual(setting: str, draw: int, steps: Steps) -> dict[str, Any]:
+    """What is handed over, and `continued`, on the test rows; of the other systems dev rows alone."""
     made = make(steps)
     systems = made.systems | ({} if made.continued is None else {"continued": made.continued})
     on_dev = {name: measured(steps, of, with_test=False) for name, of in systems.items()}
     chosen = handed_over({"setting": setting, "systems": on_dev})["delivered"]
     tested = {"continued", *(name for name, of in on_dev.items() if of is chosen)}
-    record = {
-        "setting": "xquad" if setting == "zh" else f"xquad-{setting}",
-        "draw": draw,
-        "articles": articles_of(rows),
-        "systems": on_dev | {name: measured(steps, systems[name]) for name in sorted(tested)},
-    }
-    write_json(folder / f"{record['setting']}-{draw}.json", record)
+    record: dict[str, Any] = {"setting": setting, "draw": draw, "articles": articles_of(steps.splits.test)}
+    if made.learned is not None:
+        record["ratio"] = asdict(made.learned.result.estimate)
+    return record | {"systems": on_dev | {name: measured(steps, systems[name]) for name in sorted(tested)}}
 
 
 def table(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
