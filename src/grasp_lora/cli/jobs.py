@@ -88,8 +88,8 @@ def _run(recipe: str, overrides: list[str], output: Path | None, allow_code: boo
     if metrics.delivered.name != "grasp":
         say(f"{final_text(record)} lies in {folder / FINAL_FOLDER}{':' if learned else ''}")
     if learned:
-        say(result.ratio.summary if record.learned else f"prune ratio {100 * result.ratio.ratio:.3g} % (given)")
-        if result.ratio.wide and record.learned:
+        say(result.ratio.summary)
+        if result.ratio.wide:
             say("these probes do not settle the ratio; the report says what narrows the interval", style="yellow")
     if metrics.best_step == 0:
         say(DISCARDED, style="yellow")

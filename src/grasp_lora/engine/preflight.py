@@ -94,7 +94,7 @@ def _inputs(session: Session) -> Iterator[Finding]:
         ranks = ", ".join(map(str, sorted({pair.rank for pair in adapter.weights.values()})))
         yield _ok("adapter", f"{name}: {len(adapter.weights)} modules, ranks {ranks}")
     yield _ok("splits", ", ".join(f"{name} {len(getattr(splits, name))}" for name in SPLITS))
-    yield _ok("leaks", "no question, context or article is shared with a held-out split, in either language")
+    yield _ok("leaks", "no id, text or article is shared with a held-out split, in either language")
     for side, tally in (("source", splits.report.source), ("target", splits.report.target)):
         if tally is not None:
             yield _ok(side, f"{tally.language}: {_counts(tally)}")

@@ -126,7 +126,7 @@ class RatioEstimate:
         ratio: the learned ratio p*, a fraction.
         low, high: bounds of the interval for `ratio` at `confidence`.
         rule: name of the rule.
-        rounds: number of rounds that it used.
+        rounds: number of rounds that it used; 0 where the ratio was given.
         curve: for each ratio of a grid the fitted loss relative to its minimum, with bounds: tuples
             (ratio, fitted, low, high); empty where the rule fits nothing.
         confidence: of the interval.
@@ -154,7 +154,9 @@ class RatioEstimate:
 
     @property
     def summary(self) -> str:
-        """What was learned, in one line for people."""
+        """What was learned or given, in one line for people."""
+        if not self.rounds:
+            return f"prune ratio {100 * self.ratio:.3g} % (given)"
         interval = f"{100 * self.confidence:.0f} % interval {100 * self.low:.0f} to {100 * self.high:.0f} %"
         if self.nothing_learned:
             return f"nothing was learned about the prune ratio ({interval}); {100 * self.ratio:.0f} % was taken"

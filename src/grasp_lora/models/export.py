@@ -62,7 +62,7 @@ def export_folder(
     elif dtype not in STORED and (fold or dtype is not None):
         problem = f"--dtype is {dtype!r}; say in which format to write: {', '.join(STORED)}"
     if problem:
-        raise RecipeError(f"{problem}; PEFT and vLLM take the adapter as it is")
+        raise RecipeError(f"{problem}; PEFT takes the adapter as it is")
     refuse_existing(output)
     if gguf:
         needs("--gguf", "gguf", "the package gguf", extra="gguf")
