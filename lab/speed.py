@@ -57,7 +57,7 @@ def step(lab: Lab) -> list[Row]:
 
         def bare() -> None:
             parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
+            optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=0.0)
             model.train()
             for example in train:
                 batch = {name: part.to(lab.device) for name, part in collate([example], lab.session.pad_id).items()}

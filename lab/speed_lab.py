@@ -13,7 +13,7 @@ import torch
 from speed_figures import clock_of, take_turns
 
 from grasp_lora.data.encode import Example
-from grasp_lora.engine.check import check
+from grasp_lora.engine.check import check_splits
 from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import CALIBRATION_EXAMPLES, GRID
 from grasp_lora.method.lora import AdapterWeights, LoraPair
@@ -164,7 +164,7 @@ class Lab:
     def session(self) -> Session:
         """The prepared session; loaded by the first measurement that needs it."""
         session = Session(self.recipe, self.base)
-        check(session, parents=False)
+        check_splits(session)
         return session
 
     @property

@@ -16,8 +16,8 @@ from grasp_lora.engine.run_folder import Run
 from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import Steps
 from grasp_lora.engine.store import Store
-from grasp_lora.recipes.gone import GONE_KEYS
 from grasp_lora.recipes.load import load_recipe
+from grasp_lora.recipes.recipe import recipe_keys
 
 WEIGHTS = "adapter_model.safetensors"
 rows_of = read_rows
@@ -60,7 +60,9 @@ def session_of(*overrides: str, recipe: Path | str = "tiny.yaml", progress: Prog
 
 def is_no_key(key: str) -> bool:
     """Whether a field has one right answer, or that of the preset, so that a recipe cannot set it."""
-    return any(f".{key}".endswith(f".{gone}") for gone in GONE_KEYS)
+    keys = recipe_keys()
+    leaves = [kept for kept in keys if not any(other.startswith(f"{kept}.") for other in keys)]
+    return key not in keys and not any(key.startswith(f"{leaf}.") for leaf in leaves)
 
 
 def changed(value: Any, path: str, other: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Learn how much of a merged LoRA adapter to prune, in one training run (GRASP LoRA, arXiv 2601.06702).
+"""From a few dozen examples in a language to a LoRA adapter: merged, pruned by a learned ratio, trained (arXiv 2601.06702).
 
 The names below are what a user's own script needs; they are imported on first use, so that `import grasp_lora` is quick.
 """
@@ -26,38 +26,25 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0.dev0"
 
-_HOMES = {
-    "AdapterWeights": "method.lora",
-    "Controller": "method.search",
-    "Decision": "method.search",
-    "GraspController": "training.controller",
-    "GraspError": "errors",
-    "MaskSettings": "method.masks",
-    "MergeSettings": "method.merging",
-    "ProbeSet": "training.probes",
-    "Progress": "engine.progress",
-    "PrunedTraining": "training.pruned",
-    "RatioEstimate": "method.rules",
-    "RatioPolicy": "method.search",
-    "RatioSearch": "method.search",
-    "Recipe": "recipes.recipe",
-    "RecipeError": "errors",
-    "Round": "method.rules",
-    "Rounds": "method.search",
-    "RunResult": "api",
-    "Spread": "method.search",
-    "attached": "models.adapters",
-    "compare": "api",
-    "judge": "api",
-    "load_recipe": "recipes.load",
-    "merge": "method.merging",
-    "preset": "method.search",
-    "prune": "method.masks",
-    "read_adapter": "models.adapter_files",
-    "run": "api",
-    "save_adapter": "models.adapters",
-    "segments_of": "models.live",
+_NAMES = {
+    "api": "RunResult compare judge run",
+    "engine.progress": "Progress",
+    "errors": "GraspError RecipeError",
+    "method.lora": "AdapterWeights",
+    "method.masks": "MaskSettings prune",
+    "method.merging": "MergeSettings merge",
+    "method.rules": "RatioEstimate Round",
+    "method.search": "Controller Decision RatioPolicy RatioSearch Rounds Spread preset",
+    "models.adapter_files": "read_adapter",
+    "models.adapters": "attached save_adapter",
+    "models.live": "segments_of",
+    "recipes.load": "load_recipe",
+    "recipes.recipe": "Recipe",
+    "training.controller": "GraspController",
+    "training.probes": "ProbeSet",
+    "training.pruned": "PrunedTraining",
 }
+_HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
 __all__ = [
     "AdapterWeights",
     "Controller",

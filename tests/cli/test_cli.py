@@ -35,7 +35,6 @@ from grasp_lora.models.adapter_files import CONFIG_FILE, OUR_FILE, WEIGHTS_FILE
 from grasp_lora.models.adapters import fresh_adapter
 from grasp_lora.models.live import adapter_weights
 from grasp_lora.models.model_settings import LoraSettings
-from grasp_lora.recipes.gone import GONE_COMMANDS
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.recipes.recipe import schema_text
 from grasp_lora.recipes.text import builtin_recipes
@@ -259,13 +258,6 @@ def test_a_mistake_on_the_command_line_is_one_line_and_nothing_is_written(
     assert contents(shared_workspace) == before
 
 
-@pytest.mark.parametrize("command", GONE_COMMANDS)
-def test_a_command_that_is_gone_says_what_to_do_instead(cli: Cli, command: str) -> None:
-    assert refusal(cli(command, "tiny.yaml", "--param", "x=1..2")) == (
-        f"error: {command} is gone: {GONE_COMMANDS[command]}\n"
-    )
-
-
 def test_a_probe_loss_that_is_not_finite_names_the_example_and_keeps_the_adapters(
     cli: Cli, finished_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -349,23 +341,6 @@ def test_check_says_what_to_expect(cli: Cli, tiny_workspace: Path) -> None:
     assert result.out.endswith("next: grasp-lora run tiny.yaml --set seed=7\n")
     assert result.err == ""
     assert contents(tiny_workspace) == before
-
-
-def test_check_says_in_which_line_of_the_recipe_an_old_label_stands(cli: Cli, tiny_workspace: Path) -> None:
-    for name in ("source", "target"):
-        rows = [{"text": f"{name} {i}", "label": ("yes", "no")[i % 2]} for i in range(40)]
-        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    recipe = Path("tiny.yaml")
-    text = recipe.read_text(encoding="utf-8")
-    recipe.write_text(
-        text.replace("task: completion", 'task: classification\n  labels:\n    - "no"\n    - "yes"\n    - nein'),
-        encoding="utf-8",
-    )
-    line = recipe.read_text(encoding="utf-8").splitlines().index("    - nein") + 1
-    shown = output(cli("check", "tiny.yaml"))
-    assert f"no row of the target has nein; add rows, or delete it from data.labels (line {line} of tiny.yaml)" in shown
-    shown = output(cli("check", "tiny.yaml", "--set", "data.labels=[never,'no','yes']"))
-    assert "no row of the target has never; add rows, or delete it from data.labels\n" in shown
 
 
 def test_steps_work_one_by_one(cli: Cli, workspace: Path) -> None:

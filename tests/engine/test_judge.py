@@ -127,7 +127,6 @@ def test_page_table_and_files(judged: Callable[..., Judgement], cli: Callable[..
     assert "<script" not in page
     again = cli(*asked, "--save", "verdict")
     assert (again.status, "verdict" in again.err) == (2, True)
-    assert cli("evaluate").err.startswith("error: evaluate is gone: grasp-lora judge")
 
 
 # Folders as other programs leave them: TRL writes its own; for others PEFT writes the weights, and files like theirs are added.

@@ -31,7 +31,7 @@ READS = {  # the rows of each kind
 BY_BACKBONE = NOTHING  # by what was loaded
 BY_ROWS = NOTHING  # by what was read, drawn and tokenised
 
-TRAINING = ("epochs", "batch_size", "accumulation", "learning_rate", "weight_decay", "lr_decay", "max_grad_norm", "patience",
+TRAINING = ("epochs", "batch_size", "accumulation", "learning_rate", "lr_decay", "max_grad_norm", "patience",
             "evaluate_every")  # fmt: skip
 CORPUS = ("files", "sheet", "hub", "columns", "train", "dev", "micro_dev", "test")
 
@@ -52,7 +52,6 @@ TABLE: dict[str, str] = {
     "lora.alpha": "source target",
     "lora.dropout": TRAINED,  # of the controller run and the final run where merge.dropout is not set
     "lora.target_modules": "source target",
-    "lora.rslora": "source target",
     "source.adapters": "source",
     **{f"source.training.{name}": "source" for name in TRAINING},
     "target.adapter": "target",

@@ -198,18 +198,17 @@ def test_one_layer_alone_is_saved_under_its_full_name(make_tiny_model, tmp_path)
     assert list(lora_layers(reloaded)) == [name]
 
 
-@pytest.mark.parametrize(("rank", "alpha", "rslora"), [(7, 29, False), (11, 15, False), (5, 8, True), (7, 0.3, False)])
-def test_the_scaling_survives_saving(make_tiny_model, tmp_path, rank, alpha, rslora):
+@pytest.mark.parametrize(("rank", "alpha"), [(7, 29), (11, 15), (7, 0.3)])
+def test_the_scaling_survives_saving(make_tiny_model, tmp_path, rank, alpha):
     # (29 / 7) * 7 is not 29 in floats, and other programs read alpha as an integer.
     model = make_tiny_model("llama")
-    settings = LoraSettings(rank=rank, alpha=alpha, rslora=rslora, target_modules=("q_proj",))
+    settings = LoraSettings(rank=rank, alpha=alpha, target_modules=("q_proj",))
     with fresh_adapter(model, settings, 1) as peft_model:
         weights = adapter_weights(peft_model)
     save_adapter(tmp_path, weights, model, backbone_name="lab/tiny", fingerprint="f", dropout=0.0)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())["lora_alpha"]
-    if not rslora:
-        assert saved == alpha
-        assert isinstance(saved, type(alpha))
+    assert saved == alpha
+    assert isinstance(saved, type(alpha))
     for name, pair in read_adapter(tmp_path).weights.items():
         assert torch.tensor(pair.scaling).equal(torch.tensor(weights[name].scaling))  # as float32, which multiplies B A
 
@@ -285,10 +284,10 @@ def test_a_fresh_adapter_depends_on_its_seed_alone_and_leaves_the_global_generat
         model = make_tiny_model("llama")
         torch.manual_seed(noise)
         states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
-        with fresh_adapter(model, LoraSettings(rank=4, alpha=6.0, rslora=True), seed) as peft_model:
+        with fresh_adapter(model, LoraSettings(rank=4, alpha=6.0), seed) as peft_model:
             pairs = live_pairs(peft_model).values()
             assert not any(pair.B.any() for pair in pairs)  # so it changes nothing
-            assert {pair.scaling for pair in pairs} == {3.0}
+            assert {pair.scaling for pair in pairs} == {1.5}
             drawn = torch.cat([pair.A.detach().flatten() for pair in pairs])
         assert torch.equal(torch.get_rng_state(), states[0])
         assert random.getstate() == states[1]

@@ -4,7 +4,6 @@ import importlib
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import yaml
 from grasp_lora.errors import RecipeError
 from grasp_lora.method.masks import MaskSettings
 from grasp_lora.method.search import PRESETS, Gaussian, Spread
-from grasp_lora.recipes.gone import GONE_KEYS
 from grasp_lora.recipes.load import load_recipe, validate
 from grasp_lora.recipes.recipe import Recipe, recipe_keys, schema_text
 from grasp_lora.recipes.text import SCHEMA_LINE, builtin_recipes, builtin_text, parse
@@ -163,9 +161,10 @@ class TestData:
             ("{language: de}", "data of de is given by nothing"),
             ("{language: de, files: [x], hub: y}", "data of de is given by files and hub"),
             ("{language: de, files: {tran: x}}", "'pool', 'train', 'dev' or 'test'"),
-            ("{language: de, files: [x], prompt: y}", r"target\.prompt is gone: write data\.prompt"),
-            ("{language: de, files: [x], format: squad}", r"target\.format is gone: leave it out"),
-            ("{language: de, train_files: [x]}", r"train_files is gone: write files: \{train: "),
+            (
+                "{language: de, files: [x], prompt: y}",
+                r"unknown key 'data\.target\.prompt'; did you mean 'data\.prompt'",
+            ),
             ("{language: de, hub: [a, b, c, d]}", r"target\.hub: .* should have at most 3 items"),
             ("{language: no, files: [x]}", r"language: must be a text \(it is False\); put it in quotes"),
         ],
@@ -259,7 +258,6 @@ class TestOverrides:
 
 
 MISTAKES = {
-    "a gone key": ("mask: {scope: global}", r"mask\.scope is gone: leave it out; the weights of one factor"),
     "a key of another place": ("epochs: 3", r"did you mean 'source\.training\.epochs' or "),
     "a slip": ("lora: {rnak: 3}", "unknown key 'lora.rnak'; did you mean 'rank'"),
     "a word": ("seed: one", r"seed: input should be a valid integer, .* \(it is 'one'\)"),
@@ -308,16 +306,6 @@ def test_what_is_no_recipe_leads_to_one(tmp_path: Path, monkeypatch: pytest.Monk
         load_recipe("runs")
     with pytest.raises(RecipeError, match="neither a file nor a built-in name"):
         load_recipe("nowhere")
-
-
-def test_every_gone_key_was_one_and_has_its_line(load: Load) -> None:
-    keys = recipe_keys()
-    for key, answer in GONE_KEYS.items():
-        assert not [kept for kept in keys if f".{kept}".endswith(f".{key}")], key
-        assert "\n" not in answer
-    for name in {entry.name for entry in fields(TrainingSettings)} - {key.rpartition(".")[2] for key in keys}:
-        with pytest.raises(RecipeError, match=rf"final\.training\.{name} is gone: "):
-            load(SMALL, f"final.training.{name}=1")
 
 
 def test_the_schema_describes_every_key_and_fits_the_built_in_recipes() -> None:

@@ -565,7 +565,7 @@ def test_a_ratio_of_zero_trains_as_if_there_were_no_masks(make_tiny_model, tmp_p
     for ratios in ([0.0], []):
         with adapted(make_tiny_model, dropout=0.3) as (model, weights):
             callbacks = [pruned_for(weights, ratio) for ratio in ratios]
-            train_ours(model, tmp_path, callbacks=callbacks, weight_decay=0.1)
+            train_ours(model, tmp_path, callbacks=callbacks)
             left.append(adapter_weights(model))
     assert same_adapters(*left)
 

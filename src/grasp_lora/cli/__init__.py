@@ -16,7 +16,6 @@ from grasp_lora.cli.recipes import init, recipes
 from grasp_lora.cli.single_steps import judge, merge
 from grasp_lora.cli.terminal import error_console, print_error, say, set_up_outputs
 from grasp_lora.errors import BEFORE_IT_BEGAN, STOPPED, GraspError, Interrupted
-from grasp_lora.recipes.gone import GONE_COMMANDS
 from grasp_lora.storage.memory import enough_memory
 from grasp_lora.storage.processes import is_first, world_size
 
@@ -25,8 +24,8 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    help="""Adapt a language model to a language with little data: merge a source and a target LoRA adapter and
-[bold]learn how much of the merge to prune[/bold] in one training run (GRASP LoRA, arXiv 2601.06702).
+    help="""Adapt a language model to a language with little data: merge a LoRA adapter of a rich language with one of
+yours, prune the merge by a learned ratio where that pays, train it, and say how well it answers (GRASP LoRA, arXiv 2601.06702).
 
 Start with [bold]grasp-lora demo[/bold], then [bold]grasp-lora init my-data.csv --language sw[/bold] for your own examples.""",
 )
@@ -66,9 +65,6 @@ def main() -> None:
 
 def _status() -> int:
     """Do what the arguments ask for; return the exit status."""
-    if sys.argv[1:] and (instead := GONE_COMMANDS.get(sys.argv[1])):
-        print_error(f"error: {sys.argv[1]} is gone: {instead}")
-        return 2
     try:
         with enough_memory("this command", "give it less at once, or more memory"):
             status = int(app(prog_name="grasp-lora", standalone_mode=False) or 0)

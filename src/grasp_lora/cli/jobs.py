@@ -7,9 +7,8 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from grasp_lora.cli.options import AllowCodeOption, OutputOption, RecipeArgument, SetOption, VerboseOption, session_of
+from grasp_lora.cli.options import AllowCodeOption, OutputOption, RecipeArgument, SetOption, VerboseOption
 from grasp_lora.cli.terminal import console, loading, log_to_terminal, say
-from grasp_lora.recipes.text import line_of
 from grasp_lora.storage.processes import leave
 from grasp_lora.text.display import one_line
 
@@ -50,14 +49,16 @@ def check(
     log_to_terminal(verbose)
     warnings = 0
     with loading("checking: the model and the data are loaded, and two steps are trained to tell the time"):
-        from grasp_lora.engine.preflight import preflight
+        from grasp_lora.recipes.load import load_recipe
 
-        for finding in preflight(session_of(recipe, overrides, allow_code)):
+        loaded = load_recipe(recipe, overrides or [], allow_code=allow_code)
+        from grasp_lora.engine.preflight import preflight
+        from grasp_lora.engine.session import Session
+
+        for finding in preflight(Session(*loaded)):
             warnings += finding.level != "ok"
-            line = line_of(recipe, finding.entry) if finding.entry else None
-            place = f" (line {line} of {recipe})" if line else ""
             mark = (f"{finding.level:<8}", "green" if finding.level == "ok" else "yellow")
-            say(Text.assemble(mark, (f"{finding.topic:<10} ", "bold"), one_line(finding.text + place)))
+            say(Text.assemble(mark, (f"{finding.topic:<10} ", "bold"), one_line(finding.text)))
     changes = [part for override in overrides or [] for part in ("--set", override)]
     command = shlex.join(["grasp-lora", "run", recipe, *changes, *["--allow-code"] * allow_code])
     summary = f"{warnings} warning{'' if warnings == 1 else 's'} above" if warnings else "nothing stands in the way"

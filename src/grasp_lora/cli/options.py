@@ -1,14 +1,11 @@
 """The options that commands share."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from grasp_lora.recipes.text import builtin_recipes
-
-if TYPE_CHECKING:
-    from grasp_lora.engine.session import Session
 
 # Typer brings a click of its own or, in older versions, uses the installed one; it exports no class of all usage errors but this.
 UsageError: Any = typer.BadParameter.__base__
@@ -41,13 +38,3 @@ VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show what 
 BackboneOption = Annotated[str | None, typer.Option(help="Backbone; default: the one that the (first) adapter names.")]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a backbone on the hub.")]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the backbone.")]
-
-
-def session_of(recipe: str, overrides: list[str] | None, allow_code: bool) -> "Session":
-    """Return the session of a recipe with its overrides, with nothing loaded yet."""
-    from grasp_lora.recipes.load import load_recipe
-
-    loaded, base = load_recipe(recipe, overrides or [], allow_code=allow_code)
-    from grasp_lora.engine.session import Session
-
-    return Session(loaded, base)

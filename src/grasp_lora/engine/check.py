@@ -22,11 +22,8 @@ from grasp_lora.text.display import quoted
 logger = logging.getLogger(__name__)
 
 
-def check(session: Session, *, parents: bool = True) -> None:
+def check(session: Session) -> None:
     """Load and check everything a run needs, before anything is written; what is quick to check comes first.
-
-    Args:
-        parents: whether a source and a target adapter are needed, too.
 
     Raises:
         GraspError: something does not fit; one line.
@@ -35,20 +32,15 @@ def check(session: Session, *, parents: bool = True) -> None:
     for metric in session.metrics.values():
         metric.lacking(session.language)
     _check_trackers(recipe.report_to)
-    if parents:
-        _check_parents(recipe)
-        _check_processes(recipe)
+    _check_parents(recipe)
+    _check_processes(recipe)
     _check_files(session)
-    if parents:
-        _check_adapters(session)
-    check_splits(session, rounds=parents)
+    _check_adapters(session)
+    check_splits(session)
 
 
-def check_splits(session: Session, *, rounds: bool = True) -> None:
-    """Check that the splits can be trained on and measured.
-
-    Args:
-        rounds: whether the controller's rounds are checked, too, where the recipe leaves the ratio to it.
+def check_splits(session: Session) -> None:
+    """Check that the splits can be trained on and measured, and have room for the controller's rounds where it learns the ratio.
 
     Raises:
         GraspError: they cannot; one line.
@@ -59,7 +51,7 @@ def check_splits(session: Session, *, rounds: bool = True) -> None:
     for adapter in session.given.values():
         check_seen(session, adapter)
     recipe = session.recipe
-    if rounds and recipe.final.prune_ratio is None and (problem := lack_of_rounds(session, recipe.controller)):
+    if recipe.final.prune_ratio is None and (problem := lack_of_rounds(session, recipe.controller)):
         raise RecipeError(problem)
 
 

@@ -1,7 +1,7 @@
 """Which of several adapters: all of them, and the backbone itself, on one file of rows. There is no recipe and no training.
 
     judgement = judge(["runs/sw/adapter", "someone/swahili-qa", "backbone"], "test.csv", language="sw")
-    sentence(judgement.rows)  # of report/judged.py: 'someone/swahili-qa has the highest F1, 61.2; no difference is shown to runs/sw/adapter; ...'
+    sentence(judgement.rows)  # report/judged.py: 'someone/swahili-qa has the highest F1, 61.2; no difference is shown to ...'
 
 The backbone is loaded once. Each adapter is asked in the form that it was trained with; one that does not say takes the form of
 the first that does. Rows that belong together are drawn together, and the intervals hold for all pairs at once.

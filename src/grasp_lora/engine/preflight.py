@@ -50,13 +50,11 @@ class Finding:
         level: `ok` or `warning`.
         topic: what it is about, in a word or two.
         text: what was found.
-        entry: what to change in the recipe, key by key and a list's entry last; empty for none.
     """
 
     level: str
     topic: str
     text: str
-    entry: tuple[str, ...] = ()
 
 
 def preflight(session: Session) -> Iterator[Finding]:
@@ -74,8 +72,8 @@ def _ok(topic: str, text: str) -> Finding:
     return Finding("ok", topic, text)
 
 
-def _warning(topic: str, text: str, entry: tuple[str, ...] = ()) -> Finding:
-    return Finding("warning", topic, text, entry)
+def _warning(topic: str, text: str) -> Finding:
+    return Finding("warning", topic, text)
 
 
 def _inputs(session: Session) -> Iterator[Finding]:
@@ -220,12 +218,12 @@ def _labels(session: Session) -> Iterator[Finding]:
     yield _ok("labels", text)
     for label in (label for label, numbers in by_label.items() if not any(numbers)):
         text = f"no row of the target has {label}; add rows, or delete it from data.labels"
-        yield _warning("labels", text, ("data", "labels", label))
+        yield _warning("labels", text)
     target_rows = (row for name in names for row in getattr(splits, name))
     slips = likely_slips((row.references[0], row.where) for row in target_rows)
-    for label, question in slips.items():
+    for question in slips.values():
         text = f"{question} If so, correct it there, and delete it from data.labels"
-        yield _warning("labels", text, ("data", "labels", label))
+        yield _warning("labels", text)
     rare = []
     for label, numbers in by_label.items():
         # A micro-dev set is small on purpose.

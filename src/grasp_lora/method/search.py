@@ -564,20 +564,11 @@ PRESETS: dict[str, Controller] = {
 WITH_DEV, WITHOUT_DEV = "spread", "late"  # the default where the target has a dev set, and where it has none
 
 
-def preset(name: str) -> Controller:
+def preset(name: str | Controller) -> Controller:
     """Return a preset: `spread` (all ratios train together, few probes of dev; the default), `late` (for targets without a dev
-    set), or `paper`.
+    set), or `paper`. Settings are returned as they are.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is none of that name, or it is something else.
     """
     return find("preset", name, Controller, PRESETS)
-
-
-def controller_settings(settings: Controller | str | None) -> Controller:
-    """Settings by themselves, by the name of a preset, or those of preset `spread`.
-
-    Raises:
-        ValueError: there is no preset of that name, or it is something else.
-    """
-    return find("preset", WITH_DEV if settings is None else settings, Controller, PRESETS)

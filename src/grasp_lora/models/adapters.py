@@ -96,7 +96,6 @@ def fresh_adapter(model: "PreTrainedModel", settings: LoraSettings, seed: int) -
         lora_dropout=settings.dropout,
         target_modules=list(targets),
         exclude_modules=_outside_decoder(model, targets) or None,
-        use_rslora=settings.rslora,
         task_type="CAUSAL_LM",
         fan_in_fan_out=_transposed(model, targets),
     )

@@ -58,7 +58,6 @@ class LoraSettings:
         alpha: numerator of the scaling alpha / r, > 0.
         dropout: on the adapter's input, in [0, 1).
         target_modules: names or name endings of the modules to adapt, or `all-linear` for all linear ones but the output layer.
-        rslora: scale by alpha / sqrt(r) instead.
 
     Paper: r 8, alpha 32, dropout 0.05, q_proj and v_proj.
     """
@@ -67,7 +66,6 @@ class LoraSettings:
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 32.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     target_modules: Annotated[Texts, Field(min_length=1)] = ("q_proj", "v_proj")
-    rslora: bool = False
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from pydantic import ValidationError
 
 from grasp_lora.errors import RecipeError
 from grasp_lora.models.adapter_files import read_base_model
-from grasp_lora.recipes.gone import GONE_KEYS
 from grasp_lora.recipes.recipe import Recipe, recipe_keys
 from grasp_lora.recipes.text import RECIPE_FILE, RUN_FILE, builtin_recipes, builtin_text, parse
 from grasp_lora.storage.reading import expanded, is_file, is_folder, reading
@@ -153,8 +152,7 @@ def explain(error: ValidationError, keys: Sequence[str]) -> str:
     path, arrived = ".".join(place), problem["input"]
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if problem["type"] in _UNKNOWN:
-        gone = next((answer for key, answer in GONE_KEYS.items() if f".{path}".endswith(f".{key}")), None)
-        return (f"{path} is gone: {gone}" if gone else f"unknown key {quoted(path)}; {_nearest(place, keys)}") + more
+        return f"unknown key {quoted(path)}; {_nearest(place, keys)}{more}"
     if problem["type"] in ("missing", "missing_argument"):
         return f"{quoted(path)} is missing{more}"
     message = problem["msg"].removeprefix("Value error, ")

@@ -64,7 +64,7 @@ class Recipe(BaseModel):
     seed: int = Field(default=42, ge=0)
     backbone: Annotated[BackboneSettings, Section(("device",))] = Field(default_factory=BackboneSettings)
     data: Annotated[DataSettings, DATA]
-    lora: Annotated[LoraSettings, Section(("rslora",))] = Field(default_factory=LoraSettings)
+    lora: Annotated[LoraSettings, Section()] = Field(default_factory=LoraSettings)
     source: Annotated[SourceStage, Section()] = Field(default_factory=SourceStage)
     target: Annotated[TargetStage, Section()] = Field(default_factory=TargetStage)
     merge: Annotated[MergeSettings, Section(("seed", "dropout"))] = Field(default_factory=MergeSettings)

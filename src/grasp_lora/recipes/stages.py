@@ -25,7 +25,7 @@ from grasp_lora.recipes.section import Based, Section, values_of
 from grasp_lora.text.display import quoted
 from grasp_lora.training.training_settings import TrainingSettings
 
-HIDDEN = ("weight_decay", "lr_decay", "max_grad_norm", "evaluate_every", "gradient_checkpointing")
+HIDDEN = ("lr_decay", "max_grad_norm", "evaluate_every", "gradient_checkpointing")
 Training = Annotated[TrainingSettings, Section(HIDDEN)]
 # A controller run steps after each batch, so that rounds are as many as the steps say.
 ControllerTraining = Annotated[TrainingSettings, Section((*HIDDEN, "accumulation"))]

@@ -1,6 +1,5 @@
 """The text of a recipe to plain values, and the recipes that come with the package; quick to import."""
 
-from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import yaml
 
 from grasp_lora.errors import RecipeError
-from grasp_lora.storage.reading import expanded, is_file, reading
+from grasp_lora.storage.reading import reading
 from grasp_lora.text.display import one_line, quoted
 
 RECIPE_FILE = "recipe.yaml"  # where a folder keeps it
@@ -35,26 +34,6 @@ def parse(text: str | bytes, name: str) -> Any:
         where = f" in line {mark.line + 1}" if mark else ""
         problem = one_line(getattr(error, "problem", None) or str(error))
         raise RecipeError(f"{name} is no valid YAML{where}: {problem}") from error
-
-
-def line_of(recipe: str | Path, entry: Sequence[str]) -> int | None:
-    """Return the line of a recipe file that an entry stands in, from 1; None where the file does not have it.
-
-    Args:
-        recipe: the file, which has been read before; no name of a built-in recipe.
-        entry: key by key, and a list's entry last, such as `("data", "labels", "yes")`.
-    """
-    if not is_file(expanded(recipe)):
-        return None
-    node: Any = yaml.compose(expanded(recipe).read_bytes().decode("utf-8-sig"), _Loader)
-    line = None
-    for name in entry:
-        pairs = node.value if isinstance(node, yaml.MappingNode) else [(part, part) for part in node.value]
-        place = next(((key, value) for key, value in pairs if key.value == name), None)
-        if place is None:
-            return None
-        line, node = place[0].start_mark.line + 1, place[1]
-    return line
 
 
 def builtin_recipes() -> list[str]:

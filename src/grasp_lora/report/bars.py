@@ -2,15 +2,13 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Column
-from rich.text import Text
 
 from grasp_lora.engine.progress import Progress
 from grasp_lora.engine.results import Finished, Learned, Prediction, Tested, Trained
@@ -19,6 +17,7 @@ from grasp_lora.storage.processes import is_first
 from grasp_lora.text.display import one_line
 
 _ANSWER_SHOWN = 60  # characters
+A_DAY = 86400.0  # the time left follows from the mean speed: a step may take longer than the half minute that rich looks back
 _TITLES = {  # by the beginning of the step's name
     "source": "train the source adapter",
     "target": "train the target adapter",
@@ -36,23 +35,6 @@ _TITLES = {  # by the beginning of the step's name
 }
 
 
-class TimeLeft(ProgressColumn):
-    """The time left at the mean speed since the first report, counting down between reports, which may be minutes apart.
-
-    Rich's own column takes the speed of the last 30 seconds, so that slow steps never have one.
-    """
-
-    max_refresh = 0.5
-
-    def render(self, task: Task) -> Text:
-        """Hours, minutes and seconds; nothing before a second report."""
-        began, done, reported = task.fields["reports"] or (0.0, 0.0, 0.0)
-        if task.total is None or task.completed <= done or task.elapsed is None:
-            return Text("")
-        left = (reported - began) * (task.total - task.completed) / (task.completed - done) - (task.elapsed - reported)
-        return Text(f"{timedelta(seconds=max(0, round(left)))} left")
-
-
 class TerminalProgress(Progress):
     """Shows what is being done, step, loss, current ratio and time left.
 
@@ -66,11 +48,18 @@ class TerminalProgress(Progress):
             TextColumn(text, table_column=Column(no_wrap=False))
             for text in ("{task.description}", "{task.fields[facts]}")
         )
-        columns = (title, BarColumn(bar_width=16), MofNCompleteColumn(), facts, TimeElapsedColumn(), TimeLeft())
+        columns = (
+            title,
+            BarColumn(bar_width=16),
+            MofNCompleteColumn(),
+            facts,
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         self._console = console
         # Rich draws in a notebook by ipywidgets, and warns where they are not there.
         live = console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
-        self._bars = Bars(*columns, console=console, transient=True, disable=not live)
+        self._bars = Bars(*columns, console=console, transient=True, disable=not live, speed_estimate_period=A_DAY)
         self._task: TaskID | None = None
         self._ratio: float | None = None
         self._answers = answers
@@ -105,7 +94,7 @@ class TerminalProgress(Progress):
         """Start the bar of a step."""
         self._ratio = None
         system = self._system if step.startswith("answers") else ""
-        self._begin(f"{title_of(step)}{system}{self._method and ': '}{self._method}", step.startswith("answers"))
+        self._begin(f"{title_of(step)}{system}{self._method and ': '}{self._method}")
 
     def step(self, report: Mapping[str, float]) -> None:
         """Move the bar of a training."""
@@ -139,20 +128,15 @@ class TerminalProgress(Progress):
             answer, expected = (one_line(text)[:_ANSWER_SHOWN] for text in (row.prediction, row.references[0]))
             self._say(f"  {system:<12} {mark:<8} {answer}   (expected: {expected})")
 
-    def _begin(self, title: str, from_0: bool = False) -> None:
-        """Start a bar; `from_0` says that its work begins with it, where trainings may go on from a later step."""
+    def _begin(self, title: str) -> None:
         if self._task is not None:
             self._bars.remove_task(self._task)
         self._bars.start()
-        self._task = self._bars.add_task(title, total=None, facts="", reports=(0.0, 0.0, 0.0) if from_0 else None)
+        self._task = self._bars.add_task(title, total=None, facts="")
 
     def _move(self, completed: float, total: float, facts: str = "") -> None:
-        if self._task is None:
-            return
-        task = next(task for task in self._bars.tasks if task.id == self._task)
-        now = task.elapsed or 0.0
-        began, done, _ = task.fields["reports"] or (now, completed, now)
-        self._bars.update(self._task, completed=completed, total=total, facts=facts, reports=(began, done, now))
+        if self._task is not None:
+            self._bars.update(self._task, completed=completed, total=total, facts=facts)
 
     def _say(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=not self._console.is_terminal)

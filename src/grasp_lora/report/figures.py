@@ -37,7 +37,7 @@ def script_json(value: Any) -> Any:
     """Return JSON that is safe inside a script element: no tag can end it, and no line separator can break it."""
     from markupsafe import Markup
 
-    text = json.dumps(_finite(value), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
 
 
@@ -50,17 +50,6 @@ def plotly_js() -> Any:
     source = get_plotlyjs()
     assert "</script" not in source.lower(), "the plotly library would end its own script element"
     return Markup(source)
-
-
-def _finite(value: Any) -> Any:
-    """The same value with None, which plotly leaves out, for every number that JSON cannot hold."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return value
 
 
 def _figure(traces: list[Trace], x: str, y: str, **layout: Any) -> Figure:

@@ -36,7 +36,7 @@ from grasp_lora.errors import GraspError
 from grasp_lora.method.lora import Segment
 from grasp_lora.method.masks import MaskSet, MaskSettings, Ranking, named, of_prefix, reset_moments
 from grasp_lora.method.rules import RatioEstimate, Round
-from grasp_lora.method.search import Controller, RatioSearch, RoundRecord, controller_settings, plain_policy, ratio_rule
+from grasp_lora.method.search import WITH_DEV, Controller, RatioSearch, RoundRecord, plain_policy, preset, ratio_rule
 from grasp_lora.storage.checkpoints import State
 from grasp_lora.storage.writing import write_jsonl
 from grasp_lora.training.probes import ProbeSet, ProbesInTurn, calibrate, encoded_rows, probes_of
@@ -148,7 +148,7 @@ class GraspController(PrunedTraining):
         folder: Path | None = None,
         on_round: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
-        self.settings = controller_settings(settings)
+        self.settings = preset(settings or WITH_DEV)
         self.micro_dev = micro_dev
         self.folder = None if folder is None else Path(folder)
         self._log: Callable[[dict[str, float]], None] | None = None
@@ -176,7 +176,7 @@ class GraspController(PrunedTraining):
             settings: policy, rounds and rule, or the name of a preset; None takes preset `spread`.
             options: what else the constructor takes.
         """
-        settings = controller_settings(settings)
+        settings = preset(settings or WITH_DEV)
         examples, pad_id = encoded_rows(rows, tokenizer)
         turn = settings.rounds.turn(len(examples))
         controller = cls(probes_of(examples, pad_id, turn, settings.policy.seed), settings, **options)

@@ -19,7 +19,6 @@ class TrainingSettings:
         batch_size: examples in one forward pass, >= 1.
         accumulation: forward passes for one optimizer step, >= 1.
         learning_rate: of AdamW, > 0.
-        weight_decay: >= 0.
         lr_decay: factor on the learning rate after each epoch, in (0, 1].
         max_grad_norm: gradient clipping, 0 for none.
         patience: dev evaluations without a new best before training stops, >= 1. None makes none: all epochs are trained, and
@@ -37,7 +36,6 @@ class TrainingSettings:
     batch_size: int = 1
     accumulation: int = 1
     learning_rate: float = 1e-4
-    weight_decay: float = 0.0
     lr_decay: float = 0.85
     max_grad_norm: float = 1.0
     patience: int | None = 1
@@ -51,7 +49,6 @@ class TrainingSettings:
             batch_size=(self.batch_size >= 1, "be at least 1"),
             accumulation=(self.accumulation >= 1, "be at least 1"),
             learning_rate=(0.0 < self.learning_rate < math.inf, "be above 0"),
-            weight_decay=(0.0 <= self.weight_decay < math.inf, "be a number >= 0"),
             lr_decay=(0.0 < self.lr_decay <= 1.0, "lie in (0, 1]"),
             max_grad_norm=(0.0 <= self.max_grad_norm < math.inf, "be a number >= 0"),
             patience=(self.patience is None or self.patience >= 1, "be at least 1, or null to train all epochs"),
