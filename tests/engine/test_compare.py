@@ -25,7 +25,7 @@ from grasp_lora.engine.compare import compare
 from grasp_lora.engine.comparison import Comparison, ComparisonSettings, MethodRow, saves_over_confidence
 from grasp_lora.engine.methods import METHODS
 from grasp_lora.engine.progress import Progress
-from grasp_lora.engine.results import Adapter, Finished, Losses, read_json
+from grasp_lora.engine.results import Adapter, read_json
 from grasp_lora.engine.run_folder import Delivered
 from grasp_lora.engine.steps import Steps
 from grasp_lora.errors import AdapterError, Interrupted, ProbeError, RecipeError
@@ -352,7 +352,7 @@ class TestSteps:
 class FakeSteps(Steps):
     """Losses by ratio that no training gave: the best ratio differs from split to split."""
 
-    LOSSES: ClassVar = {0.2: {"dev": 1.0, "test": 2.0}, 0.6: {"dev": 2.0, "test": 3.0}, 0.8: {"dev": 3.0, "test": 1.0}}
+    LOSSES: ClassVar = {0.2: 1.0, 0.6: 2.0, 0.8: 3.0}
 
     def __init__(self) -> None:
         self.grid = tuple(self.LOSSES)
@@ -363,13 +363,8 @@ class FakeSteps(Steps):
         return SimpleNamespace(merged=Adapter("merged", lambda: AdapterWeights({})))
 
     def finetune(self, start: Any, prune_ratio: float, stage: Any = None) -> Any:
-        made: Any = SimpleNamespace(
-            result=SimpleNamespace(dev_loss=self.LOSSES[prune_ratio]["dev"]), key=str(prune_ratio)
-        )
+        made: Any = SimpleNamespace(result=SimpleNamespace(dev_loss=self.LOSSES[prune_ratio]), key=str(prune_ratio))
         return Adapter(str(prune_ratio), lambda: AdapterWeights({}), made, (made,))
-
-    def losses(self, adapter: Any, split: str) -> Any:
-        return Finished("losses", adapter.key, Path(), Losses(losses=[self.LOSSES[float(adapter.key)][split]]), 0.0, {})
 
 
 class TestMethods:
@@ -379,15 +374,12 @@ class TestMethods:
         assert len(outcome.adapter.trail) == 3
         assert outcome.curve == FakeSteps.LOSSES
 
-    def test_a_grid_measures_what_it_needs_and_nothing_else(self, tiny_workspace, monkeypatch) -> None:
-        for method, measured in (("grid_paper", 0), ("grid", 2)):
+    def test_a_grid_measures_no_test_row_at_the_ratios_that_it_leaves(self, tiny_workspace) -> None:
+        for method in ("grid_paper", "grid"):
             comparison, _ = compared("compare", asked(method, grid=(0.2, 0.6)))
-            # Only the curve is of test losses at every ratio; the final runs measure dev themselves.
-            assert len(step_folders("compare", "test-losses")) == measured
-        assert all(point.dev and point.test for point in comparison.curve)
-        monkeypatch.setattr(methods, "MOST_IN_CURVE", 7)  # of 8 test rows
-        comparison, _ = compared("compare", asked("grid", grid=(0.2, 0.6)))
-        assert all(point.dev and point.test is None for point in comparison.curve)
+            assert not step_folders("compare", "test-losses")
+        assert [point.prune_ratio for point in comparison.curve] == [0.2, 0.6]
+        assert all(point.dev for point in comparison.curve)
 
     def test_a_grid_goes_on_without_a_ratio_whose_run_fails(self, tiny_workspace, monkeypatch) -> None:
         finetune = Steps.finetune

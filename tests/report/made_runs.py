@@ -166,6 +166,6 @@ def fixture_comparison() -> Comparison:
         backbone="tiny", language="de", seeds=[42, 1337, 9001], test_examples=100, dev_examples=6, stops_early=True,
         micro_dev_examples=4, metrics=["test_loss", "f1"],
         signatures={"f1": "refs:best"}, rows=[rows[0], missing, *rows[1:]],
-        curve=[CurvePoint(seed=seed, prune_ratio=ratio, dev=1.0 + ratio, test=1.1) for seed, ratio in places],
+        curve=[CurvePoint(seed=seed, prune_ratio=ratio, dev=1.0 + ratio) for seed, ratio in places],
         warnings=[], made_with=[{"device": "cpu"}],
     )  # fmt: skip

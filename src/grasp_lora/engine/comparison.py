@@ -133,7 +133,7 @@ class MethodRow(_Shape):
 
 
 class CurvePoint(_Shape):
-    """Mean losses of one run of the grid; a large test set is measured for the chosen ratio alone.
+    """The mean dev loss of one run of the grid.
 
     In a cross-validation `seed` is the number of the fold.
     """
@@ -141,7 +141,6 @@ class CurvePoint(_Shape):
     seed: int
     prune_ratio: float
     dev: float
-    test: float | None = None
 
 
 class Comparison(_Shape):
@@ -390,12 +389,12 @@ def _cost(row: Outcomes) -> Cost:
 
 
 def _curve(rows: Mapping[str, Outcomes]) -> list[CurvePoint]:
-    """Mean dev and test loss of each run of the grid that chooses on the dev set, by seed."""
+    """Mean dev loss of each run of the grid that chooses on the dev set, by seed."""
     outcomes = rows["grid"].by_number if "grid" in rows else {}
     return [
-        CurvePoint(seed=number, prune_ratio=ratio, **losses)
+        CurvePoint(seed=number, prune_ratio=ratio, dev=loss)
         for number, outcome in outcomes.items()
-        for ratio, losses in (outcome.curve or {}).items()
+        for ratio, loss in (outcome.curve or {}).items()
     ]
 
 

@@ -22,8 +22,6 @@ from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.recipes.stages import AUTO, ControllerStage, FinalStage
 from grasp_lora.storage.claims import Busy
 
-MOST_IN_CURVE = 200  # test examples: of 1,000 the curve of a grid of 8 would cost more passes than the grid
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -33,7 +31,7 @@ class Outcome:
         adapter: the result, with every step that led to it in its trail.
         prune_ratio: of the result, None where nothing is pruned.
         chosen_on: the split on which a choice was made, if one was.
-        curve: for a grid, ratio -> split -> mean loss of its run.
+        curve: for a grid, ratio -> mean dev loss of its run.
         left_out: what a choice had to do without, a sentence each.
         taken: what a choice among adapters of several kinds took, in words.
         parents: the adapters that were merged, where the method starts from the merge.
@@ -43,7 +41,7 @@ class Outcome:
     adapter: Adapter
     prune_ratio: float | None = None
     chosen_on: str | None = None
-    curve: Mapping[float, Mapping[str, float]] | None = None
+    curve: Mapping[float, float] | None = None
     left_out: tuple[str, ...] = ()
     taken: str | None = None
     parents: Parents | None = None
@@ -106,20 +104,16 @@ def _merged(steps: Steps) -> Outcome:
     return Outcome(parents.merged, parents=parents)
 
 
-def _grid(in_paper: bool, curve: bool) -> Callable[[Steps], Outcome]:
-    """A grid search: one final run per ratio, the best of them by the dev loss.
-
-    Only where the curve is wanted is the test split measured at every ratio, and only a small one: the chosen ratio is enough.
-    """
+def _grid(in_paper: bool) -> Callable[[Steps], Outcome]:
+    """A grid search: one final run per ratio, the best of them by the dev loss."""
 
     def run(steps: Steps) -> Outcome:
         parents = steps.parents(in_paper=in_paper)
         stage = _paper_final(steps.recipe) if in_paper else None
-        runs, points, failed, busy = {}, {}, {}, None
+        runs, losses, failed, busy = {}, {}, {}, None
         for ratio in steps.grid:
             try:
-                runs[ratio], dev_loss = steps.judged(steps.finetune(parents.merged, ratio, stage))
-                points[ratio] = {"dev": dev_loss}
+                runs[ratio], losses[ratio] = steps.judged(steps.finetune(parents.merged, ratio, stage))
             except Busy as error:  # the other ratios need not wait for this one
                 busy = error
             except RecipeError:
@@ -130,15 +124,12 @@ def _grid(in_paper: bool, curve: bool) -> Callable[[Steps], Outcome]:
             raise busy
         if not runs:
             raise next(iter(failed.values()))
-        if curve and len(steps.splits.test) <= MOST_IN_CURVE:
-            for ratio, adapter in runs.items():
-                points[ratio]["test"] = steps.losses(adapter, "test").result.mean
-        best = min(points, key=lambda ratio: points[ratio]["dev"])
+        best = min(losses, key=losses.__getitem__)
         return Outcome(
             runs[best].after(*_trail(*runs.values())),
             best,
             chosen_on="dev",
-            curve=points if curve else None,
+            curve=losses,
             left_out=tuple(f"is without ratio {ratio:g}, whose run failed: {error}" for ratio, error in failed.items()),
             parents=parents,
         )
@@ -243,10 +234,8 @@ METHODS: dict[str, Method] = {
     "lorahub": Method("LoRAHub", _lorahub, _needs_equal_ranks("lorahub"), paper=True),
     "merged": Method("merged, not trained", _merged),
     "adaptive_merge": Method("adaptive LoRA merge", _adaptive_merge, paper=True),
-    "grid_paper": Method(
-        "adaptive LoRA merge + pruning, grid", _grid(in_paper=True, curve=False), _needs("dev"), paper=True
-    ),
-    "grid": Method("grid of GRASP's final runs", _grid(in_paper=False, curve=True), _needs("dev")),
+    "grid_paper": Method("adaptive LoRA merge + pruning, grid", _grid(in_paper=True), _needs("dev"), paper=True),
+    "grid": Method("grid of GRASP's final runs", _grid(in_paper=False), _needs("dev")),
     "grasp": Method("GRASP", _grasp(in_paper=False)),
     "delivered": Method("what a run hands over", _delivered),
     "grasp_paper": Method("GRASP, preset paper", _grasp(in_paper=True), _paper_has_no_rounds, paper=True),
