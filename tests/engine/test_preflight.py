@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from recorder import session_of
 
 from grasp_lora.engine.preflight import Finding, preflight
@@ -54,6 +55,18 @@ def test_all_that_a_run_needs_is_said_and_measured_and_nothing_is_written(check:
     assert len(numbers) >= 4
     assert " GB" in found["memory"]
     assert {file: file.read_bytes() for file in Path().rglob("*") if file.is_file()} == before
+
+
+def test_the_memory_is_measured_with_gradient_checkpointing_where_the_recipe_asks_for_it(tiny_workspace: Path) -> None:
+    session, kinds = session_of("backbone.gradient_checkpointing=true"), []
+    session.backbone.model.model.layers[0].register_forward_hook(
+        lambda *_: kinds.append((session.backbone.model.is_activation_checkpointing, torch.is_grad_enabled()))
+    )
+    assert any(finding.topic == "memory" for finding in preflight(session))
+    assert {checkpointing for checkpointing, learns in kinds if learns} == {True}
+    assert not kinds[-1][0]  # the answers
+    assert not session.backbone.model.is_activation_checkpointing
+    assert not session.backbone.model.training
 
 
 def test_lines_come_as_they_are_found(tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

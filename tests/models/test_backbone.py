@@ -287,6 +287,25 @@ def test_a_damaged_folder_is_one_line(folder, file, changes, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_gpu_that_torch_cannot_compute_on_is_one_line(folder, monkeypatch):
+    asked = []
+
+    def zeros(size: int, device: str) -> torch.Tensor:
+        asked.append(device)
+        raise torch.AcceleratorError(
+            "CUDA error: no kernel image is available for execution on the device\nSearch for it"
+        )
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "zeros", zeros)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(GraspError, match=r"no kernel image .*set CUDA_VISIBLE_DEVICES= in the environment") as caught:
+        load(folder, device="auto")
+    assert asked == ["cuda:1"]
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_cuda_where_there_is_none(tiny_backbone_folder):
     with pytest.raises(GraspError, match="sees no CUDA GPU"):

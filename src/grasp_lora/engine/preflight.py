@@ -8,6 +8,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
@@ -23,7 +24,7 @@ from grasp_lora.engine.methods import most_trained
 from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import choosing_splits
 from grasp_lora.models.adapters import attached, fresh_adapter
-from grasp_lora.models.backbone import is_quantised, supports_logits_to_keep
+from grasp_lora.models.backbone import is_quantised, supports_logits_to_keep, without_peft
 from grasp_lora.models.generation import answer
 from grasp_lora.models.loss import collate, example_losses
 from grasp_lora.recipes.advice import advice
@@ -304,6 +305,23 @@ def _cost(recipe: Recipe, session: Session) -> tuple[float, int]:
     return trained, probed
 
 
+@contextmanager
+def _checkpointing(model: torch.nn.Module) -> Iterator[None]:
+    """As the trainings do it."""
+    from grasp_lora.training.trainer import leaving_backbone_as_it_was
+
+    with leaving_backbone_as_it_was(model):
+        without_peft(model).activation_checkpointing_enable()
+        model.train()
+        yield
+
+
+def _less_memory(recipe: Recipe) -> str:
+    """What lets a training take less memory, that first which leaves its result as it is."""
+    checkpointing = "" if recipe.backbone.gradient_checkpointing else "set backbone.gradient_checkpointing to true, "
+    return f"{checkpointing}take a smaller backbone, or lower data.max_tokens"
+
+
 def _measured(session: Session) -> list[Finding]:
     """Train on the longest row and on one of middle length, answer two prompts, forget it all, and reckon the job from that."""
     recipe, splits, model = session.recipe, session.splits, session.backbone.model
@@ -311,7 +329,7 @@ def _measured(session: Session) -> list[Finding]:
     middle, many = rows[len(rows) // 2], recipe.final.training.batch_size
     given = next(iter(session.given.values()), None)
     with (
-        enough_memory("one training step", "take a smaller backbone, or lower data.max_tokens"),
+        enough_memory("one training step", _less_memory(recipe)),
         fresh_adapter(model, recipe.lora, recipe.seed_of("check"))
         if given is None
         else attached(model, given.weights) as adapted,  # whose modules need not be those of the recipe
@@ -328,8 +346,9 @@ def _measured(session: Session) -> list[Finding]:
             loss.item()  # waits for a GPU
             return (time.perf_counter() - started) / many
 
-        seconds(rows[-1], True)  # whose memory counts; the first step is slow in any case
-        trained, measured, answered = seconds(middle, True), seconds(middle, False), 0.0
+        with _checkpointing(adapted) if recipe.backbone.gradient_checkpointing else nullcontext():
+            seconds(rows[-1], True)  # whose memory counts; the first step is slow in any case
+            trained, measured, answered = seconds(middle, True), seconds(middle, False), 0.0
         if splits.test:
             started = time.perf_counter()
             few, tokenizer = splits.test[:TIMED], session.backbone.tokenizer

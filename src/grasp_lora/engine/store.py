@@ -169,7 +169,7 @@ class Store:
     def _note_failure(self, key: str, folder: Path, error: GraspError) -> None:
         if isinstance(error, Busy):
             return
-        self._failed[key] = error
+        self._failed[key] = type(error)(str(error))  # not its traceback, which holds the training
         if isinstance(error, DivergedError):
 
             def note() -> None:

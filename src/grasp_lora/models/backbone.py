@@ -4,6 +4,7 @@ Also how it is loaded: on which device, in which number format, quantised, or sp
 kind of machine loads the same numbers on every day.
 """
 
+import gc
 import hashlib
 import inspect
 import json
@@ -96,6 +97,7 @@ def load_backbone(settings: BackboneSettings) -> Backbone:
         GraspError: the model is missing, gated, not cached while offline, incomplete, not a causal language
             model, or has no usable tokenizer; it cannot be quantised as asked; or the device is not there.
     """
+    gc.collect()  # of a training before this: its trainer, and so its backbone, holds itself
     device, started = _device_for(settings), time.perf_counter()
     is_embedded = settings.name == EMBEDDED_NAME
     name = embedded.PUBLIC_NAME if is_embedded else settings.name
@@ -390,7 +392,7 @@ def _device_for(settings: BackboneSettings) -> str:
     """Return "cpu", or a GPU as "cuda:0".
 
     Raises:
-        GraspError: no GPU is there, or there is nothing to split the backbone over.
+        GraspError: no GPU is there, or torch cannot compute on it, or there is nothing to split the backbone over.
     """
     available = torch.cuda.is_available()
     if settings.device == "cuda" and not available:
@@ -401,7 +403,18 @@ def _device_for(settings: BackboneSettings) -> str:
             "backbone.shard is true, but there is one process: start it with torchrun --nproc-per-node N -m grasp_lora run, "
             "or set backbone.shard to false"
         )
-    return "cpu" if on_cpu else f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"  # torchrun: one GPU for each process
+    if on_cpu:
+        return "cpu"
+    # Under torchrun each process has one; where each sees only its own, that is the first.
+    device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+    try:
+        torch.zeros(1, device=device).add_(1).item()
+    except RuntimeError as error:  # such as a card that is too old for this torch
+        raise GraspError(
+            f"the GPU cannot be used ({first_line(error)[:200]}): set CUDA_VISIBLE_DEVICES= in the environment to compute on the "
+            "processor, or install a torch that supports it"
+        ) from error
+    return device
 
 
 def _read_config(location: str, settings: BackboneSettings, source: dict[str, Any]) -> "PretrainedConfig":

@@ -202,7 +202,9 @@ class _Answers:
         left = [row for row, (_, ended) in enumerate(found) if not ended]
         self._places, self._written = ([of_rows[row] for row in left] for of_rows in (self._places, self._written))
         self._ids, self._mask = self._ids[left], self._mask[left]
-        if left and self._cache is not None:
+        if not left:
+            self._cache = None  # its memory is free for the next batch
+        if self._cache is not None:
             # What is padding for all rows goes; else they would get longer with each batch, and than the model's context.
             spare = int(self._mask.any(dim=0).int().argmax())
             self._ids, self._mask = self._ids[:, spare:], self._mask[:, spare:]

@@ -1,6 +1,7 @@
 """Memory: how much a process had, and one line that says what takes less where it does not suffice."""
 
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -8,7 +9,13 @@ from grasp_lora.errors import GraspError
 from grasp_lora.text.display import first_line
 
 # Of torch.OutOfMemoryError, CUDA's drivers and libraries, and torch's allocator on the CPU, which raises a plain RuntimeError.
-_SIGNS = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
+_SIGNS = (
+    "out of memory",
+    "ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+    "can't allocate memory",
+    "not enough memory",
+)
 
 
 def peak_memory() -> int | None:
@@ -37,6 +44,11 @@ def enough_memory(work: str, advice: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in _SIGNS):
             raise
+        traceback.clear_frames(
+            error.__traceback__
+        )  # they hold what filled the memory, for as long as the error is kept
+        if "CUDA" in str(error):
+            advice += "; or, for the processor, set CUDA_VISIBLE_DEVICES= in the environment"
         raise GraspError(
             f"the memory does not suffice for {work} ({first_line(error)[:200]}); {advice}. What is done stays"
         ) from error

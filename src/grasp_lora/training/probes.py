@@ -241,7 +241,8 @@ class NormCollector:
         def add(_module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
             values = inputs[0].detach().float()
             if self.token_mask is not None and values.shape[:-1].numel() == self.token_mask.numel():
-                values = values * self.token_mask.reshape(*values.shape[:-1], 1)  # some models flatten the batch
+                mask = self.token_mask.to(values.device)  # which may be another card than that of the ids
+                values = values * mask.reshape(*values.shape[:-1], 1)  # some models flatten the batch
             self._sums[name, factor] += values.flatten(0, -2).square().sum(0)
 
         return add
