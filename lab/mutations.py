@@ -188,7 +188,7 @@ MUTATIONS = (
     ),
     Mutation(
         "probes: padding counts in the norms",
-        "values = values * self.token_mask.reshape(*values.shape[:-1], 1)",
+        "values = values * mask.reshape(*values.shape[:-1], 1)",
         "pass",
         (PROBES,),
         "scores depend on what an example is batched with",
