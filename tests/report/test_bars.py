@@ -55,7 +55,7 @@ def test_the_time_left_is_there_though_steps_are_slow(screen: Screen) -> None:
     for number, now in ((41, 100.0), (42, 300.0), (43, 500.0)):  # a training that goes on from its 40th step
         screen.now = now
         screen.progress.step({"step": number, "steps": 50, "loss": 1.25})
-    assert screen.bar().endswith("43/50 loss 1.250 0:08:20 0:23:20")  # seven steps of 200 s
+    assert screen.bar().endswith("43/50 loss 1.250 0:08:20 0:23:20 left")  # seven steps of 200 s
 
 
 def test_answers_say_which_system_gives_them(screen: Screen) -> None:

@@ -48,14 +48,8 @@ class TerminalProgress(Progress):
             TextColumn(text, table_column=Column(no_wrap=False))
             for text in ("{task.description}", "{task.fields[facts]}")
         )
-        columns = (
-            title,
-            BarColumn(bar_width=16),
-            MofNCompleteColumn(),
-            facts,
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
+        times = (TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("left"))
+        columns = (title, BarColumn(bar_width=16), MofNCompleteColumn(), facts, *times)
         self._console = console
         # Rich draws in a notebook by ipywidgets, and warns where they are not there.
         live = console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)

@@ -44,9 +44,8 @@ def enough_memory(work: str, advice: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in _SIGNS):
             raise
-        traceback.clear_frames(
-            error.__traceback__
-        )  # they hold what filled the memory, for as long as the error is kept
+        # They hold what filled the memory, for as long as the error is kept.
+        traceback.clear_frames(error.__traceback__)
         if "CUDA" in str(error):
             advice += "; or, for the processor, set CUDA_VISIBLE_DEVICES= in the environment"
         raise GraspError(
