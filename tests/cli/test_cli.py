@@ -173,7 +173,6 @@ MISTAKES: dict[str, tuple[Mistake, str, str]] = {
     ),
     "missing adapter": (recipe(source__adapters=["nowhere/at/all"]), "adapter nowhere/at/all", "no such folder"),
     "unknown tracker": (recipe(report_to=["nosuch"]), "report_to .*nosuch", "tensorboard"),
-    "a key that is gone": (recipe(final__start="merged"), r"final\.start", "leave it out; the final run starts from the merge"),
 }  # fmt: skip
 
 
