@@ -138,7 +138,7 @@ def test_the_papers_recipes_are_as_the_released_code_runs(name, tokens):
     recipe, _ = load_recipe(f"llama3-8b-{name}")
     for stage, accumulation, patience in (("source", 8, 4), ("target", 8, 4), ("controller", 1, 3), ("final", 8, 3)):
         assert getattr(recipe, stage).training == TrainingSettings(
-            10, 1, accumulation, 1e-4, 0.0, 0.85, max_grad_norm=0.0, patience=patience
+            10, 1, accumulation, 1e-4, 0.85, max_grad_norm=0.0, patience=patience
         )
     assert recipe.lora == LoraSettings(8, 32.0, 0.05, ("q_proj", "v_proj"))
     assert recipe.merge == MergeSettings("paper_apart", dropout=0.0)
