@@ -137,7 +137,7 @@ def steps_of(setting: str, draw: int, folder: Path, work: Workplace) -> Steps:
 
 def draw_of(setting: str, draw: int, folder: Path, work: Workplace) -> None:
     steps = steps_of(setting, draw, folder, work)
-    if setting == "ko100":
+    if setting == "ko100":  # 600 test rows: only what is asked is measured on them
         write_json(folder / f"{setting}-{draw}.json", beside_the_usual(setting, draw, steps))
         return
     made = make(steps)
@@ -160,7 +160,7 @@ def articles_of(rows: Sequence[Example]) -> list[int]:
 
 
 def elsewhere(setting: str, draw: int, folder: Path, work: Workplace) -> None:
-    """The same on rows of another data set."""
+    """What is handed over, and `continued`, on rows of another data set."""
     steps = steps_of(setting, draw, folder, work)
     name, _, changes = SETTINGS[setting]
     other = Session(load_recipe(name, [*changes, *XQUAD[setting]])[0], Path.cwd())

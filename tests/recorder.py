@@ -44,6 +44,10 @@ class Recorder(Progress):
         return [name for name in self.did if not name.endswith(measured)]
 
 
+KEYS = recipe_keys()
+LEAVES = [key for key in KEYS if not any(other.startswith(f"{key}.") for other in KEYS)]
+
+
 def session_of(*overrides: str, recipe: Path | str = "tiny.yaml", progress: Progress | None = None) -> Session:
     """Open a recipe, by default the one of the tests' workspace; it may name Python code.
 
@@ -60,9 +64,7 @@ def session_of(*overrides: str, recipe: Path | str = "tiny.yaml", progress: Prog
 
 def is_no_key(key: str) -> bool:
     """Whether a field has one right answer, or that of the preset, so that a recipe cannot set it."""
-    keys = recipe_keys()
-    leaves = [kept for kept in keys if not any(other.startswith(f"{kept}.") for other in keys)]
-    return key not in keys and not any(key.startswith(f"{leaf}.") for leaf in leaves)
+    return key not in KEYS and not any(key.startswith(f"{leaf}.") for leaf in LEAVES)
 
 
 def changed(value: Any, path: str, other: Any) -> Any:

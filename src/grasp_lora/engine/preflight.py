@@ -39,6 +39,9 @@ FEW_ROUNDS = 10
 FEW_INDEPENDENT_ROUNDS = 3  # where no ratio is held, they do not depend on each other
 FEW_PROBED = 8
 PROMPT_SHOWN = 30  # characters
+LESS_MEMORY = (
+    "set backbone.gradient_checkpointing to true if it is not, take a smaller backbone, or lower data.max_tokens"
+)
 TIMED = 2  # answers
 GIGABYTE = 1e9
 
@@ -316,12 +319,6 @@ def _checkpointing(model: torch.nn.Module) -> Iterator[None]:
         yield
 
 
-def _less_memory(recipe: Recipe) -> str:
-    """What lets a training take less memory, that first which leaves its result as it is."""
-    checkpointing = "" if recipe.backbone.gradient_checkpointing else "set backbone.gradient_checkpointing to true, "
-    return f"{checkpointing}take a smaller backbone, or lower data.max_tokens"
-
-
 def _measured(session: Session) -> list[Finding]:
     """Train on the longest row and on one of middle length, answer two prompts, forget it all, and reckon the job from that."""
     recipe, splits, model = session.recipe, session.splits, session.backbone.model
@@ -329,7 +326,7 @@ def _measured(session: Session) -> list[Finding]:
     middle, many = rows[len(rows) // 2], recipe.final.training.batch_size
     given = next(iter(session.given.values()), None)
     with (
-        enough_memory("one training step", _less_memory(recipe)),
+        enough_memory("one training step", LESS_MEMORY),
         fresh_adapter(model, recipe.lora, recipe.seed_of("check"))
         if given is None
         else attached(model, given.weights) as adapted,  # whose modules need not be those of the recipe

@@ -148,7 +148,7 @@ class GraspController(PrunedTraining):
         folder: Path | None = None,
         on_round: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
-        self.settings = preset(settings or WITH_DEV)
+        self.settings = preset(WITH_DEV if settings is None else settings)
         self.micro_dev = micro_dev
         self.folder = None if folder is None else Path(folder)
         self._log: Callable[[dict[str, float]], None] | None = None
@@ -176,7 +176,7 @@ class GraspController(PrunedTraining):
             settings: policy, rounds and rule, or the name of a preset; None takes preset `spread`.
             options: what else the constructor takes.
         """
-        settings = preset(settings or WITH_DEV)
+        settings = preset(WITH_DEV if settings is None else settings)
         examples, pad_id = encoded_rows(rows, tokenizer)
         turn = settings.rounds.turn(len(examples))
         controller = cls(probes_of(examples, pad_id, turn, settings.policy.seed), settings, **options)
