@@ -222,11 +222,11 @@ def table(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 def handed_over(draw: dict[str, Any]) -> dict[str, Any]:
     """What a run would hand over by today's rule, with a controller and without, and where GRASP's result is expected."""
-    found, labels = {}, draw["setting"].startswith(("su", "min"))
+    found, questions = {}, not draw["setting"].startswith(("su", "min", "titles"))
     rivals = {name: of for name, of in draw["systems"].items() if name in OTHERS and "dev_scores" in of}
     if not rivals["continued"]["best_step"]:  # discarded, and so no candidate
         del rivals["continued"]
-    usual = "continued" if labels and "continued" in rivals else "grasp"
+    usual = "continued" if not questions and "continued" in rivals else "grasp"
     for key, name, expected in (
         ("delivered", "grasp", usual),
         (f"delivered{WITHOUT}", PLAIN, usual),

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from recorder import Recorder, read, run_tiny, session_of, weights_in
 
+from grasp_lora.data.tasks import TASKS
 from grasp_lora.engine import deliver
 from grasp_lora.engine.compare import compare
 from grasp_lora.engine.comparison import ComparisonSettings
@@ -46,8 +47,10 @@ def faked(rows: dict[str, Sequence[float]], right: dict[str, Sequence[int]] | No
         losses=lambda system, split: SimpleNamespace(result=Losses(losses=list(rows.get(system, [])))),
         row_scores=lambda system, split: SimpleNamespace(result=RowScores(metric="f1", scores=scores[system])),
         session=SimpleNamespace(available_metrics=["f1"]),
-        splits=SimpleNamespace(labels={}),
-        recipe=SimpleNamespace(final=SimpleNamespace(deliver="best", prune_ratio=None)),
+        splits=SimpleNamespace(dev=[1]),
+        recipe=SimpleNamespace(
+            data=SimpleNamespace(task="qa"), final=SimpleNamespace(deliver="best", prune_ratio=None)
+        ),
     )
 
 
@@ -92,13 +95,14 @@ class TestRule:
             (None, range(7), "grasp", "score 35.0 (f1). No other adapter scores higher."),
         ],
     )
-    def test_of_labels_the_usual_practice_is_expected_where_it_is_a_candidate(
-        self, continued: Sequence[int] | None, grasp: Sequence[int], name: str, why: str
+    @pytest.mark.parametrize("task", sorted(TASKS.keys() - {"qa"}))
+    def test_for_other_tasks_the_usual_practice_is_expected_where_it_is_a_candidate(
+        self, continued: Sequence[int] | None, grasp: Sequence[int], name: str, why: str, task: str
     ) -> None:
         names = ["source", "grasp", "continued"] if continued else ["source", "grasp"]
         rows = losses(**dict.fromkeys(names, 1.0))
         steps = faked(rows, right={"continued": continued or (), "grasp": grasp})
-        steps.splits, steps.recipe.final.prune_ratio = SimpleNamespace(labels={"good": [1], "bad": [2]}, dev=[1]), 0.0
+        steps.recipe.data.task, steps.recipe.final.prune_ratio = task, 0.0
         systems: Any = {system: Trained(system) for system in rows}
         chosen = choose(steps, systems, ON_ITS_OWN)
         assert chosen.name == name
@@ -109,7 +113,9 @@ class TestRule:
             assert choose(steps, systems, ON_ITS_OWN).name == "grasp"
             made.best_step, steps.splits.dev = 1, []
             assert choose(steps, systems, ON_ITS_OWN).name == "grasp"
-            steps.splits.dev, steps.recipe.final.deliver = [1], "grasp"
+            steps.splits.dev, steps.recipe.data.task = [1], "qa"
+            assert choose(steps, systems, ON_ITS_OWN).name == "grasp"
+            steps.recipe.data.task, steps.recipe.final.deliver = task, "grasp"
             assert choose(steps, systems, ON_ITS_OWN).name == "grasp"
 
     @pytest.mark.parametrize("rows", range(2, 101))
@@ -218,9 +224,9 @@ class TestRun:
         assert set(metrics.systems) == {"zero_shot", *SYSTEMS}
         by_loss = {name: metrics.systems[name].dev_loss for name in SYSTEMS}
         assert min(by_loss, key=lambda name: by_loss[name] or 0.0) == "continued"
-        assert metrics.delivered.name == "grasp"  # the answers of none are clearly better
+        assert metrics.delivered.name == "continued"  # no answers are clearly better, and this is no `qa`
         assert metrics.delivered.examples > 0
-        assert weights_in("best/adapter") == weights_in("best/final")
+        assert weights_in("best/adapter") == weights_in("best/continued")
         assert Path("best/continued/history.jsonl").is_file()
         # GRASP's own result is what a run that hands it over gives.
         assert weights_in("best/final") == weights_in(finished_run / "adapter")

@@ -78,7 +78,7 @@ class TestOnSource:
         metrics = run_tiny(ON, "final.deliver=best", "data.target.dev=5").metrics
         assert list(metrics.systems) == ["zero_shot", "source", "merged", "continued", "grasp"]
         assert [file.name for file in Path("run/target").iterdir()] == ["history.jsonl"]
-        assert metrics.delivered.name == "grasp"
+        assert metrics.delivered.name == "continued"
 
     def test_a_run_that_is_stopped_in_the_training_goes_on_to_the_same_bits(
         self, tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch

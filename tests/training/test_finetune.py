@@ -119,6 +119,11 @@ def test_the_learning_rate_decays_with_each_epoch(run, epochs, accumulation, exp
     assert result.steps == settings(epochs=epochs, accumulation=accumulation).steps(10)
 
 
+def test_no_evaluation_falls_right_before_the_end():
+    assert settings(evaluate_every=1 / 4).evaluate_steps(250) == 63  # four in 250 steps; of 62 it would be five
+    assert settings(evaluate_every=0.07).evaluate_steps(100) == 7  # 0.07 * 100 is above 7 in binary
+
+
 @pytest.mark.parametrize(("every", "expected"), [(1.0, [0, 5, 7]), (0.4, [0, 2, 4, 6, 7]), (0.01, range(8))])
 def test_the_dev_loss_is_measured_when_due_and_at_the_end(run, every, expected):
     result = run(dev=make_examples(3, 1), evaluate_every=every, epochs=1.4)  # 7 steps

@@ -2,8 +2,8 @@
 
 The rule, for `final.deliver: best`, on dev, or on micro-dev where there is no dev set. The test split has no part in it.
 
-1. To expect the best of is GRASP's result. For labels it is `continued`, where there is a dev set and training lowered its dev
-   loss: in 14 draws of 60 to 200 rows it was better, or as good (`lab/results/few-rows.md`).
+1. To expect the best of is GRASP's result for questions on a text. For other tasks it is `continued`, where there is a dev set
+   and training lowered its dev loss: no gain over it was shown there (`lab/results/few-rows.md`).
 2. The candidates answer these rows. Of those whose main score is above that of the expected one by more than `AHEAD` standard
    errors of the difference the highest is handed over, of equal ones the one of the lower loss.
 3. Else the expected one is.
@@ -90,8 +90,8 @@ def choose(steps: Steps, systems: Mapping[str, Adapter], parents: Parents, left_
         chosen = Delivered(name="grasp", title=titles["grasp"], why="The recipe asks for it (final.deliver).")
     else:
         scores = {name: step.result for name, step in answers_that_count(steps, systems).items()}
-        labels = bool(steps.splits.labels and steps.splits.dev)
-        chosen = best_of(scores, losses, rows, left_out, titles, expected_of(systems, labels=labels))
+        plain = steps.recipe.data.task != "qa" and bool(steps.splits.dev)
+        chosen = best_of(scores, losses, rows, left_out, titles, expected_of(systems, plain=plain))
         if scores:
             ours, alone = scores[chosen.name], answers_that_count(steps, {ALONE: steps.alone()})[ALONE].result
             if _ahead(ours.scores, alone.scores):
@@ -155,12 +155,12 @@ def best_of(
     return Delivered(name, title_of(name, titles), f"{why} {left_out}".strip(), split, examples)
 
 
-def expected_of(systems: Mapping[str, Adapter], *, labels: bool) -> str:
-    """The candidate that is handed over where rows do not tell, by rule 1.
+def expected_of(systems: Mapping[str, Adapter], *, plain: bool) -> str:
+    """The candidate that is handed over where rows do not tell, by rule 1; `plain`: it is `continued`, if that learned something.
 
     With several sources `continued` is a candidate even where no step lowered its loss; then it is not expected.
     """
-    made = systems["continued"].made if labels and "continued" in systems else None
+    made = systems["continued"].made if plain and "continued" in systems else None
     return "continued" if made is not None and made.result.best_step else "grasp"
 
 

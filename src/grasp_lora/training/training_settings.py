@@ -75,8 +75,8 @@ class TrainingSettings:
         return math.ceil(math.ceil(examples / self.batch_size) / self.accumulation)
 
     def evaluate_steps(self, steps_per_epoch: int) -> int:
-        """Optimizer steps between two dev evaluations."""
-        return max(1, round(self.evaluate_every * steps_per_epoch))
+        """Optimizer steps between two dev evaluations, rounded up: rounded down, one more would fall right before the end."""
+        return max(1, math.ceil(round(self.evaluate_every * steps_per_epoch, 6)))
 
     def steps(self, examples: int) -> int:
         """Optimizer steps of the whole run over so many examples, on one process."""
