@@ -141,7 +141,7 @@ def judge(
         rows: a file of rows with answers, which none of the adapters was trained on.
         language: code of the rows, such as `sw`.
         progress: as of `run`.
-        settings: `english`, `merge`, `columns` and what else `grasp_lora.engine.judge.judge` takes.
+        settings: `columns`, `sheet` and what else `grasp_lora.engine.judge.judge` takes.
 
     Raises:
         GraspError: an adapter does not fit, or the rows cannot be used, or an adapter was trained on them.

@@ -16,8 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import grasp_lora as gl
 from grasp_lora.engine.judge import Judgement
 from grasp_lora.errors import AdapterError, DataError
-from grasp_lora.method.merging import MergeSettings
-from grasp_lora.models.adapter_files import read_adapter
 from grasp_lora.report.judged import sentence
 
 ROWS = "fresh.jsonl"
@@ -39,7 +37,7 @@ def write_rows(rows: list[dict[str, str]], file: str = ROWS) -> None:
 
 
 def test_scores_and_answers_are_those_of_the_run(judged: Callable[..., Judgement]) -> None:
-    trial = judged("run/source", "run/target", "run/final", "backbone").rows
+    trial = judged("run/source", "run/target", "run/final", "backbone")
     systems = read("run/metrics.json")["systems"]
     for name, of_run in (("source", "source"), ("target", "target"), ("final", "grasp"), ("backbone", "zero_shot")):
         scores = dict(trial.scores[name])
@@ -56,31 +54,8 @@ def test_scores_and_answers_are_those_of_the_run(judged: Callable[..., Judgement
     assert (turned.difference, turned.low, turned.high) == (-straight.difference, -straight.high, -straight.low)
 
 
-def test_one_adapter_is_judged_against_the_backbone_and_two_with_their_merges(judged: Callable[..., Judgement]) -> None:
-    assert list(judged("run/source").rows.scores) == ["source", "backbone"]
-    trial = judged("run/source", "run/target", merge=True).rows
-    assert list(trial.scores) == ["source", "target", "sum", "average"]
-    weights = [read_adapter(f"run/{name}").weights for name in ("source", "target")]
-    for name, settings in (("sum", MergeSettings("exact", (1.0, 1.0))), ("average", MergeSettings("exact"))):
-        gl.save_adapter(
-            Path(name),
-            gl.merge(weights, settings).together(),
-            AutoModelForCausalLM.from_pretrained("tiny-llama"),
-            backbone_name="tiny-llama",
-            dropout=0.0,
-        )
-    again = judged("run/source", "sum", "average").rows
-    for name in ("sum", "average"):
-        assert again.scores[name]["test_loss"] == pytest.approx(trial.scores[name]["test_loss"], rel=1e-5)
-
-
-def test_english_rows_say_what_was_forgotten(judged: Callable[..., Judgement]) -> None:
-    write_rows(
-        [{"prompt": f"fresh {number}: what?", "completion": f" {number}"} for number in range(4)], "english.jsonl"
-    )
-    judgement = judged("run/source", "run/final", english="english.jsonl")
-    assert judgement.english is not None
-    assert (judgement.english.examples, judgement.english.language) == (4, "en")
+def test_one_adapter_is_judged_against_the_backbone(judged: Callable[..., Judgement]) -> None:
+    assert list(judged("run/source").scores) == ["source", "backbone"]
 
 
 def test_rows_that_an_adapter_knows_are_refused(judged: Callable[..., Judgement]) -> None:
@@ -92,12 +67,12 @@ def test_rows_that_an_adapter_knows_are_refused(judged: Callable[..., Judgement]
 
 
 def test_what_cannot_be_judged_is_refused(judged: Callable[..., Judgement]) -> None:
-    for adapters, settings, told in (
-        (("backbone",), {}, "there is no adapter to judge"),
-        (("run/source",), {"merge": True}, "--merge takes at least two adapters"),
-    ):
-        with pytest.raises(AdapterError, match=told):
-            judged(*adapters, **settings)
+    with pytest.raises(AdapterError, match="there is no adapter to judge"):
+        judged("backbone")
+    shutil.copytree("run/source", "backbone")
+    for adapter in ("backbone", "./backbone"):
+        with pytest.raises(AdapterError, match="an adapter is called 'backbone', which means the model alone here"):
+            judged(adapter)
     shutil.copytree("run/source", "many")
     said = read("many/grasp_lora.json")
     said["answers"]["labels"] = [str(number) for number in range(100_000)]  # a stranger's, which would take hours
@@ -116,11 +91,11 @@ def test_page_table_and_files(judged: Callable[..., Judgement], cli: Callable[..
     asked = ("judge", "run/source", "run/final", "--rows", ROWS, "--language", "de")
     result = cli(*asked, "--save", "verdict")
     assert result.status == 0, result.err
-    trial = judged("run/source", "run/final").rows
+    trial = judged("run/source", "run/final")
     assert sentence(trial) in result.out
     facts = read("verdict/judge.json")
-    assert facts["rows"]["ranking"] == trial.ranking
-    assert facts["rows"]["scores"]["final"]["test_loss"] == pytest.approx(trial.scores["final"]["test_loss"])
+    assert facts["ranking"] == trial.ranking
+    assert facts["scores"]["final"]["test_loss"] == pytest.approx(trial.scores["final"]["test_loss"])
     assert [set(row["answers"]) for row in rows_of("verdict/answers.jsonl")] == [{"source", "final"}] * trial.examples
     page = Path("verdict/judge.html").read_text(encoding="utf-8")
     assert sentence(trial) in page
@@ -190,7 +165,7 @@ def train_with_trl(backbone: PreTrainedModel, config: LoraConfig) -> str:
 @pytest.mark.parametrize("program", STRANGERS)
 def test_folders_of_other_programs_load_as_they_are(program: str, judged: Callable[..., Judgement]) -> None:
     folder = strangers_folder(program)
-    trial = judged("run/source", folder).rows  # the first says in which number format it was trained
+    trial = judged("run/source", folder)  # the first says in which number format it was trained
     if program == "unsloth":  # PEFT would import what the mapping names
         stated = read(f"{program}/adapter_config.json") | {"auto_mapping": None}
         Path(program, "adapter_config.json").write_text(json.dumps(stated), encoding="utf-8")
@@ -208,4 +183,4 @@ def test_folders_of_other_programs_load_as_they_are(program: str, judged: Callab
 
 def test_a_folder_of_a_checkpoint_is_an_adapter_too(judged: Callable[..., Judgement]) -> None:
     strangers_folder("trl")
-    assert list(judged("trl/checkpoint-1", "run/source").rows.scores) == ["checkpoint-1", "source"]
+    assert list(judged("trl/checkpoint-1", "run/source").scores) == ["checkpoint-1", "source"]

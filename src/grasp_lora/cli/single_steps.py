@@ -18,12 +18,6 @@ def judge(
     ],
     rows: Annotated[str, typer.Option(help="A file of rows with answers, which none of the adapters was trained on.")],
     language: Annotated[str, typer.Option(help="Code of the language of the rows, such as sw.")],
-    english: Annotated[
-        str | None, typer.Option(help="A file of English rows of the same task: what was forgotten.")
-    ] = None,
-    merge: Annotated[
-        bool, typer.Option("--merge", help="Let the exact sum and the average of them compete, too.")
-    ] = False,
     column: Annotated[
         list[str] | None, typer.Option(help="A column of another name: FIELD=COLUMN. May be repeated.")
     ] = None,
@@ -55,8 +49,6 @@ def judge(
         adapters,
         rows,
         language,
-        english=english,
-        merge=merge,
         columns=parse_columns(column or []),
         sheet=sheet,
         chat=chat,

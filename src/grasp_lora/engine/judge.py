@@ -1,7 +1,7 @@
 """Which of several adapters: all of them, and the backbone itself, on one file of rows. There is no recipe and no training.
 
     judgement = judge(["runs/sw/adapter", "someone/swahili-qa", "backbone"], "test.csv", language="sw")
-    sentence(judgement.rows)  # report/judged.py: 'someone/swahili-qa has the highest F1, 61.2; no difference is shown to ...'
+    sentence(judgement)  # report/judged.py: 'someone/swahili-qa has the highest F1, 61.2; no difference is shown to ...'
 
 The backbone is loaded once. Each adapter is asked in the form that it was trained with; one that does not say takes the form of
 the first that does. Rows that belong together are drawn together, and the intervals hold for all pairs at once.
@@ -27,8 +27,6 @@ from grasp_lora.errors import AdapterError, DataError
 from grasp_lora.evaluation.metrics import METRICS, score
 from grasp_lora.evaluation.statistics import PairedComparison, compare_all_pairs
 from grasp_lora.method.lora import AdapterWeights
-from grasp_lora.method.merging import MergeSettings
-from grasp_lora.method.merging import merge as merge_weights
 from grasp_lora.models.adapter_files import Answers, LoadedAdapter, read_adapter
 from grasp_lora.models.adapters import attached, check_fits
 from grasp_lora.models.backbone import Backbone, backbone_of
@@ -42,7 +40,6 @@ from grasp_lora.text.display import quoted
 logger = logging.getLogger(__name__)
 
 BACKBONE = "backbone"  # in the place of an adapter: the backbone alone
-MERGES = {"sum": 1.0, "average": None}  # contestants of `merge`: name -> weight of each adapter, None for 1/N
 
 
 @dataclass(frozen=True)
@@ -75,11 +72,12 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Trial:
-    """What the contestants are worth on one file.
+class Judgement:
+    """Which adapter is best on the rows, and how sure that is.
 
     Args:
-        file: its name.
+        backbone: its name.
+        file: that of the rows.
         language: of its rows.
         task: of its rows.
         groups: how many groups of what belongs together the rows form.
@@ -90,6 +88,7 @@ class Trial:
         pairs: every pair of contestants by every score that has an interval.
     """
 
+    backbone: str
     file: str
     language: str
     task: str
@@ -123,29 +122,10 @@ class Trial:
                 return pair.comparison if pair.first == name else turned(pair.comparison)
         return None
 
-
-@dataclass(frozen=True)
-class Judgement:
-    """Which adapter is best on the rows, and how sure that is.
-
-    Args:
-        backbone: its name.
-        rows: on the file of the target language.
-        english: on a file of the rich language, which says what was forgotten; None where none was given.
-    """
-
-    backbone: str
-    rows: Trial
-    english: Trial | None = None
-
     def to_json(self) -> dict[str, Any]:
         """Return it as judge.json holds it, the answers aside."""
-        trials = {name: trial for name, trial in (("rows", self.rows), ("english", self.english)) if trial}
-        return {"backbone": self.backbone} | {
-            name: {key: value for key, value in asdict(trial).items() if key not in ("answers", "prompts")}
-            | {"examples": trial.examples, "metric": trial.metric, "ranking": trial.ranking}
-            for name, trial in trials.items()
-        }
+        facts = {key: value for key, value in asdict(self).items() if key not in ("answers", "prompts")}
+        return facts | {"examples": self.examples, "metric": self.metric, "ranking": self.ranking}
 
 
 def turned(comparison: PairedComparison) -> PairedComparison:
@@ -160,8 +140,6 @@ def judge(
     rows: str | Path,
     language: str,
     *,
-    english: str | Path | None = None,
-    merge: bool = False,
     columns: Mapping[str, str] | None = None,
     sheet: str | None = None,
     chat: bool | None = None,
@@ -178,8 +156,6 @@ def judge(
             there is one adapter.
         rows: a file of rows with answers, in any layout that a recipe's data may have; none of the adapters was trained on them.
         language: code of the rows, such as `sw`.
-        english: a file of the same task in English, for what was forgotten.
-        merge: let the exact sum of the adapters, and their average, compete, too.
         columns: field -> column of the rows, where they differ.
         sheet: of a workbook.
         chat: whether prompts stand in the chat template; None: as each adapter was trained, else where rows are conversations.
@@ -198,52 +174,41 @@ def judge(
     if not read:
         raise AdapterError("there is no adapter to judge; give at least one PEFT folder or hub id")
     form = next((adapter.info.answers for adapter in read.values() if _says_how(adapter)), None)
-    target = _corpus(rows, form, columns, sheet)
-    other = None if english is None else _corpus(english, form, columns, None, target.task)
+    corpus = _corpus(rows, form, columns, sheet)
     first = next(iter(read))
     loaded = backbone_of(
         read[first], backbone or backbone_of_run(first), device, revision=revision, trust_remote_code=trust_remote_code
     )
     for adapter in read.values():
         check_fits(adapter, loaded)
-    contestants = _contestants(read, merge)
+    contestants = _contestants(read)
     if alone or len(contestants) == 1:
         contestants.append(Contestant(BACKBONE))
-    contestants = [replace(each, form=_form(each.form, form, target)) for each in contestants]
-    trials = [
-        _trial(corpus, code, contestants, loaded, chat, progress)
-        for corpus, code in ((target, language), (other, FALLBACK_LANGUAGE))
-        if corpus is not None
-    ]
-    return Judgement(loaded.name, *trials)
+    contestants = [replace(each, form=_form(each.form, form, corpus)) for each in contestants]
+    return _judged(corpus, language, contestants, loaded, chat, progress)
 
 
 def _says_how(adapter: LoadedAdapter) -> bool:
     return adapter.info.answers is not None and adapter.info.answers.task is not None
 
 
-def _corpus(
-    file: str | Path,
-    form: Answers | None,
-    columns: Mapping[str, str] | None,
-    sheet: str | None,
-    task: str | None = None,
-) -> Corpus:
+def _corpus(file: str | Path, form: Answers | None, columns: Mapping[str, str] | None, sheet: str | None) -> Corpus:
     """The rows of a file, as the task that the adapters were trained for, or else the one that their columns fit."""
     name = str(file)
     option = "--column" if columns else None
     renamed = columns or (form.columns if form else None)
-    wanted = task or (form.task if form else None)
-    return read_corpus(name, resolve_file(name), Path(), wanted, renamed, sheet, option=option)
+    return read_corpus(name, resolve_file(name), Path(), form.task if form else None, renamed, sheet, option=option)
 
 
-def _contestants(read: Mapping[str, LoadedAdapter], merge: bool) -> list[Contestant]:
+def _contestants(read: Mapping[str, LoadedAdapter]) -> list[Contestant]:
     names = [adapter.name for adapter in read.values()]
     names = names if len(set(names)) == len(names) else list(read)
+    if BACKBONE in names:
+        raise AdapterError(f"an adapter is called {BACKBONE!r}, which means the model alone here; rename its folder")
     for name, adapter in zip(names, read.values(), strict=True):
         if adapter.info.answers and adapter.info.answers.labels:
             check_labels(adapter.info.answers.labels, f"adapter {name}")
-    contestants = [
+    return [
         Contestant(
             name,
             adapter.weights.together(),
@@ -253,16 +218,6 @@ def _contestants(read: Mapping[str, LoadedAdapter], merge: bool) -> list[Contest
         )
         for name, adapter in zip(names, read.values(), strict=True)
     ]
-    if merge and len(contestants) < 2:
-        raise AdapterError("--merge takes at least two adapters; give another, or leave it out")
-    for name, weight in MERGES.items() if merge else ():
-        weights = None if weight is None else (weight,) * len(read)
-        merged = merge_weights([adapter.weights for adapter in read.values()], MergeSettings("exact", weights), names)
-        knows = frozenset[str]().union(*(each.rows for each in contestants))
-        contestants.append(
-            Contestant(name, merged.together(), contestants[0].form, contestants[0].chat_template, knows)
-        )
-    return contestants
 
 
 def _form(said: Answers, other: Answers | None, corpus: Corpus) -> Answers:
@@ -279,15 +234,15 @@ def _form(said: Answers, other: Answers | None, corpus: Corpus) -> Answers:
     return form
 
 
-def _trial(
+def _judged(
     corpus: Corpus,
     language: str,
     contestants: Sequence[Contestant],
     loaded: Backbone,
     chat: bool | None,
     progress: Progress,
-) -> Trial:
-    """Let each contestant answer the rows of one file."""
+) -> Judgement:
+    """Let each contestant answer the rows."""
     records = corpus.records
     if len(records) < 2:
         raise DataError(f"{corpus.name} has {len(records)} row; at least 2 are needed to judge by")
@@ -330,7 +285,8 @@ def _trial(
             )
             for row, example in enumerate(examples)
         ]
-    return Trial(
+    return Judgement(
+        loaded.name,
         corpus.name,
         language,
         corpus.task,

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from grasp_lora.engine.judge import Judgement, Trial
+from grasp_lora.engine.judge import Judgement
 from grasp_lora.engine.results import TEST_LOSS, Prediction
 from grasp_lora.report.examples import differing
 from grasp_lora.report.pages import print_table, public_name, render
@@ -23,60 +23,59 @@ SHOWN = 3  # examples in the terminal
 CHARACTERS = 60  # of an answer in the terminal
 
 
-def sentence(trial: Trial) -> str:
+def sentence(judgement: Judgement) -> str:
     """Which contestant has the best score, and from which others that is shown to set it apart."""
-    best, *others = trial.ranking
-    compared = {name: trial.against(best, name) for name in others}
+    best, *others = judgement.ranking
+    compared = {name: judgement.against(best, name) for name in others}
     beaten = [name for name, comparison in compared.items() if comparison and comparison.verdict == "better"]
     level = [name for name in others if name not in beaten]
-    value = trial.scores[best][trial.metric]
-    text = f"{best} has the highest {_name(trial.metric)}, {value:.1f}, on {trial.examples} rows. "
+    value = judgement.scores[best][judgement.metric]
+    text = f"{best} has the highest {_name(judgement.metric)}, {value:.1f}, on {judgement.examples} rows. "
     if beaten:
         text += f"It is shown to be better than {listed(beaten)}"
         return text + (f"; no difference is shown to {listed(level)}." if level else ".")
     return text + f"These rows show no difference between it and {listed(level)}."
 
 
-def scores_of(trial: Trial) -> TextTable:
+def scores_of(judgement: Judgement) -> TextTable:
     """Losses and scores of every contestant, the best first, and by how much the best is ahead of it."""
-    names, metric = trial.ranking, trial.metric
-    metrics = list(trial.scores[names[0]])
+    names, metric = judgement.ranking, judgement.metric
+    metrics = list(judgement.scores[names[0]])
     columns = [[Cell(name) for name in names]]
     for key in metrics:
-        values = [trial.scores[name][key] for name in names]
+        values = [judgement.scores[name][key] for name in names]
         columns.append(column_of(values, 3 if key == TEST_LOSS else 1, min if key == TEST_LOSS else max, "unavailable"))
-    ahead = [trial.against(names[0], name) for name in names[1:]]
+    ahead = [judgement.against(names[0], name) for name in names[1:]]
     texts = ["unavailable" if comparison is None else interval_text(comparison, 1) for comparison in ahead]
     columns.append([Cell("–"), *map(Cell, texts)])
     heads = ["Adapter", *(f"{_name(key)}\u00a0{'↓' if key == TEST_LOSS else '↑'}" for key in metrics)]
     heads.append(f"{_name(metric)}: {names[0]} minus it")
-    return TextTable(f"Scores on {trial.file}", heads, [list(row) for row in zip(*columns, strict=True)])
+    return TextTable(f"Scores on {judgement.file}", heads, [list(row) for row in zip(*columns, strict=True)])
 
 
-def how(trial: Trial) -> str:
+def how(judgement: Judgement) -> str:
     """Where the intervals come from."""
     drawn = (
-        f"in their {trial.groups} groups of what belongs together" if trial.groups < trial.examples else "one by one"
+        f"in their {judgement.groups} groups of what belongs together"
+        if judgement.groups < judgement.examples
+        else "one by one"
     )
-    pairs = len(trial.ranking) * (len(trial.ranking) - 1) // 2
+    pairs = len(judgement.ranking) * (len(judgement.ranking) - 1) // 2
     joint = f"; they hold for all {pairs} pairs at once" if pairs > 1 else ""
-    confidence = percent(trial.pairs[0].comparison.confidence)
+    confidence = percent(judgement.pairs[0].comparison.confidence)
     return (
-        f"Intervals: paired bootstrap over the {trial.examples} rows, drawn {drawn}, {confidence}{joint}. They say what other "
-        "rows of this kind would show."
+        f"Intervals: paired bootstrap over the {judgement.examples} rows, drawn {drawn}, {confidence}{joint}. They say what "
+        "other rows of this kind would show."
     )
 
 
 def print_judgement(judgement: Judgement, console: Console) -> None:
     """Print tables and sentences, and the rows in which the two best differ most."""
-    for trial, title in _titled(judgement):
-        console.print(title, style="bold", markup=False, soft_wrap=True)
-        print_table(scores_of(trial), console)
-        for line in (sentence(trial), how(trial)):
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
-    trial = judgement.rows
-    pair = {name: trial.answers[name] for name in trial.ranking[:2]}
-    for question in differing(pair, trial.prompts, _ids(trial), metric=trial.metric).shown[:SHOWN]:
+    print_table(scores_of(judgement), console)
+    for line in (sentence(judgement), how(judgement)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    pair = {name: judgement.answers[name] for name in judgement.ranking[:2]}
+    for question in differing(pair, judgement.prompts, _ids(judgement), metric=judgement.metric).shown[:SHOWN]:
         console.print(
             f"row {question.number}, expected: {_short(question.references[0])}", markup=False, soft_wrap=True
         )
@@ -86,44 +85,28 @@ def print_judgement(judgement: Judgement, console: Console) -> None:
 
 def write_judgement(judgement: Judgement, folder: Path) -> None:
     """Write page, JSON and all answers into a folder that does not exist or is empty."""
-    trials = [
-        {
-            "title": title,
-            "sentence": sentence(trial),
-            "how": how(trial),
-            "table": scores_of(trial),
-            "language": trial.language.replace("_", "-"),
-            "examples": differing(trial.answers, trial.prompts, _ids(trial), trial.ranking[0], trial.metric),
-            "signatures": {_name(key): text for key, text in trial.signatures.items()},
-        }
-        for trial, title in _titled(judgement)
-    ]
+    ids, best = _ids(judgement), judgement.ranking[0]
     page = render("judge.html.j2", {
-        "version": version("grasp-lora"), "backbone": public_name(judgement.backbone), "trials": trials,
-        "scale": scale_note(judgement.rows.signatures),
+        "version": version("grasp-lora"), "backbone": public_name(judgement.backbone), "file": judgement.file,
+        "sentence": sentence(judgement), "how": how(judgement), "table_of_scores": scores_of(judgement),
+        "language": judgement.language.replace("_", "-"), "scale": scale_note(judgement.signatures),
+        "examples": differing(judgement.answers, judgement.prompts, ids, best, judgement.metric),
+        "signatures": {_name(key): text for key, text in judgement.signatures.items()},
     })  # fmt: skip
     with new_folder(folder) as draft:
         write_whole(draft / PAGE, page)
         write_json(draft / FACTS, judgement.to_json())
-        write_jsonl(draft / ANSWERS, [row for trial, _ in _titled(judgement) for row in _rows(trial)])
+        write_jsonl(draft / ANSWERS, _rows(judgement))
 
 
-def _titled(judgement: Judgement) -> list[tuple[Trial, str]]:
-    titled = [(judgement.rows, f"On {judgement.rows.file}")]
-    if judgement.english is not None:
-        titled.append((judgement.english, f"In English, on {judgement.english.file}: what was forgotten"))
-    return titled
-
-
-def _rows(trial: Trial) -> list[dict[str, Any]]:
+def _rows(judgement: Judgement) -> list[dict[str, Any]]:
     """Each row with what each contestant answered."""
-    first = next(iter(trial.answers.values()))
+    first = next(iter(judgement.answers.values()))
     return [
         {
-            "file": trial.file,
             "id": row.id,
             "references": list(row.references),
-            "answers": {name: _answer(rows[place]) for name, rows in trial.answers.items()},
+            "answers": {name: _answer(rows[place]) for name, rows in judgement.answers.items()},
         }
         for place, row in enumerate(first)
     ]
@@ -133,8 +116,8 @@ def _answer(row: Prediction) -> dict[str, Any]:
     return {"answer": row.prediction, "loss": row.loss, "scores": dict(row.scores)}
 
 
-def _ids(trial: Trial) -> list[str]:
-    return [row.id for row in next(iter(trial.answers.values()))]
+def _ids(judgement: Judgement) -> list[str]:
+    return [row.id for row in next(iter(judgement.answers.values()))]
 
 
 def _name(metric: str) -> str:
