@@ -120,44 +120,17 @@ def test_a_step_that_another_process_has_just_done_is_not_done_again(
     assert Store(tmp_path).step("step", INPUTS, Losses, never).result == LOSSES
 
 
-def test_a_training_that_diverged_is_not_tried_again_on_the_same_machine(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    tries = []
-
-    def diverges(folder: Path) -> Trained:
-        tries.append(folder)
-        complete_checkpoint(folder / "work/checkpoint-5")
-        raise DivergedError("the loss is not finite")
-
-    for _ in range(3):
-        store = Store(tmp_path)
-        for _ in range(2):
-            with pytest.raises(DivergedError, match=r"^the loss is not finite$"):
-                store.step("step", INPUTS, Trained, diverges)
-    assert len(tries) == 1
-    note = tmp_path / FOLDER / "failed.json"
-    assert f"diverged before and is not tried again until {note} is removed" in caplog.text
-    assert not list(tmp_path.rglob("checkpoint-*"))
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "made_with", lambda: {"torch": "another"})
-        with pytest.raises(DivergedError):
-            Store(tmp_path).step("step", INPUTS, Trained, diverges)
-    assert len(tries) == 2
-    note.unlink()
-    assert Store(tmp_path).step("step", INPUTS, Losses, lambda folder: LOSSES).result == LOSSES
-
-
 def complete_checkpoint(folder: Path, seconds: float = 1.0) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "state.json").write_text("{}")
     complete(folder, seconds)
 
 
-def test_another_error_leaves_no_note_and_is_not_tried_again_by_this_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [GraspError, DivergedError])
+def test_what_failed_is_not_tried_again_by_this_process(kind: type[GraspError], tmp_path: Path) -> None:
     store = Store(tmp_path)
-    for work in (failing(GraspError("the memory does not suffice")), never):
-        with pytest.raises(GraspError, match="the memory does not suffice"):
+    for work in (failing(kind("the memory does not suffice")), never):
+        with pytest.raises(kind, match=r"^the memory does not suffice$"):
             store.step("step", INPUTS, Losses, work)
     assert not list(tmp_path.rglob("*.json"))
     assert Store(tmp_path).step("step", INPUTS, Losses, lambda folder: LOSSES).result == LOSSES

@@ -617,9 +617,8 @@ def test_the_command_says_what_comes_next(cli: Callable[..., Any], start: Callab
     said = cli("init", "t.jsonl", "-l", "de", *options).out
     first, *lines = said.splitlines()
     assert first == f"wrote full.yaml and {SCHEMA_FILE}"
-    assert [line.partition(":")[0] for line in lines] == ["task", "rows", "advice", "advice", "next"]
+    assert [line.partition(":")[0] for line in lines] == ["task", "rows", "next"]
     assert lines[1] == "rows: all others, about 30, to train on, 15 dev and 15 test"
-    assert "--methods joint" in lines[3]
     assert lines[-1] == "next: grasp-lora check full.yaml"
     named = [{"question": f"{i}?", "answer": "a"} for i in range(60)]
     write(Path("named.jsonl"), named)

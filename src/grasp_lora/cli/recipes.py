@@ -83,7 +83,6 @@ def init(
     ] = None,
 ) -> None:
     """Write a commented recipe, with split sizes that fit your own examples, and the schema that editors complete it by."""
-    from grasp_lora.recipes.advice import advice
     from grasp_lora.recipes.init import write_recipe
     from grasp_lora.recipes.load import load_recipe
 
@@ -108,13 +107,6 @@ def init(
     say(f"task: {recipe.data.task}" + (f", where {' and '.join(named)}" if named else ""))
     held_out = f"{target.dev} dev and {target.test} test"
     say(f"rows: {f'all others, about {left},' if target.train is None else target.train} to train on, {held_out}")
-    for sentence in advice(
-        recipe.data.target.dev or 0,
-        on=recipe.target.on,
-        has_source_rows=recipe.data.source is not None,
-        prunes=recipe.final.prune_ratio != 0,
-    ):
-        say(f"advice: {sentence}")
     if recipe.data.source is None and not recipe.source.adapters:
         say(
             f"no source yet: remove {file} and give the same command with --source FILE or ADAPTER, or name one in the "

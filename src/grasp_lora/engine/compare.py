@@ -124,6 +124,7 @@ class _Work:
             steps = Steps(seeded, store, shared, settings.grid, lambda: work.interruption.asked_by)
             to_do = [name for name, row in self.rows.items() if row.unavailable is None]
             self.batches.append(_Batch(number, title, steps, to_do))
+        self.planned = sum(len(batch.to_do) for batch in self.batches)
 
     def execute(self) -> Comparison:
         """Go through all batches until nothing is left, also by other processes; write the table after each batch."""
@@ -144,13 +145,13 @@ class _Work:
 
     def _advance(self, batch: _Batch) -> None:
         """Do every method of a batch that is to be done, less those of which another process does a step."""
-        total = len(self.batches) * len(self.rows)
         for name in list(batch.to_do):
             method, row = METHODS[name], self.rows[name]
             title = f"{method.title}, {batch.title}"
             try:
                 if row.unavailable is None:
-                    self.progress.method(title, total - sum(len(each.to_do) for each in self.batches) + 1, total)
+                    left = sum(len(each.to_do) for each in self.batches)
+                    self.progress.method(title, self.planned - left + 1, self.planned)
                     outcome = method.run(batch.steps)
                     row.by_number[batch.number] = replace(
                         outcome, measured=batch.steps.measure(outcome.adapter, on_dev=False)

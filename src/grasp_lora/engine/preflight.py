@@ -27,7 +27,6 @@ from grasp_lora.models.adapters import attached, fresh_adapter
 from grasp_lora.models.backbone import is_quantised, supports_logits_to_keep, without_peft
 from grasp_lora.models.generation import answer
 from grasp_lora.models.loss import collate, example_losses
-from grasp_lora.recipes.advice import advice
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.recipes.stages import AUTO
 from grasp_lora.storage.memory import enough_memory, peak_memory
@@ -262,7 +261,7 @@ def _written_answers(session: Session) -> Iterator[Finding]:
 
 
 def _plan(session: Session) -> Iterator[Finding]:
-    """Rounds, cost, advice, and what a test set of this size can tell."""
+    """Rounds, cost, and what a test set of this size can tell."""
     recipe, splits = session.recipe, session.splits
     if recipe.final.prune_ratio is None:
         stage, pool = recipe.controller, len(session.probe_pool)
@@ -278,13 +277,6 @@ def _plan(session: Session) -> Iterator[Finding]:
     passes = TRAINED_AS_MEASURED * trained + probed
     text = f"at most {trained:.0f} training examples and {probed} probed ones, {passes:.0f} forward passes"
     yield _ok("cost", f"{text}; dev losses and answers come on top")
-    for sentence in advice(
-        len(splits.dev) if recipe.final.training.patience else 0,
-        on=recipe.target.on,
-        has_source_rows=bool(splits.source_train),
-        prunes=recipe.final.prune_ratio != 0,
-    ):
-        yield _ok("advice", sentence)
     test = splits.test
     width = expected_width(
         list(session.metrics), len(test), _systems(recipe) - 1, group_size(test), len(set(group_numbers(test))), seeds=1

@@ -9,7 +9,6 @@ way, and its training goes on from the checkpoints in its `work`.
         adapter/       of a step that makes one
         done.json      what decided it, its seconds, the versions it was made with
         work/          of a step under way: checkpoints, history, rounds
-        failed.json    its training diverged on this kind of machine; it is tried again once this is removed
 
 Several processes may share a store: one claims a step, and for the others it is `Busy` until it is done.
 """
@@ -34,9 +33,9 @@ from safetensors import SafetensorError, safe_open
 
 from grasp_lora.engine.progress import Progress
 from grasp_lora.engine.results import RESULT, Finished, Result, Trained, read_if_there
-from grasp_lora.errors import DivergedError, GraspError
+from grasp_lora.errors import GraspError
 from grasp_lora.models.adapter_files import CONFIG_FILE, OUR_FILE, WEIGHTS_FILE
-from grasp_lora.storage.checkpoints import newest_checkpoint, remove_checkpoints, seconds_of
+from grasp_lora.storage.checkpoints import newest_checkpoint, seconds_of
 from grasp_lora.storage.claims import Busy, Workplace, claim, make_folder, remove_lock
 from grasp_lora.storage.processes import on_first_process, world_size
 from grasp_lora.storage.reading import sha256_of
@@ -44,7 +43,7 @@ from grasp_lora.storage.writing import sync_all, write_json
 
 VERSION = 2  # of this layout and of the keys; a store of another version is done anew
 WAIT = 0.5  # seconds between two looks at what other processes do
-DONE, FAILED, ADAPTER, WORK = "done.json", "failed.json", "adapter", "work"
+DONE, ADAPTER, WORK = "done.json", "adapter", "work"
 CURVES = "TENSORBOARD_LOGGING_DIR"
 
 logger = logging.getLogger(__name__)
@@ -66,14 +65,6 @@ class Done:
     made_with: Mapping[str, str]
     version: int
     result: str = ""
-
-
-@dataclass(frozen=True)
-class Failed:
-    """failed.json: why a training diverged, and with which versions, processor or GPU: with others it may not."""
-
-    error: str
-    made_with: Mapping[str, str]
 
 
 class Store:
@@ -107,7 +98,7 @@ class Store:
         Raises:
             Busy: another process is at this step.
             RecipeError: the files of the step are damaged.
-            GraspError: the step fails, or has failed before: it is not tried again.
+            GraspError: the step fails, or has failed in this process: it is not tried again.
             Interrupted: a signal has stopped it.
         """
         key = key_of(name, inputs)
@@ -120,8 +111,8 @@ class Store:
             with claim(folder, wait=False):
                 finished = self._read(name, key, folder, kind)  # another process may have done it by now
                 if finished is None:
-                    if failure := self._failure(key, folder):
-                        raise failure
+                    if key in self._failed:
+                        raise self._failed[key]
                     if (folder / DONE).is_file():
                         logger.warning(
                             "%s has files that are gone or not as they were written; it is done again", folder
@@ -138,7 +129,8 @@ class Store:
                             done = Done(name, key, dict(inputs), seconds, made_with(), VERSION)
                             on_first_process(lambda: _complete(folder, result, done))
                     except GraspError as error:
-                        self._note_failure(key, folder, error)
+                        if not isinstance(error, Busy):
+                            self._failed[key] = type(error)(str(error))  # not its traceback, which holds the training
                         raise
                     # Read, as ever after: all processes have the same, and what is written is what is used.
                     finished = Finished(name, key, folder, kind.read(folder), seconds, done.made_with)
@@ -157,26 +149,6 @@ class Store:
 
     def _deferred(self, trains: bool) -> Any:
         return self._work.interruption.deferred() if trains and self._work else nullcontext()
-
-    def _failure(self, key: str, folder: Path) -> GraspError | None:
-        """Why a step is not tried again: it failed in this process, or diverged on such a machine."""
-        failed = on_first_process(lambda: read_if_there(folder / FAILED, Failed))
-        if key not in self._failed and failed is not None and failed.made_with == made_with():
-            logger.warning("this training diverged before and is not tried again until %s is removed", folder / FAILED)
-            self._failed[key] = DivergedError(failed.error)
-        return self._failed.get(key)
-
-    def _note_failure(self, key: str, folder: Path, error: GraspError) -> None:
-        if isinstance(error, Busy):
-            return
-        self._failed[key] = type(error)(str(error))  # not its traceback, which holds the training
-        if isinstance(error, DivergedError):
-
-            def note() -> None:
-                remove_checkpoints(folder / WORK)
-                write_json(folder / FAILED, asdict(Failed(str(error), made_with())))
-
-            on_first_process(note)
 
 
 def _complete(folder: Path, result: Result, done: Done) -> None:
