@@ -278,6 +278,7 @@ class TestConversations:
         [
             ({"messages": "hi"}, "messages must be a list that ends with an assistant message"),
             ({"messages": [HELLO]}, "messages must be a list that ends with an assistant message, and a user's must"),
+            ({"messages": [{**HI, "role": "system"}, HELLO]}, "messages must be a list that .*, and a user's must"),
             (
                 {"conversations": [{"from": "tool", "value": "4"}]},
                 "a turn has the role 'tool' and .*, and roles are human",
@@ -288,6 +289,7 @@ class TestConversations:
                 "messages has a system message that is not the first",
             ),
             ({"instruction": "a", "output": "b", "history": [["c"]]}, "not enough values to unpack"),
+            ({"instruction": "a", "output": "b", "history": "[]"}, "history is a list that was written as text, '\\[\\]'"),
             ({"instruction": "a", "input": 3, "output": "b"}, "input must be a text, found int"),
             ({"instruction": "", "output": "b"}, "prompt is empty"),
         ],

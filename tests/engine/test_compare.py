@@ -467,9 +467,11 @@ class TestMethods:
     def test_what_cannot_run_here_says_why_in_its_row(self, finished_run, monkeypatch) -> None:
         find = importlib.util.find_spec
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "nevergrad" else find(name))
-        given = ("source.adapters=[run/source]", "data.source=null")
+        given, counted = ("source.adapters=[run/source]", "data.source=null"), []
+        monkeypatch.setattr(Recorder, "method", lambda self, title, number, total: counted.append((number, total)))
         comparison, recorder = compared("compare", asked("joint", "lorahub", "source_only"), *given)
         assert "source" not in recorder.did
+        assert counted == [(1, 1)]  # the time left is that of what can run
         assert row_of(comparison, "source_only").unavailable is None
         assert "data.source" in (row_of(comparison, "joint").unavailable or "")
         assert "grasp-lora[compare]" in (row_of(comparison, "lorahub").unavailable or "")

@@ -134,6 +134,13 @@ def test_every_pair_has_the_interval_of_its_own_correction():
     assert {result.comparisons for result in results.values()} == {3}
 
 
+def test_many_systems_have_intervals_too():
+    values = {name: normal(12, name, 0.0) for name in range(24)}  # 276 pairs, whose tails 10,000 draws do not reach
+    results = compare_all_pairs(values)
+    assert len(results) == 276
+    assert all(result.low <= result.difference <= result.high for result in results.values())
+
+
 @pytest.mark.parametrize(("examples", "most"), [(2, 7), (10, 7)])
 def test_few_examples_seldom_make_equal_methods_look_different(examples, most):
     families = 0

@@ -885,19 +885,6 @@ def test_no_stash_goes_back_on_weights_that_it_was_not_taken_from(model, weights
     assert "changed since" in caplog.text
 
 
-def test_zeros_that_an_earlier_training_left_are_told(make_tiny_model, model, weights, tmp_path, caplog):
-    """As where a cell of a notebook runs again; not where a merge has zeros of its own, or the stash is put back."""
-    for pair in live_pairs(model).values():
-        pair.A.data[0], pair.B.data[:, 0] = 0.0, 0.0
-    controller = controller_for(weights, kind="spread")
-    for again in (controller, controller, controller_for(weights, kind="spread")):
-        assert not caplog.messages
-        train_any(model, tmp_path, again)
-    [told] = caplog.messages
-    assert " % of the adapter's weights are zero already, left by an earlier training under masks; load the" in told
-    assert int(told.split()[0]) > 15
-
-
 def test_a_checkpoint_holds_every_loss_once_and_a_search_that_differs_is_refused(model, weights, tmp_path):
     first = controller_for(weights)
     train_ours(model, tmp_path, first)

@@ -1,22 +1,15 @@
 """Rows that can be read and may yet be wrong: `grasp-lora check` names them.
 
-Only what is cheap and certain is looked for. Whether a text is in the right language is not: two languages may have one script.
+Only what is cheap and certain is looked for. Whether a text is in the right language is not.
 """
 
 import re
-import unicodedata
-from collections import Counter
 from collections.abc import Collection, Iterable
-from functools import cache
 
 from grasp_lora.data.records import Record, close_label, same_letters
-from grasp_lora.data.tasks import TASKS
 from grasp_lora.text.display import escaped
 
 MOST_SLIPS = 2  # rows of a label that may be a slip of another
-
-FEWEST_LETTERS = 10  # of a row, before anything is said of its script
-EAST_ASIAN = {"CJK", "HIRAGANA", "KATAKANA", "HANGUL", "BOPOMOFO"}  # one language may use several of them
 
 
 def likely_slips(labels: Iterable[tuple[str, str]]) -> dict[str, str]:
@@ -60,38 +53,3 @@ def untranslated(target: Iterable[Record], source: Iterable[Record]) -> list[Rec
     """Return the rows of the target that ask the same as one of the source, letter by letter."""
     asked = {record.marks[0] for record in source}
     return [record for record in target if record.marks[0] in asked]
-
-
-def of_another_script(records: Collection[Record], task: str) -> tuple[str, list[Record]]:
-    """Return the script of most rows, such as `ARABIC`, and the rows that have no letter of it.
-
-    Of a translation the answers count, of texts with labels the texts, else both.
-    """
-    scripts = [_scripts(_text_of(record, task)) for record in records]
-    leading = Counter(counts.most_common(1)[0][0] for counts in scripts if counts)
-    script, rows = leading.most_common(1)[0] if leading else ("", 0)
-    if 2 * rows <= len(records):
-        return "", []
-    pairs = zip(records, scripts, strict=True)
-    return script, [record for record, counts in pairs if not counts[script] and counts.total() >= FEWEST_LETTERS]
-
-
-def _text_of(record: Record, task: str) -> str:
-    inputs = [*record.fields.values(), *(turn["content"] for turn in record.messages)]
-    if task == "translation":
-        inputs = []
-    return "\n".join([*inputs, *([] if TASKS[task].chooses else [record.answer])])
-
-
-def _scripts(text: str) -> Counter[str]:
-    """How many letters of each script a text has."""
-    return Counter(script for character in text if (script := _script(character)))
-
-
-@cache
-def _script(character: str) -> str:
-    """The script of a letter by its Unicode name; empty for what is no letter."""
-    words = unicodedata.name(character, "").split() if character.isalpha() else []
-    words = words[1:] if words[:1] in (["FULLWIDTH"], ["HALFWIDTH"]) else words
-    first = words[0].split("-")[0] if words else ""
-    return "CJK" if first in EAST_ASIAN else first

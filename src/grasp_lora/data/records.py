@@ -465,6 +465,8 @@ def _from_alpaca(values: Mapping[str, Any]) -> dict[str, object]:
     """Return `prompt`, or `messages` where there are a system text or turns before it."""
     parts = [text_of(values[part], part) for part in ("instruction", "input") if not is_blank(values.get(part))]
     before, system = values.get("history") or [], values.get("system")
+    if isinstance(before, str):
+        raise ValueError(f"history is a list that was written as text, {quoted(before)}; give JSONL, or leave it out")
     turns = [] if is_blank(system) else [{"role": "system", "content": system}]
     for question, answer in before:
         turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -501,7 +503,7 @@ def _messages(values: Mapping[str, Any], column: str) -> list[Message]:
         for name in ("tools", "chat_template_kwargs")
         if not is_blank(value := values.get(name)) and value not in ([], {}, "[]", "{}")
     ]
-    if roles in ([], ["assistant"], ["system"]):
+    if "user" not in roles and not strange:
         faults.append(f"{column} must be a list that ends with an assistant message, and a user's must stand before it")
     if "system" in roles[1:]:
         faults.append(f"{column} has a system message that is not the first; join them there")

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from grasp_lora.data.doubts import beside_context, likely_slips, of_another_script, untranslated
+from grasp_lora.data.doubts import beside_context, likely_slips, untranslated
 from grasp_lora.data.encode import Example, Tally
 from grasp_lora.data.splits import SPLITS, group_numbers, group_size, read_shares
 from grasp_lora.engine.check import check
@@ -176,10 +176,8 @@ def _strange_rows(session: Session) -> Iterator[Finding]:
         for role, corpus in corpora.items()
     }
     target = records["target"]
-    script, of_others = of_another_script(target, data.task)
     strange = {
         "have an answer that does not stand in the context": beside_context(target) if data.task == "qa" else [],
-        f"have no letter of the script of most, {script.capitalize()}": of_others,
         # Of a translation both languages have the texts to translate in common.
         "stand in the source word for word": untranslated(target, records.get("source", []))
         if data.task != "translation"

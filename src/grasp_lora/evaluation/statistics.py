@@ -177,7 +177,7 @@ def compare_all_pairs(
     Args:
         runs: at least two systems by name, as `compare_with_baselines` takes them.
         confidence: of all intervals together, in (0, 1).
-        resamples: how many draws, at least 2 m / (1 - confidence) - 1 for m pairs.
+        resamples: how many draws at least; many pairs need more, which their tails lie beyond.
         settings: `groups`, `corpus_score`, `higher_is_better` and `seed` of `compare_with_baselines`.
 
     Returns:
@@ -189,6 +189,7 @@ def compare_all_pairs(
     """
     names, compared = list(runs), dict[tuple[str, str], PairedComparison]()
     pairs = len(names) * (len(names) - 1) // 2
+    resamples = max(resamples, math.ceil(2 * pairs / (1 - confidence)))
     for place, name in enumerate(names[:-1], start=1):
         each = compare_with_baselines(
             runs[name],

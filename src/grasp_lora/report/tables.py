@@ -345,32 +345,17 @@ def kept_share(entries: Iterable[Mapping[str, Any]]) -> float:
     return float(sum(row["kept"] for row in rows) / sum(row["weights"] for row in rows))
 
 
-def is_even(entries: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether every factor keeps the same share, to the weight, as where the ratio is applied to each of them."""
-    share = kept_share(entries)
-    return all(abs(row["kept"] - share * row["weights"]) <= 1 for row in entries)
-
-
 def sparsity_note(run: Run) -> str:
-    """What the shares of kept weights say together, and whether they are those of the ratio."""
-    pruned, ratio = 1 - kept_share(run.sparsity), run.metrics.prune_ratio
-    if ratio == 0:
+    """What the shares of kept weights say together."""
+    pruned = 1 - kept_share(run.sparsity)
+    if run.metrics.prune_ratio == 0:
         zeros = f" {percent(pruned, 2)} of the weights are zero: they were so in the adapters that were merged."
         return "Nothing was pruned." + (zeros if pruned else "")
     note = f"Measured over all factors, {percent(pruned, 2)} of the weights are zero."
-    if is_even(run.sparsity):
-        note += " Every factor keeps the same share: the ratio is applied to each of them separately."
     if run.recipe.merge.rule == "paper_apart":
         note += (
             " These are the weights of the adapters that were kept apart; fewer are zero in their sum, which is saved."
         )
-    if abs(pruned - ratio) > 0.005:
-        if run.metrics.best_step == 0 and pruned > ratio:
-            note += (
-                f" The ratio is {percent(ratio, 2)}: the merge had zeros of its own, and the final run kept no step."
-            )
-        else:
-            note += f" That is not the ratio of {percent(ratio, 2)} above: check the final run."
     return note
 
 

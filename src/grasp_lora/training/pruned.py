@@ -33,9 +33,6 @@ from grasp_lora.training.probes import ProbeSet, calibrate
 
 logger = logging.getLogger(__name__)
 
-_UNDER_MASKS = "_grasp_lora_under_masks"  # marks a live weight that has been trained so
-_MOST_ZEROS = 0.05
-
 
 class SavedInCheckpoints(TrainerCallback):
     """A callback whose state is saved with any Trainer's checkpoints and taken up again when training resumes from one.
@@ -196,9 +193,7 @@ class PrunedTraining(GradientCheck, SavedInCheckpoints):
             self.restore(*saved)
             self._check_masks_fit(f"{args.output_dir}/checkpoint-{state.global_step}")
             return
-        if self._masks is None:
-            _warn_of_zeros(pairs)
-        elif self._masks.holds(pairs):
+        if self._masks is not None and self._masks.holds(pairs):
             if self._masks.are_on() and self._left in (None, self._masks.checksums()):
                 self._masks.commit(0.0)
             else:
@@ -289,8 +284,6 @@ class PrunedTraining(GradientCheck, SavedInCheckpoints):
     def _mask(self, pairs: Mapping[str, LoraPair]) -> None:
         self._masks = MaskSet(pairs, self.mask)
         self._left = None
-        for weight in self._masks.weights.values():
-            setattr(weight, _UNDER_MASKS, True)
 
     def _check_masks_fit(self, checkpoint: str) -> None:
         if not self.masks.are_on():
@@ -306,22 +299,6 @@ def _check_order(masks: MaskSet) -> None:
         raise GraspError(
             f"the adapter changes nothing: A or B is all zero in each of its {len(masks.pairs)} modules, as before training, so "
             "nothing says which weights matter; start from a trained or merged adapter"
-        )
-
-
-@torch.no_grad()
-def _warn_of_zeros(pairs: Mapping[str, LoraPair]) -> None:
-    """Warn of weights that another training has left pruned, as where a cell of a notebook runs again on the same model.
-
-    Only weights that were trained under masks count: a merge may have zeros of its own, and so has a fresh B.
-    """
-    weights = [weight for pair in pairs.values() for weight in (pair.A, pair.B)]
-    zeros = sum(int((weight == 0).sum()) for weight in weights if hasattr(weight, _UNDER_MASKS))
-    if (share := zeros / sum(weight.numel() for weight in weights)) >= _MOST_ZEROS:
-        logger.warning(
-            "%.0f %% of the adapter's weights are zero already, left by an earlier training under masks; load the merge anew, "
-            "unless that is meant",
-            100 * share,
         )
 
 
