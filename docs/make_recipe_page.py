@@ -52,9 +52,7 @@ METRIC_END = """
 and Khmer, and words as they stand elsewhere.
 Published XL-Sum scores count jieba's words in Chinese and stems in Arabic: other numbers, also called ROUGE-L.
 
-`similarity` says whether answer and reference are about the same; it hardly sees a negation or another number.
-Unrelated texts have about 0 to 20.
-`similarity` and `bertscore` need `pip install 'grasp-lora[eval]'`; `check` says so before a run.
+`bertscore` needs `pip install 'grasp-lora[eval]'`; `check` says so before a run.
 
 [A metric of your own](../method/extend.md#a-metric) is a function.
 """

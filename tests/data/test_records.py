@@ -289,7 +289,10 @@ class TestConversations:
                 "messages has a system message that is not the first",
             ),
             ({"instruction": "a", "output": "b", "history": [["c"]]}, "not enough values to unpack"),
-            ({"instruction": "a", "output": "b", "history": "[]"}, "history is a list that was written as text, '\\[\\]'"),
+            (
+                {"instruction": "a", "output": "b", "history": "[]"},
+                "history is a list that was written as text, '\\[\\]'",
+            ),
             ({"instruction": "a", "input": 3, "output": "b"}, "input must be a text, found int"),
             ({"instruction": "", "output": "b"}, "prompt is empty"),
         ],

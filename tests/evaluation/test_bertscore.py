@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from grasp_lora.errors import RecipeError
-from grasp_lora.evaluation.extras import BertScoreSettings, _load, lack_of_bertscore
+from grasp_lora.evaluation.bertscore import BertScoreSettings, _load, lack_of_bertscore
 from grasp_lora.evaluation.metrics import MetricScore, resolve_metrics, score
 
 pytest.importorskip("bert_score", reason="needs the extra 'eval'")

@@ -3,7 +3,7 @@ import pytest
 from grasp_lora.data.data_settings import CorpusSettings
 from grasp_lora.data.tasks import resolve_template
 from grasp_lora.errors import DataError
-from grasp_lora.evaluation import extras, overlap, short_answers
+from grasp_lora.evaluation import overlap, short_answers
 from grasp_lora.text import languages
 from grasp_lora.text.languages import language_code
 
@@ -27,7 +27,7 @@ def test_a_code_loses_its_region_and_is_short_where_rules_depend_on_it(language,
 
 
 def test_every_language_that_a_metric_has_rules_for_is_known_by_its_long_code():
-    ruled = {*extras.EMBEDDED, *overlap._BLEU_TOKENIZERS, *short_answers._ARTICLES}
+    ruled = {*overlap._BLEU_TOKENIZERS, *short_answers._ARTICLES}
     assert ruled - {"yue"} <= set(languages._SHORT.values())  # Cantonese has no short one
     assert all(len(long) > len(short) or long in ("nb", "nn") for long, short in languages._SHORT.items())
 

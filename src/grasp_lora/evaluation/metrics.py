@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grasp_lora.errors import DataError, RecipeError
-from grasp_lora.evaluation.extras import (
+from grasp_lora.evaluation.bertscore import (
     BertScoreSettings,
     bertscore,
     lack_of_bertscore,
-    lack_of_similarity,
-    similarity,
 )
 from grasp_lora.evaluation.overlap import bleu, bleu_from_statistics, chrf, chrf_from_statistics, rouge
 from grasp_lora.evaluation.short_answers import (
@@ -79,9 +77,6 @@ METRICS: dict[str, Metric] = {
         chrf, "chrF++ of the corpus, by sacrebleu: shared pieces of words, and words", chrf_from_statistics
     ),
     "bleu": Metric(bleu, "BLEU-4 of the corpus, by sacrebleu", bleu_from_statistics),
-    "similarity": Metric(
-        similarity, "cosine of sentence embeddings, in 15 languages (extra `eval`)", lack=lack_of_similarity
-    ),
     "bertscore": Metric(
         bertscore,
         "BERTScore-F1: similarity of contextual embeddings; needs a model of the language (extra `eval`)",

@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from grasp_lora.data.data_settings import CorpusSettings, DataSettings, Texts
-from grasp_lora.evaluation.extras import BertScoreSettings
+from grasp_lora.evaluation.bertscore import BertScoreSettings
 from grasp_lora.method.masks import MaskSettings
 from grasp_lora.method.merging import MergeSettings
 from grasp_lora.models.model_settings import BackboneSettings, GenerationSettings, LoraSettings

