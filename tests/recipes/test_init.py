@@ -144,7 +144,7 @@ def test_the_controller_follows_the_final_run(start: Callable[..., Path]) -> Non
         number * 100 for number in range(6)
     ]  # before training and after each of five epochs
     assert (stage.policy, stage.rounds) == (PRESETS["spread"].policy, PRESETS["spread"].rounds)
-    assert recipe.final.prune_ratio is None
+    assert recipe.final.prune_ratio == 0
 
 
 @pytest.mark.parametrize(
@@ -159,29 +159,31 @@ def test_few_rows_have_a_recipe_of_their_own(
     recipe, _ = load_recipe(file)
     few = count < 80
     assert recipe.target.on == on
-    assert (recipe.final.prune_ratio == 0) is (few or labels)
+    assert recipe.final.prune_ratio == 0
     assert (recipe.final.training.patience, recipe.target.training.patience) == (2 if few else 1, 1)
     assert ("better below 40 training rows" in file.read_text()) is few
     assert ("which was better for labels" in file.read_text()) is (on == "source")
 
 
 @pytest.mark.parametrize(
-    ("rows", "on", "why"),
+    ("rows", "on"),
     [
-        ([{"document": f"article {i} says", "summary": f"{i % 9}"} for i in range(100)], "auto", "on summaries all"),
-        (labelled(100, ["good", "bad"]), "source", "for labels a run handed over the same adapter either way"),
+        ([{"document": f"article {i} says", "summary": f"{i % 9}"} for i in range(100)], "auto"),
+        (labelled(100, ["good", "bad"]), "source"),
+        ([{"source": f"text {i}", "target": f"ada {i}"} for i in range(100)], "auto"),
+        (completion(100), "auto"),
+        ([{"context": f"text {i} says", "question": f"{i}?", "answer": f"text {i}"} for i in range(100)], "auto"),
     ],
 )
-def test_summaries_and_labels_are_not_pruned(
-    rows: list[dict[str, str]], on: str, why: str, start: Callable[..., Path]
+def test_a_ratio_is_learned_for_questions_alone(
+    rows: list[dict[str, str]], on: str, start: Callable[..., Path]
 ) -> None:
-    """There a ratio changed nothing, so no controller is run; the rest is the recipe for as many rows."""
-    file = start(write(Path("t.jsonl"), rows))
+    """Elsewhere a run seldom hands over what is pruned, so no controller is run; the rest is the recipe for as many rows."""
+    file, questions = start(write(Path("t.jsonl"), rows)), "question" in rows[0]
     recipe, _ = load_recipe(file)
-    assert (recipe.final.prune_ratio, recipe.target.on) == (0, on)
-    assert why in file.read_text()
-    assert "; null learns one" in file.read_text()
-    assert "choose when to stop, and which adapter" in file.read_text()
+    assert (recipe.final.prune_ratio, recipe.target.on) == (None if questions else 0, on)
+    assert ("; null learns a ratio" in file.read_text()) is not questions
+    assert ("choose when to stop, and which adapter" in file.read_text()) is not questions
 
 
 @pytest.mark.parametrize("part", ["context", "system", "history"])

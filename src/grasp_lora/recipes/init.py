@@ -40,13 +40,10 @@ MOST_SOURCE = 1000  # an epoch of them takes minutes on two CPU cores
 # apart; with 25 and a dozen dev rows nothing was learned about the ratio in 17 of 20 draws, so no controller is run.
 FEW = 40
 MOST_TRAIN = 200  # an example of them is trained on 20 times in a run: more take longer than a first run should
-# Why recipes learn no ratio: on summaries the worst one costs at most 0.02 nats (`lab/worth.py`); for labels six of seven
-# runs of 100 rows handed over the same adapter with one and without (`lab/results/few-rows.md`).
-NO_RATIO = {
-    "summarization": "on summaries all ratios came to the same; null learns one",
-    "classification": "for labels a run handed over the same adapter either way; null learns one",
-}
 TOO_FEW = "so few rows do not tell how much"
+# On summaries the worst ratio costs at most 0.02 nats (`lab/worth.py`); for labels six of seven runs of 100 rows handed over the
+# same adapter with a controller and without (`lab/results/few-rows.md`); translations and free completions were not measured.
+NO_QUESTIONS = "for this task a pruned merge is seldom what is handed over; null learns a ratio"
 FEWEST = 30
 FEWEST_SOURCE = 20
 GLUED = 4  # one prompt of so many runs on into its answer: `check` warns where half of the training rows do
@@ -219,7 +216,7 @@ def _render(
         # `auto` goes by the dev loss, which for labels took the merge that answers worse.
         on=None if few else "source" if TASKS[target.task].chooses else AUTO,
         few=few,
-        unpruned=TOO_FEW if few else NO_RATIO.get(target.task),
+        unpruned=TOO_FEW if few else None if target.task == "qa" else NO_QUESTIONS,
         fewest=FEW,
         preset=WITH_DEV,
         most_tokens=token_limit(target, sources),
