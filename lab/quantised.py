@@ -64,8 +64,9 @@ def figures(recipe: str, changes: Sequence[str]) -> dict[str, Any]:
     session = Session(*load_recipe(recipe, changes))
     weights = stored_bytes(session.backbone.model)
     with tempfile.TemporaryDirectory() as folder:
-        result = run(session, Path(folder) / "run")
-        seconds = sum(json.loads((result.folder / "cost.json").read_text()).values())
+        place = Path(folder) / "run"
+        result = run(session, place)
+        seconds = sum(json.loads((place / "cost.json").read_text()).values())
         losses = {name: [one.dev_loss, one.test_loss] for name, one in result.metrics.systems.items()}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"weights": weights, "peak": peak, "seconds": seconds, "losses": losses}
