@@ -11,11 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grasp_lora.errors import DataError, RecipeError
-from grasp_lora.evaluation.bertscore import (
-    BertScoreSettings,
-    bertscore,
-    lack_of_bertscore,
-)
+from grasp_lora.evaluation.bertscore import BertScoreSettings, bertscore, lack_of_bertscore
 from grasp_lora.evaluation.overlap import bleu, bleu_from_statistics, chrf, chrf_from_statistics, rouge
 from grasp_lora.evaluation.short_answers import (
     MetricScore,
