@@ -156,7 +156,7 @@ def best_of(
 
 
 def expected_of(systems: Mapping[str, Adapter], *, plain: bool) -> str:
-    """The candidate that is handed over where rows do not tell, by rule 1; with `plain` it is `continued`, if that learned anything.
+    """The candidate handed over where rows do not tell (rule 1); `plain` makes that `continued`, if its training helped.
 
     With several sources `continued` is a candidate even where no step lowered its loss; then it is not expected.
     """
