@@ -78,8 +78,7 @@ class Judgement:
     Args:
         backbone: its name.
         file: that of the rows.
-        language: of its rows.
-        task: of its rows.
+        language, task: of the rows.
         groups: how many groups of what belongs together the rows form.
         prompts: of each row, as the first contestant was asked.
         answers: of each contestant, its answer to each row with loss and scores.
@@ -175,13 +174,12 @@ def judge(
         raise AdapterError("there is no adapter to judge; give at least one PEFT folder or hub id")
     form = next((adapter.info.answers for adapter in read.values() if _says_how(adapter)), None)
     corpus = _corpus(rows, form, columns, sheet)
-    first = next(iter(read))
+    contestants, first = _contestants(read), next(iter(read))
     loaded = backbone_of(
         read[first], backbone or backbone_of_run(first), device, revision=revision, trust_remote_code=trust_remote_code
     )
     for adapter in read.values():
         check_fits(adapter, loaded)
-    contestants = _contestants(read)
     if alone or len(contestants) == 1:
         contestants.append(Contestant(BACKBONE))
     contestants = [replace(each, form=_form(each.form, form, corpus)) for each in contestants]

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import chain
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -309,11 +310,16 @@ def _checkpointing(model: torch.nn.Module) -> Iterator[None]:
         yield
 
 
+def _tokens(row: Example) -> int:
+    return len(row.prompt_ids) + len(row.completion_ids)
+
+
 def _measured(session: Session) -> list[Finding]:
-    """Train on the longest row and on one of middle length, answer two prompts, forget it all, and reckon the job from that."""
+    """Train on the longest row and on one of mean length, answer two prompts, forget it all, and reckon the job from that."""
     recipe, splits, model = session.recipe, session.splits, session.backbone.model
-    rows = sorted(splits.train, key=lambda row: len(row.prompt_ids) + len(row.completion_ids))
-    middle, many = rows[len(rows) // 2], recipe.final.training.batch_size
+    rows = sorted(splits.train, key=_tokens)
+    mean, many = fmean(map(_tokens, rows)), recipe.final.training.batch_size
+    middle = next(row for row in rows if _tokens(row) >= mean)  # the median is too short where few rows are long
     given = next(iter(session.given.values()), None)
     with (
         enough_memory("one training step", LESS_MEMORY),

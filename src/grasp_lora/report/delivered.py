@@ -16,7 +16,6 @@ from grasp_lora.report.examples import best_guess
 from grasp_lora.report.tables import (
     METRIC_NAMES,
     Difference,
-    final_text,
     gain_text,
     in_text,
     is_unpruned,
@@ -262,8 +261,6 @@ def next_steps(run: Run, recipe: str, overrides: Sequence[str], folder: Path, al
         files, key = split in target.files, f"data.target.{split}"
         place = f"to data.target.files.{split}" if files else f"and raise {key} (now {delivered.examples})"
         steps.append(f"more {delivered.split} rows tell more: add examples {place}")
-    if delivered.name != "grasp":
-        steps.append(f"{final_text(run).rstrip(',')} all the same, at no cost: it is {folder / FINAL_FOLDER}")
     return steps
 
 
