@@ -100,7 +100,7 @@ def _inputs(session: Session) -> Iterator[Finding]:
     for side, tally in (("source", splits.report.source), ("target", splits.report.target)):
         if tally is not None:
             yield _ok(side, f"{tally.language}: {_counts(tally)}")
-    lengths = sorted(len(row.prompt_ids) + len(row.completion_ids) for row in splits.train)
+    lengths = sorted(map(_tokens, splits.train))
     yield _ok("lengths", f"train: {lengths[0]} to {lengths[-1]} tokens, median {lengths[len(lengths) // 2]}")
     first = splits.train[0]
     answer, end = backbone.tokenizer.decode(list(first.completion_ids)), first.prompt[-PROMPT_SHOWN:]

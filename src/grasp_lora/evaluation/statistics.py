@@ -177,7 +177,7 @@ def compare_all_pairs(
     Args:
         runs: at least two systems by name, as `compare_with_baselines` takes them.
         confidence: of all intervals together, in (0, 1).
-        resamples: how many draws at least; many pairs need more, which their tails lie beyond.
+        resamples: how many draws at least; of many pairs the tails are thin, and more draws are made.
         settings: `groups`, `corpus_score`, `higher_is_better` and `seed` of `compare_with_baselines`.
 
     Returns:
