@@ -272,9 +272,9 @@ def _plan(session: Session) -> Iterator[Finding]:
         text = f"the controller will run {most}{rounds} round{'' if rounds == 1 else 's'}"
         hint = "; raise controller.training.epochs or lower controller.rounds.every"
         yield _warning("rounds", text + hint) if few else _ok("rounds", text)
-    trained, probed = _cost(recipe, session)
+    trained, probed, _ = _cost(recipe, session)
     passes = TRAINED_AS_MEASURED * trained + probed
-    text = f"at most {trained:.0f} training examples and {probed} probed ones, {passes:.0f} forward passes"
+    text = f"at most {trained} training examples and {probed} probed ones, {passes} forward passes"
     yield _ok("cost", f"{text}; dev losses and answers come on top")
     test = splits.test
     width = expected_width(
@@ -290,13 +290,16 @@ def _systems(recipe: Recipe) -> int:
     return 3 + sources + (recipe.target.on != "source") + (recipe.final.deliver == "best")
 
 
-def _cost(recipe: Recipe, session: Session) -> tuple[float, int]:
-    """How many examples are trained on and probed at most."""
-    train, probed = len(session.splits.train), 0
-    trained = float(sum(most_trained(["delivered"], session)))
+def _cost(recipe: Recipe, session: Session) -> tuple[int, int, float]:
+    """How many examples are trained on, probed, and measured for dev losses at most."""
+    splits, probed = session.splits, 0
+    source, seeded = most_trained(["delivered"], session)
     if recipe.final.prune_ratio is None:
-        probed = len(recipe.controller.round_steps(train)) * recipe.controller.probed_examples(len(session.probe_pool))
-    return trained, probed
+        rounds = len(recipe.controller.round_steps(len(splits.train)))
+        probed = rounds * recipe.controller.probed_examples(len(session.probe_pool))
+    # Once an epoch.
+    looks = source / max(1, len(splits.source_train)) * len(splits.source_dev)
+    return source + seeded, probed, looks + seeded / len(splits.train) * len(splits.dev)
 
 
 @contextmanager
@@ -348,8 +351,8 @@ def _measured(session: Session) -> list[Finding]:
             prompts, right = [row.prompt_ids for row in few], [row.completion_ids for row in few]
             answer(adapted, tokenizer, prompts, recipe.generation, labels=splits.labels, right=right)
             answered = (time.perf_counter() - started) / len(few)
-    (training_rows, probed), systems = _cost(recipe, session), _systems(recipe)
-    total = training_rows * trained + probed * measured + systems * len(splits.test) * answered
+    (training_rows, probed, looked_at), systems = _cost(recipe, session), _systems(recipe)
+    total = training_rows * trained + (probed + looked_at) * measured + systems * len(splits.test) * answered
     if recipe.final.deliver == "best":  # all of them answer the dev rows
         total += systems * len(splits.dev or splits.micro_dev) * answered
     on_gpu = model.device.type == "cuda"
@@ -360,5 +363,5 @@ def _measured(session: Session) -> list[Finding]:
         else f"{peak / GIGABYTE:.1f} GB {'on the GPU' if on_gpu else 'in all'}"
     )
     minutes = max(1, math.ceil(total / 60))
-    text = f"about {minutes} min here, dev losses aside: a training example takes {trained:.2f} s, an answer {answered:.2f} s"
+    text = f"about {minutes} min here: a training example takes {trained:.2f} s, an answer {answered:.2f} s"
     return [_ok("time", text), _ok("memory", size)]
