@@ -132,8 +132,8 @@ MUTATIONS = (
     ),
     Mutation(
         "estimate: an interval that need not hold its ratio",
-        "RatioEstimate(ratio, min(low, ratio), max(high, ratio), rule, rounds, curve)",
-        "RatioEstimate(ratio, low, high, rule, rounds, curve)",
+        "RatioEstimate(ratio, min(low, ratio), max(high, ratio), rule, rounds, curve=curve)",
+        "RatioEstimate(ratio, low, high, rule, rounds, curve=curve)",
         (ESTIMATE,),
         "ratio 0.80 (0.40 to 0.75)",
     ),

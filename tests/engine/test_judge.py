@@ -87,6 +87,11 @@ def test_what_cannot_be_judged_is_refused(judged: Callable[..., Judgement]) -> N
         judged("run/source")
 
 
+def test_of_equals_none_is_called_the_best(judged: Callable[..., Judgement]) -> None:
+    shutil.copytree("run/source", "twin")
+    assert sentence(judged("run/source", "twin")).startswith("source, twin have the highest ")
+
+
 def test_page_table_and_files(judged: Callable[..., Judgement], cli: Callable[..., Any]) -> None:
     asked = ("judge", "run/source", "run/final", "--rows", ROWS, "--language", "de")
     result = cli(*asked, "--save", "verdict")

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from grasp_lora.engine import store as module
-from grasp_lora.engine.results import Losses, Trained
+from grasp_lora.engine.results import Learned, Losses, Trained
 from grasp_lora.engine.store import Store, key_of
 from grasp_lora.errors import DivergedError, GraspError, RecipeError
+from grasp_lora.method.rules import RatioEstimate
 from grasp_lora.models.adapter_files import CONFIG_FILE, OUR_FILE, WEIGHTS_FILE
 from grasp_lora.storage.checkpoints import complete
 from grasp_lora.storage.claims import Busy, claim
@@ -43,6 +44,14 @@ def test_a_step_is_done_once_and_read_ever_after(tmp_path: Path) -> None:
     assert (again.result, again.folder) == (LOSSES, tmp_path / FOLDER)
     assert Store(tmp_path).step("step", {"a": 2}, Losses, lambda folder: Losses(losses=[])).key != first.key
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"done.json", "result.json"}
+
+
+def test_a_result_that_cannot_be_read_is_not_done(tmp_path: Path) -> None:
+    of_their_own = RatioEstimate(0.4, 0.2, 0.6, "mine", 2, curve=(0.0, 1.0))  # type: ignore[arg-type]
+    wrong = Learned(estimate=of_their_own, rounds=[], timings=[], history=[], steps=1)
+    with pytest.warns(UserWarning, match="curve"), pytest.raises(RecipeError, match=r"result\.json"):
+        Store(tmp_path).step("step", INPUTS, Learned, lambda folder: wrong)
+    assert Store(tmp_path).step("step", INPUTS, Losses, lambda folder: LOSSES).result == LOSSES
 
 
 def test_what_was_not_finished_goes_on_and_its_work_goes(tmp_path: Path) -> None:

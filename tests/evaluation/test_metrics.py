@@ -95,6 +95,7 @@ def test_a_metric_of_the_users_own_is_found_by_its_import_path(own_module):
     ("name", "message"),
     [
         ("meteor", "metric is 'meteor'; allowed: accuracy, macro_f1, exact_match, f1, .*import path"),
+        ("json:__name__", "metrics: json:__name__ is a str; it must be a function of Outputs, or a Metric"),
         ("no_such_module_here:f", "metrics: No module named 'no_such_module_here'"),
     ],
 )
@@ -107,6 +108,7 @@ def test_what_is_no_metric_is_an_error(name, message):
 @pytest.mark.parametrize(
     ("result", "message"),
     [
+        ("3.0", "gave a float; it must give a MetricScore"),
         ("MetricScore('x', 1.0, 's', (1.0,))", "must give a score, .*, for each of 2 examples"),
         ("MetricScore('x', float('nan'), 's', (1.0, 2.0))", "gave a number that is not finite"),
         ("MetricScore('x', 1.0, 's', (1.0, float('inf')))", "gave a number that is not finite"),

@@ -390,9 +390,10 @@ def test_the_zeros_of_a_pruned_adapter_are_those_of_a_mask_set_and_all_else_stay
         (
             ("merged", 0.4),
             AdapterError,
-            "weights is a str of 6 modules; give those of an adapter, such as read_adapter",
+            "weights is a str; give those of an adapter with a module or more, such as read_adapter",
         ),
-        ((AdapterWeights({}), 0.4), AdapterError, "AdapterWeights of 0 modules"),
+        ((object(), 0.4), AdapterError, "weights is a object"),
+        ((AdapterWeights({}), 0.4), AdapterError, "weights is a AdapterWeights; give those"),
     ],
 )
 def test_what_cannot_be_pruned_is_named_in_one_line(arguments, error, message):

@@ -327,6 +327,12 @@ def test_a_rule_that_gives_a_ratio_outside_the_bounds_or_its_interval_is_named(r
         search.best_ratio()
 
 
+def test_a_search_takes_its_rule_by_name_as_a_controller_does():
+    assert RatioSearch(Gaussian(), "smooth_fit").rule is RULES["smooth_fit"]
+    with pytest.raises(ValueError, match="rule is 'smooth'; allowed: "):
+        RatioSearch(Gaussian(), "smooth")
+
+
 def test_which_steps_a_round_follows_and_its_spacing_turns_and_splits():
     for before, start, followed in ((False, 0.0, [3, 6, 9]), (True, 0.0, [0, 3, 6, 9]), (False, 0.5, [6, 9, 10])):
         assert Rounds(every=3, start=start, before_training=before).round_steps(10, 3) == followed
@@ -364,7 +370,7 @@ def test_which_steps_a_round_follows_and_its_spacing_turns_and_splits():
         (lambda: Rounds(in_turn=2.5), "in_turn is 2.5; it must be at least 1 example, a whole number, or null for all"),
         (lambda: Rounds(patience=0), "patience is 0; it must be at least 1 round, a whole number, or null"),
         (lambda: preset("fast"), "preset is 'fast'; allowed: spread, late, paper"),
-        (lambda: Controller("paper"), r"policy is 'paper'; it must be an object, such as Gaussian\(\)"),
+        (lambda: Controller("paper"), r"policy is 'paper'; it must be a policy, such as Spread\(\)"),
         (lambda: Controller(rule="mean"), "rule is 'mean'; allowed: surrogate, smooth_fit, best_reward"),
     ],
 )

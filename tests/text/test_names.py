@@ -19,6 +19,16 @@ def test_a_file_beside_the_recipe_is_found_after_what_is_installed(tmp_path: Pat
     assert find("rule", "exact", str, {"exact": "row"}) == "row"
 
 
+def test_two_files_of_one_name_are_not_taken_for_each_other(tmp_path: Path) -> None:
+    for recipe in ("first", "second"):
+        (tmp_path / recipe).mkdir()
+        (tmp_path / recipe / "own_of_recipe.py").write_text(f"rule = {recipe!r}")
+    with beside(tmp_path / "first"):
+        assert [imported("rule", "own_of_recipe:rule", ()) for _ in range(2)] == ["first", "first"]
+    with beside(tmp_path / "second"), pytest.raises(ValueError, match=r"has imported .*first.*; rename one"):
+        imported("rule", "own_of_recipe:rule", ())
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from random_examples import TARGETS, Example, assert_counts, factors, make_examples, random_like, read_rows
+from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from grasp_lora.data.encode import encode_rows
@@ -400,6 +401,18 @@ def test_a_candidate_at_the_ratio_in_force_has_the_baseline_of_its_own_examples(
     for row in read_rows(tmp_path / "rounds.jsonl"):
         assert row["candidate_losses"][0] == [row["baseline_losses"][place] for place in row["places"]]
         assert row["rewards"][0] == 0.0
+
+
+def test_data_that_are_streamed_have_one_epoch(model, weights, tmp_path):
+    class Streamed(IterableDataset):
+        def __iter__(self):
+            yield from TRAIN
+
+    controller = controller_for(weights, every="epoch", folder=tmp_path)
+    trainer = make_trainer(model, tmp_path, controller, max_steps=4)
+    trainer.train_dataset = Streamed()
+    trainer.train()
+    assert [row["step"] for row in read_rows(tmp_path / "rounds.jsonl")] == [4]
 
 
 @pytest.mark.parametrize("compared_by", ["nothing", "patience", "surrogate"])

@@ -300,7 +300,7 @@ def _records(table: Table, form: Answers) -> list[Record]:
     answer = task_fields(task).answer
     present = {column for row in table.rows for column in row.values}
     columns = {field: column for field, column in form.columns.items() if column in present or field == answer}
-    if not any(layout <= present for layout in ({"paragraphs"}, *_OTHER_LAYOUTS.get(task, ()))):
+    if table.rows and not any(layout <= present for layout in ({"paragraphs"}, *_OTHER_LAYOUTS.get(task, ()))):
         for field in task_fields(task).inputs:
             if not {field, form.columns.get(field, field)} & present:
                 name = quoted(form.columns.get(field, field))

@@ -154,6 +154,7 @@ class Store:
 def _complete(folder: Path, result: Result, done: Done) -> None:
     """Write a result, and `done.json` when all else is on the disk; until then the checkpoints stay, should it be killed."""
     result.write(folder)
+    result.read(folder)  # what cannot be read, since code of a user's own made it, is not done
     sync_all(folder)
     write_json(folder / DONE, asdict(replace(done, result=sha256_of(folder / RESULT))))
     _tidy(folder)

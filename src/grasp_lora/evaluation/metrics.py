@@ -130,6 +130,8 @@ def resolve_metrics(
 def _imported(name: str) -> Metric:
     with reading("metrics", RecipeError):
         function = imported("metric", name, METRICS)
+        if not callable(function) and not isinstance(function, Metric):
+            raise ValueError(f"{name} is a {type(function).__name__}; it must be a function of Outputs, or a Metric")
     return (
         function
         if isinstance(function, Metric)
@@ -144,6 +146,8 @@ def _compute(name: str, metric: Metric, outputs: Outputs) -> MetricScore:
     result = metric.function(outputs)
     if name in METRICS:
         return result
+    if not isinstance(result, MetricScore):
+        raise DataError(f"metric {name} gave a {type(result).__name__}; it must give a MetricScore")
     return _checked(replace(result, name=name), metric, len(outputs.predictions))
 
 

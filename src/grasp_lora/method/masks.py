@@ -600,7 +600,7 @@ def prune(weights: AdapterWeights, ratio: float, mask: MaskSettings | None = Non
     mask = MaskSettings() if mask is None else mask
     if not weights or not isinstance(weights, AdapterWeights):
         raise AdapterError(
-            f"weights is a {type(weights).__name__} of {len(weights)} modules; give those of an adapter, such as "
+            f"weights is a {type(weights).__name__}; give those of an adapter with a module or more, such as "
             "read_adapter(folder).weights"
         )
     if mask.needs_inputs:

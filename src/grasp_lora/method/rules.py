@@ -138,8 +138,8 @@ class RatioEstimate:
     high: float
     rule: str
     rounds: int
-    curve: tuple[tuple[float, float, float, float], ...] = field(default=(), repr=False)
-    confidence: float = field(default=CONFIDENCE, repr=False)
+    curve: tuple[tuple[float, float, float, float], ...] = field(default=(), repr=False, kw_only=True)
+    confidence: float = field(default=CONFIDENCE, repr=False, kw_only=True)
     bounds: tuple[float, float] = (0.0, 1.0)
 
     @property
@@ -326,7 +326,7 @@ def settle(rule: str, grid: Tensor, rounds: int, fitted: Tensor, resampled: Tens
     bounds = torch.quantile(resampled[:, shown] - resampled[:, lowest][:, None], _TAILS, dim=0)
     curve = tuple(zip(*(values.tolist() for values in (grid[shown], reference[shown], *bounds)), strict=True))
     # Resampling scatters around the estimate but need not cover it when it sits on a bound.
-    return RatioEstimate(ratio, min(low, ratio), max(high, ratio), rule, rounds, curve)
+    return RatioEstimate(ratio, min(low, ratio), max(high, ratio), rule, rounds, curve=curve)
 
 
 def resample(size: int, generator: torch.Generator) -> Tensor:

@@ -200,8 +200,8 @@ class RatioSearch:
         rule: how the ratio is read off the rounds.
     """
 
-    def __init__(self, policy: "RatioPolicy", rule: Rule) -> None:
-        self.policy, self.rule = policy, rule
+    def __init__(self, policy: "RatioPolicy", rule: "RuleOrName") -> None:
+        self.policy, self.rule = policy, ratio_rule(rule)
         self.mean, self.std = policy.start
         self.current_ratio = policy.ratio_init
         self.history: list[Round] = []
@@ -542,7 +542,7 @@ class Controller:
     rule: RuleOrName = "surrogate"
 
     def __post_init__(self) -> None:
-        require(self, policy=(isinstance(self.policy, RatioPolicy), "be an object, such as Gaussian()"))
+        require(self, policy=(isinstance(self.policy, RatioPolicy), "be a policy, such as Spread()"))
         ratio_rule(self.rule)
 
     @property

@@ -30,11 +30,13 @@ def sentence(judgement: Judgement) -> str:
     beaten = [name for name, comparison in compared.items() if comparison and comparison.verdict == "better"]
     level = [name for name in others if name not in beaten]
     value = judgement.scores[best][judgement.metric]
-    text = f"{best} has the highest {_name(judgement.metric)}, {value:.1f}, on {judgement.examples} rows. "
+    alike = [name for name in level if judgement.scores[name][judgement.metric] == value]
+    have = "have" if alike else "has"
+    text = f"{listed([best, *alike])} {have} the highest {_name(judgement.metric)}, {value:.1f}, on {judgement.examples} rows. "
     if beaten:
-        text += f"It is shown to be better than {listed(beaten)}"
+        text += f"{best if alike else 'It'} is shown to be better than {listed(beaten)}"
         return text + (f"; no difference is shown to {listed(level)}." if level else ".")
-    return text + f"These rows show no difference between it and {listed(level)}."
+    return text + f"These rows show no difference between {best if alike else 'it'} and {listed(level)}."
 
 
 def scores_of(judgement: Judgement) -> TextTable:

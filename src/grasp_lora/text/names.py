@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -64,7 +65,7 @@ def imported(what: str, name: str, names: Iterable[str]) -> Any:
     """Import an object by its path; the names of a table are for the message.
 
     Raises:
-        ValueError: the name is no import path.
+        ValueError: the name is no import path, or another file of that name was imported before, such as another recipe's.
         ImportError, AttributeError: Python finds no such module, or nothing of that name in it.
     """
     if not is_import_path(name):
@@ -72,7 +73,14 @@ def imported(what: str, name: str, names: Iterable[str]) -> Any:
             f"{what} is {quoted(name)}; allowed: {', '.join(names)}, or the import path package.module:name of your own"
         )
     module, _, attribute = name.partition(":")
-    return getattr(import_module(module), attribute)
+    found = getattr(import_module(module), attribute)
+    top = module.partition(".")[0]
+    before, now = getattr(sys.modules[top], "__file__", None), PathFinder.find_spec(top)
+    if before and now and now.origin and not Path(before).samefile(now.origin):
+        raise ValueError(
+            f"{what} is {quoted(name)}: this process has imported {before}, and {now.origin} has the same name; rename one"
+        )
+    return found
 
 
 def needs(what: str, module: str, package: str, *, extra: str) -> None:

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
 
 from grasp_lora.data.encode import check_encoding, encoding_of
 from grasp_lora.errors import GraspError
@@ -414,4 +415,5 @@ def scalars_of(measured: RoundRecord) -> dict[str, float]:
 
 
 def _steps_per_epoch(args: TrainingArguments, batches: Any) -> int:
-    return math.ceil(len(batches) / args.gradient_accumulation_steps)
+    """Optimizer steps in an epoch; data that are streamed have one, as long as the training, as the Trainer counts it."""
+    return math.ceil(len(batches) / args.gradient_accumulation_steps) if has_length(batches) else args.max_steps
