@@ -22,7 +22,9 @@ from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.storage.claims import Workplace, working_in
 
 LAYERS = {"q v": "[q_proj, v_proj]", "all": "all-linear"}
-SOURCE_RATES = {"q v": (1e-4, 3e-4), "all": (5e-5, 1e-4)}
+# Of source adapters, and of what is trained on them; the lowest dev loss of seed 42 is taken. Swahili with a source of its own
+# has the rates that were measured from outside, and that `init` writes.
+SOURCE_RATES = {"tydiqa-sw": {"q v": (3e-4,), "all": (1e-4,)}, "nusax-su": {"q v": (1e-4, 3e-4), "all": (5e-5, 1e-4)}}
 TARGET_RATES = {"q v": (1e-4, 3e-4), "all": (3e-5, 1e-4, 2e-4)}
 SETTINGS = {
     "tydiqa-sw": ("tydiqa-sw", ["data.source.train=1000", "data.target.test=300"]),
@@ -64,7 +66,7 @@ class Layers:
     def rates(self, layers: str) -> dict[str, float]:
         """The rates of the lowest dev loss: of the source adapter, and on it of `continued` and of the sum."""
         losses = {}
-        for rate in SOURCE_RATES[layers]:
+        for rate in SOURCE_RATES.get(self.setting, SOURCE_RATES["tydiqa-sw"])[layers]:
             made = self.steps(layers, rate).source().made
             if made is None:  # it comes along
                 losses[rate] = 0.0
@@ -74,7 +76,7 @@ class Layers:
         best = {"source": min(losses, key=losses.__getitem__)}
         for name in ("continued", "merged"):
             losses = {}
-            for rate in TARGET_RATES[layers]:
+            for rate in (1e-4,) if self.setting == "tydiqa-sw" else TARGET_RATES[layers]:
                 steps = self.steps(layers, best["source"], rate)
                 losses[rate] = fmean(steps.losses(adapter_of(steps, name), "dev").result.losses)
                 self.tell(layers=layers, what=name, rate=rate, dev_loss=losses[rate])

@@ -186,6 +186,23 @@ def test_a_ratio_is_learned_for_questions_alone(
     assert ("choose when to stop, and which adapter" in file.read_text()) is not questions
 
 
+@pytest.mark.parametrize(
+    ("make", "layers", "rate"),
+    [
+        (lambda i: {"context": f"text {i} says", "question": f"{i}?", "answer": f"text {i}"}, ("all-linear",), 1e-4),
+        (lambda i: {"text": f"t {i}", "label": "ab"[i % 2]}, ("q_proj", "v_proj"), 3e-4),
+    ],
+)
+def test_questions_with_a_source_of_their_own_adapt_all_linear_layers(
+    make: Callable[[int], dict[str, str]], layers: tuple[str, ...], rate: float, start: Callable[..., Path]
+) -> None:
+    rows = [make(i) for i in range(200)]
+    data, source = write(Path("t.jsonl"), rows[:100]), write(Path("s.jsonl"), rows[100:])
+    for sources in ((str(source),), ()):  # there, or still to come
+        recipe, _ = load_recipe(start(data, sources, Path(f"{len(sources)}.yaml")))
+        assert (recipe.lora.target_modules, recipe.source.training.learning_rate) == (layers, rate)
+
+
 @pytest.mark.parametrize("part", ["context", "system", "history"])
 def test_a_prompt_that_would_lose_a_part_is_not_guessed(start: Callable[..., Path], part: str) -> None:
     Path("t.csv").write_text(f"question,{part},response\n" + "a,b,c\n" * 60, encoding="utf-8")
@@ -406,6 +423,7 @@ def test_questions_on_the_embedded_model_have_a_source_that_comes_along(
     recipe, _ = load_recipe(file)
     assert (recipe.source.adapters, recipe.data.source, recipe.backbone.name) == (("english-qa",), None, "gemma3-270m")
     assert "comes along" in file.read_text(encoding="utf-8")
+    assert recipe.lora.target_modules == ("q_proj", "v_proj")
     other, _ = write_recipe(Path("q.jsonl"), "sw", Path("other.yaml"), [], "en", "tiny-llama")
     assert load_recipe(other)[0].source.adapters == ()
     adapter = read_adapter("english-qa")
