@@ -219,7 +219,7 @@ def _render(
         unpruned=TOO_FEW if few else None if target.task == "qa" else NO_QUESTIONS,
         fewest=FEW,
         # Questions: 7.5 points of F1 more than on `q_proj` and `v_proj` in Swahili (`lab/layers.py`), at a rate of their own.
-        all_layers=target.task == "qa" and not facts["adapters"],
+        all_layers=target.task == "qa",
         preset=WITH_DEV,
         most_tokens=token_limit(target, sources),
         cut_document=CUT_DOCUMENT,
