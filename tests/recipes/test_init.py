@@ -193,7 +193,7 @@ def test_a_ratio_is_learned_for_questions_alone(
         (lambda i: {"text": f"t {i}", "label": "ab"[i % 2]}, ("q_proj", "v_proj"), 3e-4),
     ],
 )
-def test_questions_adapt_all_linear_layers(
+def test_questions_with_a_source_of_their_own_adapt_all_linear_layers(
     make: Callable[[int], dict[str, str]], layers: tuple[str, ...], rate: float, start: Callable[..., Path]
 ) -> None:
     rows = [make(i) for i in range(200)]
@@ -423,7 +423,7 @@ def test_questions_on_the_embedded_model_have_a_source_that_comes_along(
     recipe, _ = load_recipe(file)
     assert (recipe.source.adapters, recipe.data.source, recipe.backbone.name) == (("english-qa",), None, "gemma3-270m")
     assert "comes along" in file.read_text(encoding="utf-8")
-    assert recipe.lora.target_modules == ("all-linear",)
+    assert recipe.lora.target_modules == ("q_proj", "v_proj")
     other, _ = write_recipe(Path("q.jsonl"), "sw", Path("other.yaml"), [], "en", "tiny-llama")
     assert load_recipe(other)[0].source.adapters == ()
     adapter = read_adapter("english-qa")

@@ -76,7 +76,7 @@ def imported(what: str, name: str, names: Iterable[str]) -> Any:
     found = getattr(import_module(module), attribute)
     top = module.partition(".")[0]
     before, now = getattr(sys.modules[top], "__file__", None), PathFinder.find_spec(top)
-    if before and now and now.origin and not Path(before).samefile(now.origin):
+    if before and now and now.origin and Path(before).resolve() != Path(now.origin).resolve():
         raise ValueError(
             f"{what} is {quoted(name)}: this process has imported {before}, and {now.origin} has the same name; rename one"
         )
