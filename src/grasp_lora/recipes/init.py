@@ -218,8 +218,8 @@ def _render(
         few=few,
         unpruned=TOO_FEW if few else None if target.task == "qa" else NO_QUESTIONS,
         fewest=FEW,
-        # Questions: 7.5 points of F1 more than on `q_proj` and `v_proj` in Swahili (`lab/layers.py`), at a rate of their own. On a
-        # given adapter they are not: the first look at the dev rows ended such a training of Chinese.
+        # Questions: 7.5 points of F1 more than on `q_proj` and `v_proj` in Swahili (`lab/layers.py`), at a rate of their own.
+        # Not so on a given adapter: the first look at the dev rows ended such a training in Chinese.
         all_layers=target.task == "qa" and not facts["adapters"],
         preset=WITH_DEV,
         most_tokens=token_limit(target, sources),
