@@ -3,7 +3,7 @@
     GRASP_LORA_DATA=FOLDER python lab/english_qa.py train WORK     # goes on where it was stopped; writes it into the package
     GRASP_LORA_DATA=FOLDER python lab/english_qa.py measure WORK   # against an adapter of the 180 questions that come along
 
-Its layers, rate and rows are those of `lab/layers.py`: more rows answer other languages worse. It is saved in bfloat16, which
+Its layers, rate and rows are those of `lab/layers.py`. It is saved in bfloat16, which
 halves it.
 """
 
@@ -33,7 +33,8 @@ QUESTIONS = 300  # of Swahili to judge by
 FEW = [  # as `init --source demo:en.json` would train one
     "source.adapters=[]",
     "data.source={language: en, files: ['demo:en.json'], dev: 18}",
-    "source.training={epochs: 2, learning_rate: 3.0e-4}",
+    "source.training={epochs: 2, learning_rate: 1.0e-4}",
+    "lora.target_modules=all-linear",
 ]
 CHANGES = [
     "data.source.train=1000",

@@ -22,10 +22,13 @@ from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.storage.claims import Workplace, working_in
 
 LAYERS = {"q v": "[q_proj, v_proj]", "all": "all-linear"}
-# Of source adapters, and of what is trained on them; the lowest dev loss of seed 42 is taken. Swahili with a source of its own
-# has the rates that were measured from outside, and that `init` writes.
-SOURCE_RATES = {"tydiqa-sw": {"q v": (3e-4,), "all": (1e-4,)}, "nusax-su": {"q v": (1e-4, 3e-4), "all": (5e-5, 1e-4)}}
-TARGET_RATES = {"q v": (1e-4, 3e-4), "all": (3e-5, 1e-4, 2e-4)}
+# Of source adapters, and of what is trained on them; the lowest dev loss of seed 42 is taken. Questions have what `init` writes.
+QUESTIONS = {"q v": ((3e-4,), (1e-4,)), "all": ((1e-4,), (1e-4,))}
+RATES = {
+    "tydiqa-sw": QUESTIONS,
+    "english-qa": QUESTIONS,  # whose source comes along
+    "nusax-su": {"q v": ((1e-4, 3e-4), (1e-4, 3e-4)), "all": ((5e-5, 1e-4), (3e-5, 1e-4, 2e-4))},
+}
 SETTINGS = {
     "tydiqa-sw": ("tydiqa-sw", ["data.source.train=1000", "data.target.test=300"]),
     "english-qa": ("tydiqa-sw", ["data.source=null", "source.adapters=[english-qa]", "data.target.test=300"]),
@@ -66,7 +69,8 @@ class Layers:
     def rates(self, layers: str) -> dict[str, float]:
         """The rates of the lowest dev loss: of the source adapter, and on it of `continued` and of the sum."""
         losses = {}
-        for rate in SOURCE_RATES.get(self.setting, SOURCE_RATES["tydiqa-sw"])[layers]:
+        source_rates, target_rates = RATES[self.setting][layers]
+        for rate in source_rates:
             made = self.steps(layers, rate).source().made
             if made is None:  # it comes along
                 losses[rate] = 0.0
@@ -76,7 +80,7 @@ class Layers:
         best = {"source": min(losses, key=losses.__getitem__)}
         for name in ("continued", "merged"):
             losses = {}
-            for rate in (1e-4,) if self.setting == "tydiqa-sw" else TARGET_RATES[layers]:
+            for rate in target_rates:
                 steps = self.steps(layers, best["source"], rate)
                 losses[rate] = fmean(steps.losses(adapter_of(steps, name), "dev").result.losses)
                 self.tell(layers=layers, what=name, rate=rate, dev_loss=losses[rate])
