@@ -245,6 +245,7 @@ def test_an_answer_in_a_chat_ends_with_its_turn(here: Path) -> None:
         (("qa", "letter.txt"), "letter.txt", ".csv"),
         (("qa", "a prompt", "--sheet", "S"), "--sheet takes a file of rows", "leave it out"),
         (("qa", "no-columns.csv"), "no column 'text'", "found: "),
+        (("qa", "head.csv"), "head.csv holds no records", ""),
         (("qa", "no-such.csv"), "no-such.csv", ""),
         (("qa", "qa.jsonl", "talks.jsonl"), "a file of rows is given beside others", "one file at a time"),
         (("qa", "twice.jsonl", "-o", "out.csv"), "prediction", "rename or remove"),
@@ -260,6 +261,7 @@ def test_what_cannot_be_asked_is_one_line_and_nothing_is_written(
     cli: Cli, here: Path, arguments: tuple[str, ...], value: str, fix: str
 ) -> None:
     Path("no-columns.csv").write_text("a,b\n1,2\n")
+    Path("head.csv").write_text("text,question\n")
     Path("letter.txt").write_text("a text\n")
     jsonl(Path("twice.jsonl"), [{"text": "c", "question": "q", "prediction": "so"}])
     for name, changes in {
