@@ -306,13 +306,6 @@ class TestEncodeRows:
 TURNS = [{"role": "user", "content": "hi"}]
 
 
-def test_prompts_are_those_of_transformers(tokenizer):
-    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]\n{{ m | tojson }}{% endfor %}"
-    conversations = [[{"role": "user", "content": f'é "{i}"\n\x00\u2028'}] * (i % 3 + 1) for i in range(40)]
-    expected = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
-    assert render_chat(tokenizer, conversations, [""] * 40) == expected
-
-
 SYSTEM = {"role": "system", "content": " Be  brief.\n"}
 # As Phi-3-mini had it at first, Gemma (the first user turn gets the text), and what knows its own words in it, as SmolLM3.
 DROPS = "{% for m in messages %}{% if m.role != 'system' %}[{{ m.role }}]{{ m.content }}{% endif %}{% endfor %}"

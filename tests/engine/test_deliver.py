@@ -16,11 +16,10 @@ from grasp_lora.engine import deliver
 from grasp_lora.engine.compare import compare
 from grasp_lora.engine.comparison import ComparisonSettings
 from grasp_lora.engine.deliver import ON_SOURCE, TITLES, best_of, choose, clearly_ahead, warned
-from grasp_lora.engine.progress import Progress
 from grasp_lora.engine.results import Losses, RowScores
 from grasp_lora.engine.run_folder import Delivered
 from grasp_lora.engine.steps import Steps
-from grasp_lora.errors import DivergedError, GraspError, Interrupted, ProbeError, RecipeError
+from grasp_lora.errors import DivergedError, GraspError, ProbeError
 
 ROWS = 20
 BEST = "final.deliver=best"
@@ -233,13 +232,6 @@ class TestRun:
         theirs, ours = (read(Path(folder, "metrics.json"))["systems"] for folder in ("run", "best"))
         assert {name: ours[name] for name in theirs} == theirs
 
-    def test_the_setting_keeps_grasps_result_and_trains_nothing_else(self, finished_run: Path) -> None:
-        metrics = read(finished_run / "metrics.json")
-        assert metrics["delivered"]["name"] == "grasp"
-        assert set(metrics["systems"]) == {"zero_shot", "source", "target", "merged", "grasp"}
-        assert not (finished_run / "continued").exists()
-        assert weights_in(finished_run / "adapter") == weights_in(finished_run / "final")
-
     def test_whichever_wins_lies_in_adapter(self, begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         original = Steps.row_scores
         for winner in ("merged", "grasp", "continued"):
@@ -325,20 +317,3 @@ class TestRun:
         assert delivered.name == "source"
         assert delivered.why.endswith("which leaves the source adapter.")
         assert weights_in(begun / "adapter") == weights_in(begun / "source")
-
-    def test_a_stop_between_the_steps_loses_nothing(self, begun: Path) -> None:
-        class Stops(Progress):
-            def finished(self, step: Any) -> None:
-                if step.name == "final-0.00":
-                    raise Interrupted("stopped")
-
-        with pytest.raises(Interrupted):
-            run_tiny(BEST, folder=begun, progress=Stops())
-        assert not (begun / "metrics.json").exists()
-        recorder = Recorder()
-        run_tiny(BEST, folder=begun, progress=recorder)
-        assert not recorder.trained
-
-    def test_another_word_is_refused(self, tiny_workspace: Path) -> None:
-        with pytest.raises(RecipeError, match=r"final\.deliver: input should be 'best' or 'grasp'"):
-            run_tiny("final.deliver=both")

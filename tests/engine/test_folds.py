@@ -28,15 +28,6 @@ from grasp_lora.training import trainer as training_module
 COUNTS = {"test": 5, "dev": 2, "micro_dev": 1, "train": None}
 
 
-class Noting(Recorder):
-    def __init__(self) -> None:
-        super().__init__()
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-
 def share(sizes: list[int]) -> tuple[Share, dict[str, str]]:
     """A pool of groups of these sizes, and the group of each key."""
     records, groups = [], {}

@@ -17,10 +17,8 @@ from recorder import read, rows_of, run_tiny, session_of
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from grasp_lora.data.encode import Example
-from grasp_lora.engine.predict import predict_texts
 from grasp_lora.engine.run import run
 from grasp_lora.errors import GraspError
-from grasp_lora.models import backbone as backbones
 from grasp_lora.models.adapter_files import read_adapter
 from grasp_lora.models.adapters import attached, fresh_adapter
 from grasp_lora.models.backbone import Backbone, fingerprint, load_backbone
@@ -178,16 +176,6 @@ def test_each_way_has_a_fingerprint_of_its_own_that_stays(kind: str, load: Calla
     ProbeSet(EXAMPLES, 0).losses(backbone.model)
     assert fingerprint(backbone.model) == backbone.fingerprint
     assert load(kind, "bfloat16").fingerprint == backbone.fingerprint
-
-
-def test_an_adapter_is_asked_on_the_backbone_it_was_trained_on(
-    kind: str, run_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(run_of(kind).parent)
-    load, loaded = backbones._load, []
-    monkeypatch.setattr(backbones, "_load", lambda *given: loaded.append(given[1].quantise) or load(*given))
-    assert len(predict_texts("run/adapter", ["target 1: what?"], "tiny-llama", "cpu")) == 1
-    assert loaded == [kind]
 
 
 def test_it_is_folded_into_the_full_model(kind: str, run_of: Callable[[str], Path], cli: Callable[..., Any]) -> None:

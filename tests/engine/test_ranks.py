@@ -135,12 +135,6 @@ def test_a_step_is_shared_evenly(batch_size: int, accumulation: int, processes: 
         assert own.steps_per_epoch(-(-examples // processes)) == settings.steps_per_epoch(examples)
 
 
-@pytest.mark.parametrize(("batch_size", "accumulation", "processes"), [(1, 1, 2), (2, 3, 4), (1, 8, 16)])
-def test_a_step_with_too_few_examples_is_refused(batch_size: int, accumulation: int, processes: int) -> None:
-    with pytest.raises(ValueError, match=f"{processes} processes cannot share evenly"):
-        TrainingSettings(batch_size=batch_size, accumulation=accumulation).shared_by(processes)
-
-
 def test_commands_of_one_process_say_so(
     tiny_workspace: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,18 +33,6 @@ def test_merge_and_predict_give_what_the_run_gives(finished_run: Path) -> None:
     assert answers == [row["prediction"] for row in rows]
 
 
-def test_adapters_kept_apart_are_merged_into_a_folder_as_their_sum(finished_run: Path) -> None:
-    line = merge_folders(["run/source", "run/target"], Path("merged"), MergeSettings("paper_apart"))
-    assert "ranks [2]" in line
-    merged, parents = (
-        read_adapter("merged").weights,
-        [read_adapter(f"run/{name}").weights for name in ("source", "target")],
-    )
-    for name, pair in merged.items():
-        assert torch.equal(pair.A, parents[0][name].A + parents[1][name].A)
-        assert torch.equal(pair.B, parents[0][name].B + parents[1][name].B)
-
-
 @pytest.mark.parametrize(
     "step",
     [
@@ -70,11 +58,6 @@ def test_the_merge_is_the_weighted_sum_of_the_deltas(finished_run: Path) -> None
     for module, pair in merged.items():
         expected = 0.3 * source[module].delta() + 2.0 * target[module].delta()
         torch.testing.assert_close(pair.delta(), expected)
-
-
-def test_a_svd_merge_has_the_rank_asked_for(finished_run: Path) -> None:
-    facts = merge_folders(["run/source", "run/target"], Path("merged"), MergeSettings("svd", rank=3))
-    assert facts == "merged 2 adapters by 'svd': 4 modules, ranks [3] -> merged"
 
 
 def test_what_makes_scores_too_good_or_too_bad_is_said(finished_run: Path, caplog: pytest.LogCaptureFixture) -> None:

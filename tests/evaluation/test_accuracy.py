@@ -21,18 +21,6 @@ def test_values_by_hand():
     assert found["macro_f1"].per_example == found["accuracy"].per_example == (100.0, 100.0, 0.0, 100.0, 0.0, 0.0)
 
 
-def test_the_formula_of_scikit_learn():
-    drawn = torch.Generator().manual_seed(0)
-    true, chosen = torch.randint(0, 4, (2, 60), generator=drawn).tolist()
-    wanted = []
-    for label in range(4):
-        right = sum(a == b == label for a, b in zip(true, chosen, strict=True))
-        precision, recall = right / chosen.count(label), right / true.count(label)
-        wanted.append(2 * precision * recall / (precision + recall))
-    found = scores([str(one) for one in chosen], [str(one) for one in true])
-    assert found["macro_f1"].value == pytest.approx(100 * sum(wanted) / 4)
-
-
 def test_signatures_say_how():
     found = scores(CHOSEN, TRUE)
     assert found["accuracy"].signature == "nrefs:1|refs:best|match:text"

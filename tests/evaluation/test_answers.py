@@ -53,13 +53,9 @@ F_2_OF_3_2 = Fraction(4, 5)  # 2 * 2 / (3 + 2)
         # English: articles a, an, the as whole words; punctuation is deleted, not blanked.
         ("en", "The red house.", ["red house"], 1, 1),
         ("en", "the red house", ["a house"], 0, F_1_OF_2_1),
-        ("en", "A man, a plan", ["man plan"], 1, 1),
         ("en", "anthem", ["them"], 0, 0),
         ("en", "well-known", ["wellknown"], 1, 1),
-        ("en", "well known", ["well-known"], 0, 0),
-        ("en", "U.S.", ["us"], 1, 1),
         ("en", "“Paris”", ["Paris"], 1, 1),
-        ("en", "1,000", ["1000"], 1, 1),
         ("en", "１２３", ["123"], 0, 0),  # full-width digits are other characters
         ("en", "$5", ["5"], 1, 1),  # an ASCII symbol counts as punctuation
         ("en", "🙂 house", ["house"], 0, F_1_OF_2_1),
@@ -69,75 +65,46 @@ F_2_OF_3_2 = Fraction(4, 5)  # 2 * 2 / (3 + 2)
         ("en", "Paris France", ["Lyon", "Paris", "Rome"], 0, F_1_OF_2_1),
         ("en", "café", [nfd("café")], 0, 0),  # the official rules leave Unicode forms alone
         ("en", "", ["house"], 0, 0),
-        ("en", "house", [""], 0, 0),
         ("en", "", [""], 1, 0),  # equal, but no token to share
         ("en", "The", ["..."], 1, 0),
         # Arabic: "ال" becomes a space wherever it stands.
         ("ar", "الكتاب", ["كتاب"], 1, 1),
         ("ar", "بالعدوى", ["ب عدوى"], 1, 1),
-        ("ar", "والكتاب", ["كتاب"], 0, F_1_OF_2_1),  # و, كتاب against كتاب
         ("ar", "برتقال", ["برتق"], 1, 1),
         ("ar", "القاهرة، مصر؟", ["القاهرة مصر"], 1, 1),
-        ("ar", "مصر القاهرة", ["القاهرة مصر"], 0, 1),
         ("ar", "كِتَاب", ["كتاب"], 0, 0),  # diacritics count
-        ("ar", "كتــاب", ["كتاب"], 0, 0),  # so does tatweel
-        ("ar", "إلى", ["الى"], 0, 0),
-        ("ar", "١٢٣", ["123"], 0, 0),
         ("ar", "عام 1990", ["1990"], 0, F_1_OF_2_1),
         ("ar", "شركة Apple", ["apple"], 0, F_1_OF_2_1),
-        ("ar", "؟!", [""], 1, 0),
-        ("ar", "", ["مصر"], 0, 0),
         # Chinese: one token per ideograph, other scripts by word.
         ("zh", "北京市", ["北京"], 0, F_2_OF_3_2),
         ("zh", "北京 市", ["北京市"], 1, 1),
-        ("zh", "京北", ["北京"], 0, 1),
-        ("zh", "《红楼梦》", ["红楼梦"], 1, 1),
         ("zh", "你好，世界。", ["你好世界"], 1, 1),
         ("zh", "第3章", ["第 3 章"], 1, 1),
         ("zh", "iPhone手机", ["iphone 手机"], 1, 1),
-        ("zh", "2008年8月8日", ["2008年8月"], 0, Fraction(4, 5)),  # 2008 年 8 月 of 6 and 4: 2*4/(6+4)
         ("zh", "３个", ["3个"], 0, Fraction(1, 2)),  # 个 of 2 and 2
-        ("zh", "臺灣", ["台湾"], 0, 0),
         ("zh", "カナ", ["カ"], 0, 0),  # kana make words here
         ("zh", "㐀㐁", ["㐀"], 0, 0),  # so do ideographs before U+4E00
         ("zh", "\u9fa6\u9fa7", ["\u9fa6"], 0, 0),  # and after U+9FA5
-        ("zh", "北京", ["上海", "北京市", "东北"], 0, F_2_OF_3_2),  # 0, 2*2/(2+3), 2*1/(2+2)
-        ("zh", "，。", ["、"], 1, 0),
-        ("zh", "", ["北京"], 0, 0),
-        ("zh", "北京", [""], 0, 0),
         # German
         ("de", "Der Hund und die Katze", ["Hund und Katze"], 1, 1),
-        ("de", "einer Katze", ["Katze"], 1, 1),
-        ("de", "des Kaisers neue Kleider", ["Kaisers Kleider"], 0, F_2_OF_3_2),
-        ("de", "„Faust“", ["Faust"], 1, 1),
         ("de", "STRASSE", ["Straße"], 0, 0),  # lower-cased, not case-folded
         ("de", "iPhone手机", ["手机"], 0, 0),  # ideographs are words of their own in Chinese only
         # Spanish
         ("es", "El Quijote", ["Quijote"], 1, 1),
-        ("es", "¿Los Ángeles?", ["ángeles"], 1, 1),
         ("es", "él", ["el"], 0, 0),
-        ("es", "niño", [nfd("niño")], 0, 0),
         # Hindi: no articles
         ("hi", "नई दिल्ली।", ["नई दिल्ली"], 1, 1),
-        ("hi", "एक घर", ["घर"], 0, F_1_OF_2_1),
-        ("hi", "हिन्दी", ["हिंदी"], 0, 0),
-        ("hi", "१९४७", ["1947"], 0, 0),
         ("hi", "\u0958लम", [nfd("\u0958लम")], 0, 0),  # a letter with a dot below, composed and apart
         # Vietnamese
         ("vi", "những con mèo", ["con mèo"], 1, 1),
-        ("vi", "thủ đô của Việt Nam", ["Thủ đô Việt Nam"], 1, 1),
         ("vi", nfd("của") + " nhà", ["nhà"], 0, F_1_OF_2_1),  # the rule knows the composed form only
-        ("vi", "Hà Nội", ["Ha Noi"], 0, 0),
         ("vi", "là", ["chiếc"], 1, 0),
         # Languages outside MLQA: no articles, white space, and characters where there is none. Regions do not matter.
-        ("fr", "Le chat !", ["le chat"], 1, 1),
         ("fr", "le chat", ["chat"], 0, F_1_OF_2_1),
         ("ja", "北京市", ["北京"], 0, F_2_OF_3_2),
         ("ja", "東京タワー", ["東京タワー。"], 1, 1),
         # ก รุ ง of ก รุ ง and เ ท พ after it: a vowel sign below its letter makes no token of its own.
         ("th", "กรุง", ["กรุงเทพ"], 0, Fraction(2, 3)),
-        ("tha", "กรุง", ["กรุงเทพ"], 0, Fraction(2, 3)),
-        ("th", "iPhone รุ่น", ["iphone"], 0, Fraction(1, 2)),
         ("lo", "ວຽງ", ["ວຽງຈັນ"], 0, Fraction(3, 4)),
         # ភ្នំ is one cluster of ភ្ and one of នំ.
         ("km", "ភ្នំ", ["ភ្នំពេញ"], 0, Fraction(2, 3)),
@@ -160,8 +127,6 @@ F_2_OF_3_2 = Fraction(4, 5)  # 2 * 2 / (3 + 2)
         ("fa", "می\u200cرود", ["میرود"], 0, 0),
         ("yo", nfd("Ìbàdàn"), ["Ìbàdàn"], 1, 1),
         ("ar", "\u200fالقاهرة", ["القاهرة"], 0, F_1_OF_2_1),  # MLQA's rules stay as they are
-        ("zho", "北京市", ["北京"], 0, F_2_OF_3_2),
-        ("zh-CN", "北京市", ["北京"], 0, F_2_OF_3_2),
         ("ZH_Hant", "北京市", ["北京"], 0, F_2_OF_3_2),
     ],
 )

@@ -42,39 +42,14 @@ F_2_OF_3_2 = Fraction(4, 5)  # 2 * 2 / (3 + 2)
         ),
         # The same 4 words backwards: no pair; a common subsequence of 1 word.
         ("ar", "المدرسة إلى الولد ذهب", ["ذهب الولد إلى المدرسة"], 1, 0, Fraction(1, 4)),
-        # Diacritics stay inside their word: 1 of 2 words against 1.
-        ("ar", "كِتَابٌ جديد", ["كِتَابٌ"], F_1_OF_2_1, 0, F_1_OF_2_1),
-        ("ar", "كِتَاب", ["كتاب"], 0, 0, 0),
-        ("ar", "«مصر»، القاهرة؟", ["مصر القاهرة"], 1, 1, 1),
-        # 2 of 3 words, the first and the last.
-        ("ar", "شركة Apple 2026", ["شركة أبل 2026"], Fraction(2, 3), 0, Fraction(2, 3)),
-        ("ar", "٢٠٢٦ سنة 🙂", ["سنة ٢٠٢٦"], 1, 0, Fraction(1, 2)),
-        ("ar", "", ["كتاب"], 0, 0, 0),
         # 我去学校 / 我去上学: 我 去 学 of 4; 我去 of 3 pairs; 我去学 in order.
         ("zh", "我去学校", ["我去上学"], Fraction(3, 4), Fraction(1, 3), Fraction(3, 4)),
-        # 2 of 3 characters against 2; 1 of 2 pairs against 1.
-        ("zh", "北京市", ["北京"], F_2_OF_3_2, F_1_OF_2_1, F_2_OF_3_2),
-        ("zh", "你好，世界！", ["你好世界"], 1, 1, 1),
-        ("zh", "iPhone 15很好", ["IPHONE　15 很好。"], 1, 1, 1),
-        # ２０２６ is another token than 2026: 年 of 2 and 2.
-        ("zh", "２０２６年", ["2026年"], Fraction(1, 2), 0, Fraction(1, 2)),
-        ("zh", "café我", ["cafe我"], Fraction(1, 2), 0, Fraction(1, 2)),
-        ("zh", "我们😀去北京。", ["我们去北京"], 1, 1, 1),
-        ("zh", "", ["我"], 0, 0, 0),
         # カ once and ナ of 4 and 2: 2*2/6; カナ of 3 pairs and 1: 2*1/4; カ ナ in order.
         ("ja", "カタカナ", ["カナ"], Fraction(2, 3), Fraction(1, 2), Fraction(2, 3)),
         ("th", "กรุง", ["กรุงเทพ"], Fraction(2, 3), Fraction(4, 7), Fraction(2, 3)),
-        ("hi", "हिन्दी भाषा", ["हिन्दी"], F_1_OF_2_1, 0, F_1_OF_2_1),
-        ("hi", "नई दिल्ली।", ["नई दिल्ली"], 1, 1, 1),
         ("en", "The cat sat", ["the cat"], F_2_OF_3_2, F_1_OF_2_1, F_2_OF_3_2),
         ("vi", "Hà Nội", [nfd("Hà Nội")], 1, 1, 1),
-        ("es", "¡Año nuevo!", ["año nuevo"], 1, 1, 1),
-        ("de", "Straße", ["Strasse"], 0, 0, 0),
-        # Emoji are no words.
-        ("en", "good 👍🏽 day", ["good day"], 1, 1, 1),
-        ("en", "😀", ["😀"], 0, 0, 0),
         ("en", "", ["word"], 0, 0, 0),
-        ("ar", "كتاب", [""], 0, 0, 0),
         # Best reference, for each kind by itself: all 4 words of the first; pair ab of 3 of the second;
         # a b d of the first in order.
         ("en", "a b c d", ["a c b d", "a b x y"], 1, Fraction(1, 3), Fraction(3, 4)),
@@ -132,16 +107,6 @@ SCHOOL = "ذهب الولد إلى المدرسة"
         ("zh", "我们去学校", ["我们去上学"], (1 / 30) ** 0.25),
         # 4 of 6 characters, all right: exp(1 - 6/4).
         ("zh", "我们去学", ["我们去学校了"], exp(-1 / 2)),
-        # The full stop is a character too: 4/5 * 3/4 * 2/3 * 1/2.
-        ("zh", "我们上学。", ["我们上学"], (1 / 5) ** 0.25),
-        # Full-width digits are characters, 20 is one word: 3/5 (年 我 去), 2/4, 1/3, 0/2 smoothed to 1/4; product 1/40.
-        ("zh", "２０年我去", ["20年我去"], (1 / 40) ** 0.25),
-        # An emoji is a word: 4/5, 3/4, 2/3, 1/2.
-        ("ar", f"{SCHOOL}😀", [SCHOOL], (1 / 5) ** 0.25),
-        # 4/5 words, 2/4 pairs (on both sides of the year), 0/3 smoothed to 1/6, 0/2 to 1/8; product 1/120.
-        ("ar", "في عام ٢٠٢٦ ذهب الولد", ["في عام 2026 ذهب الولد"], (1 / 120) ** 0.25),
-        # Diacritics make another word: 4/5, 2/4 (first two words, last two), and so on as above.
-        ("ar", "ذهب الولد إِلى المدرسة اليوم", [f"{SCHOOL} اليوم"], (1 / 120) ** 0.25),
         # Case counts: 4/5, 3/4, 2/3, 1/2.
         ("en", "One two three four Five", ["One two three four five"], (1 / 5) ** 0.25),
         # 13a splits "four." as well: 5 of 5.
@@ -149,14 +114,9 @@ SCHOOL = "ذهب الولد إلى المدرسة"
         # The two references are pooled: all 5 words; 3 of 4 pairs (1 2, 2 3, 4 5); 1 of 3 triples (1 2 3);
         # 0/2 smoothed to 1/4; the product is 1/16.
         ("en", "1 2 3 4 5", ["1 2 3 x x", "x x x 4 5"], 1 / 2),
-        ("hi", "यह एक नई किताब है।", ["यह एक नई किताब है।"], 1),
-        ("th", "สวัสดีครับ", ["สวัสดีครับ"], 1),
-        ("ja", "東京へ行く", ["東京へ行く"], 1),
         # 4 of 6 characters, all right: exp(1 - 6/4).
         ("ja", "東京へ行", ["東京へ行った"], exp(-1 / 2)),
         ("ar", "", [SCHOOL], 0),
-        ("zh", "我们去学校", [""], 0),
-        ("ar", "قرأت كتابا عن التاريخ", [SCHOOL], 0),
     ],
 )
 def test_bleu_by_hand(language, prediction, references, expected):
