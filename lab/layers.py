@@ -3,6 +3,7 @@
     python lab/layers.py rates tydiqa-sw FOLDER      # source adapters, then continued and sum on the best of each kind of layers
     python lab/layers.py answers tydiqa-sw FOLDER    # at the best rates: test losses and scores, seeds 42 and 1337
     python lab/layers.py answers english-qa FOLDER   # Swahili on the source adapter that comes along
+    python lab/layers.py rates demo-zh FOLDER        # the demo, on the same
 
 Both go on where they were stopped, and leave a row of `layers-PART.jsonl` for each number. Needs GRASP_LORA_DATA.
 """
@@ -24,14 +25,17 @@ from grasp_lora.storage.claims import Workplace, working_in
 LAYERS = {"q v": "[q_proj, v_proj]", "all": "all-linear"}
 # Of source adapters, and of what is trained on them; the lowest dev loss of seed 42 is taken. Questions have what `init` writes.
 QUESTIONS = {"q v": ((3e-4,), (1e-4,)), "all": ((1e-4,), (1e-4,))}
+GIVEN = QUESTIONS | {"all": ((1e-4,), (3e-5, 5e-5, 1e-4))}  # the source comes along
 RATES = {
     "tydiqa-sw": QUESTIONS,
-    "english-qa": QUESTIONS,  # whose source comes along
+    **dict.fromkeys(("english-qa", "demo-zh", "demo-ar"), GIVEN),
     "nusax-su": {"q v": ((1e-4, 3e-4), (1e-4, 3e-4)), "all": ((5e-5, 1e-4), (3e-5, 1e-4, 2e-4))},
 }
 SETTINGS = {
     "tydiqa-sw": ("tydiqa-sw", ["data.source.train=1000", "data.target.test=300"]),
     "english-qa": ("tydiqa-sw", ["data.source=null", "source.adapters=[english-qa]", "data.target.test=300"]),
+    "demo-zh": ("demo-zh", []),
+    "demo-ar": ("demo-ar", []),
     "nusax-su": ("nusax-su", []),
 }
 SEEDS = (42, 1337)

@@ -50,7 +50,7 @@ NOT_RUN = {  # the first words of a command -> why no test runs it
     "torchrun": "tests/engine/test_ranks.py starts two processes; its command is parsed here",
     "CUDA_VISIBLE_DEVICES=": "needs GPUs; its command is parsed here",
     "vllm serve": "needs vLLM and a GPU",
-    "grasp-lora init my-examples.xlsx --language sw --column": "the columns of another file; tests/recipes/test_starter.py",
+    "grasp-lora init my-examples.xlsx --language sw --column": "the columns of another file; tests/recipes/test_init.py",
     "grasp-lora predict runs/NAME": "tests/cli/test_predict.py; another page asks a finished run",
     "hf upload": "needs the network",
     "srun": "needs SLURM; its command is parsed here",
