@@ -49,7 +49,13 @@ CONFIRMING = ("ko", "ko100", "zh", "ar", "min", "min100")
 COMMON = ["data.target.dev=2", "data.target.micro_dev=2", "source.training.epochs=2"]
 FEW = [*COMMON, "target.on=null", "final.prune_ratio=0", "data.target.train=270"]
 MORE = [*COMMON, "data.target.train=450"]
-QUESTIONS = ["data.source=null", "source.adapters=[english-qa]", "data.target.test=150"]
+QUESTIONS = [
+    "data.source=null",
+    "source.adapters=[english-qa]",
+    "data.target.test=150",
+    "lora.target_modules=all-linear",
+    *(f"{stage}.training.learning_rate=3.0e-5" for stage in ("target", "controller", "final")),
+]
 PATIENT = ["final.training.patience=2"]
 MINANGKABAU = [
     "name=nusax-min",

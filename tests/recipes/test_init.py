@@ -187,20 +187,30 @@ def test_a_ratio_is_learned_for_questions_alone(
 
 
 @pytest.mark.parametrize(
-    ("make", "layers", "rate"),
+    ("make", "layers", "rates"),
     [
-        (lambda i: {"context": f"text {i} says", "question": f"{i}?", "answer": f"text {i}"}, ("all-linear",), 1e-4),
-        (lambda i: {"text": f"t {i}", "label": "ab"[i % 2]}, ("q_proj", "v_proj"), 3e-4),
+        (
+            lambda i: {"context": f"text {i} says", "question": f"{i}?", "answer": f"text {i}"},
+            ("all-linear",),
+            (1e-4, 3e-5),
+        ),
+        (lambda i: {"text": f"t {i}", "label": "ab"[i % 2]}, ("q_proj", "v_proj"), (3e-4, 1e-4)),
     ],
 )
-def test_questions_with_a_source_of_their_own_adapt_all_linear_layers(
-    make: Callable[[int], dict[str, str]], layers: tuple[str, ...], rate: float, start: Callable[..., Path]
+def test_questions_adapt_all_linear_layers_at_rates_of_their_own(
+    make: Callable[[int], dict[str, str]],
+    layers: tuple[str, ...],
+    rates: tuple[float, float],
+    start: Callable[..., Path],
 ) -> None:
     rows = [make(i) for i in range(200)]
     data, source = write(Path("t.jsonl"), rows[:100]), write(Path("s.jsonl"), rows[100:])
     for sources in ((str(source),), ()):  # there, or still to come
         recipe, _ = load_recipe(start(data, sources, Path(f"{len(sources)}.yaml")))
-        assert (recipe.lora.target_modules, recipe.source.training.learning_rate) == (layers, rate)
+        assert recipe.lora.target_modules == layers
+        assert (recipe.source.training.learning_rate, recipe.final.training.learning_rate) == rates
+        for stage in (recipe.target, recipe.controller):  # as the final run, so that all are comparable
+            assert stage.training.learning_rate == rates[1]
 
 
 @pytest.mark.parametrize("part", ["context", "system", "history"])
@@ -423,7 +433,7 @@ def test_questions_on_the_embedded_model_have_a_source_that_comes_along(
     recipe, _ = load_recipe(file)
     assert (recipe.source.adapters, recipe.data.source, recipe.backbone.name) == (("english-qa",), None, "gemma3-270m")
     assert "comes along" in file.read_text(encoding="utf-8")
-    assert recipe.lora.target_modules == ("q_proj", "v_proj")
+    assert recipe.lora.target_modules == ("all-linear",)
     other, _ = write_recipe(Path("q.jsonl"), "sw", Path("other.yaml"), [], "en", "tiny-llama")
     assert load_recipe(other)[0].source.adapters == ()
     adapter = read_adapter("english-qa")
