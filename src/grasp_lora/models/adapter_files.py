@@ -190,9 +190,7 @@ def _refuse_more_than_factors(config: Any) -> None:
     elif str(config.init_lora_weights).lower().startswith(_CHANGES_BACKBONE):
         used = "an initialisation that changes the backbone (init_lora_weights)"
     if used is not None:
-        raise ValueError(
-            f"it uses {used}; only plain LoRA is read, since its factors can be merged and pruned exactly: train or convert it to that"
-        )
+        raise ValueError(f"it uses {used}; only plain LoRA is read, whose factors can be merged exactly: convert it")
 
 
 def read_backbone(place: str) -> str | None:
