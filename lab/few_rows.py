@@ -143,7 +143,7 @@ def steps_of(setting: str, draw: int, folder: Path, work: Workplace) -> Steps:
 
 def draw_of(setting: str, draw: int, folder: Path, work: Workplace) -> None:
     steps = steps_of(setting, draw, folder, work)
-    if setting == "ko100":  # 600 test rows: only what is asked is measured on them
+    if setting in ("ko", "ko100"):  # 300 and 600 test rows: only what is asked is measured on them
         write_json(folder / f"{setting}-{draw}.json", beside_the_usual(setting, draw, steps))
         return
     made = make(steps)
