@@ -45,7 +45,7 @@ EXPECTED = ", GRASP's result expected"
 # Rows of a draw, those of them to judge by; there is room for six draws, for three of 200 rows.
 SIZES = {60: (45, 15), 100: (75, 25), 200: (150, 50)}
 CONFIRMING = ("ko", "ko100", "zh", "ar", "min", "min100")
-# As `init` writes them; the draws of `sw` and `su` were made before it wrote a patience.
+# As `init` writes them; the draws of `sw` and `su` on record were made before it wrote a patience.
 COMMON = ["data.target.dev=2", "data.target.micro_dev=2", "source.training.epochs=2"]
 FEW = [*COMMON, "target.on=null", "final.prune_ratio=0", "data.target.train=270"]
 MORE = [*COMMON, "data.target.train=450"]
@@ -83,7 +83,7 @@ TITLES = [
     "generation.max_new_tokens=32",
 ]
 SETTINGS = {
-    "sw": ("tydiqa-sw", 60, [*FEW, *QUESTIONS]),
+    "sw": ("tydiqa-sw", 60, [*FEW, *QUESTIONS, *PATIENT]),
     "ko": ("tydiqa-ko", 60, [*FEW, *QUESTIONS, *PATIENT, "data.target.test=300"]),
     "zh": ("mlqa-zh", 60, [*FEW, *QUESTIONS, *PATIENT]),
     "ar": ("mlqa-ar", 60, [*FEW, *QUESTIONS, *PATIENT, "data.target.test=100"]),

@@ -23,7 +23,8 @@ from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.storage.claims import Workplace, working_in
 
 LAYERS = {"q v": "[q_proj, v_proj]", "all": "all-linear"}
-# Of source adapters, and of what is trained on them; the lowest dev loss of seed 42 is taken. Questions have what `init` writes.
+# Of source adapters, and of what is trained on them; the lowest dev loss of seed 42 is taken. Sources of questions
+# have the rate that `init` writes; what is trained on them had 1e-4 until 3e-5 was asked.
 QUESTIONS = {"q v": ((3e-4,), (1e-4,)), "all": ((1e-4,), (1e-4,))}
 GIVEN = QUESTIONS | {"all": ((1e-4,), (3e-5, 5e-5, 1e-4))}  # the source comes along
 RATES = {

@@ -190,7 +190,7 @@ def _refuse_more_than_factors(config: Any) -> None:
     elif str(config.init_lora_weights).lower().startswith(_CHANGES_BACKBONE):
         used = "an initialisation that changes the backbone (init_lora_weights)"
     if used is not None:
-        raise ValueError(f"it uses {used}; only plain LoRA is read, whose factors can be merged exactly: convert it")
+        raise ValueError(f"it uses {used}, and only plain LoRA can be read: train one, or convert it")
 
 
 def read_backbone(place: str) -> str | None:
