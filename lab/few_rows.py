@@ -3,7 +3,7 @@
     python lab/few_rows.py draw SETTING DRAW FOLDER    # one draw; goes on where it was stopped, writes FOLDER/SETTING-DRAW.json
     python lab/few_rows.py elsewhere zh DRAW FOLDER    # a draw of `zh` on the rows of XQuAD: FOLDER/xquad-DRAW.json
     python lab/few_rows.py elsewhere ar DRAW FOLDER    # the same of `ar`: FOLDER/xquad-ar-DRAW.json
-    python lab/few_rows.py averaged SETTING DRAW FOLDER  # adds the mean of GRASP's result and `continued`; also xquad-zh, xquad-ar
+    python lab/few_rows.py averaged SETTING DRAW FOLDER  # adds the mean of `grasp` and `continued`; also of xquad-zh, xquad-ar
     python lab/few_rows.py table FILE [FILE ...]       # means over draws, with 95 % intervals over the draws
 
 Settings `sw` and `su` draw 45 rows, what 60 are after their test quarter; `sw100`, `ko100` and `su100` draw 75, what 100 are, and
