@@ -41,7 +41,7 @@ from grasp_lora.recipes.load import load_recipe
 from grasp_lora.storage.claims import Workplace, working_in
 from grasp_lora.storage.writing import write_json
 
-OTHERS = ("source", "target", "merged", "continued")
+OTHERS = ("source", "target", "merged", "continued", "averaged")
 PLAIN, WITHOUT = "merge, trained further", ", without a controller"
 EXPECTED = ", GRASP's result expected"
 # Rows of a draw, those of them to judge by; there is room for six draws, for three of 200 rows.
@@ -252,7 +252,7 @@ def handed_over(draw: dict[str, Any]) -> dict[str, Any]:
     rivals = {name: of for name, of in draw["systems"].items() if name in OTHERS and "dev_scores" in of}
     if not rivals["continued"]["best_step"]:  # discarded, and so no candidate
         del rivals["continued"]
-    usual = "continued" if not questions and "continued" in rivals else "grasp"
+    usual = "averaged" if "averaged" in rivals else "continued" if not questions and "continued" in rivals else "grasp"
     for key, name, expected in (
         ("delivered", "grasp", usual),
         (f"delivered{WITHOUT}", PLAIN, usual),

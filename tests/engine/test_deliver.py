@@ -1,5 +1,6 @@
 """What a run hands over: the expected one, or another that answers the dev rows clearly better; and nothing is lost."""
 
+import json
 import random
 import shutil
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from recorder import Recorder, read, run_tiny, session_of, weights_in
 
 from grasp_lora.data.tasks import TASKS
@@ -20,6 +22,7 @@ from grasp_lora.engine.results import Losses, RowScores
 from grasp_lora.engine.run_folder import Delivered
 from grasp_lora.engine.steps import Steps
 from grasp_lora.errors import DivergedError, GraspError, ProbeError
+from grasp_lora.models.adapter_files import read_adapter
 
 ROWS = 20
 BEST = "final.deliver=best"
@@ -113,7 +116,8 @@ class TestRule:
             made.best_step, steps.splits.dev = 1, []
             assert choose(steps, systems, ON_ITS_OWN).name == "grasp"
             steps.splits.dev, steps.recipe.data.task = [1], "qa"
-            assert choose(steps, systems, ON_ITS_OWN).name == "grasp"
+            assert choose(steps, systems, ON_ITS_OWN).name == "grasp"  # without their mean
+            assert choose(steps, systems | {"averaged": Trained("grasp")}, ON_ITS_OWN).name == "averaged"
             steps.recipe.data.task, steps.recipe.final.deliver = task, "grasp"
             assert choose(steps, systems, ON_ITS_OWN).name == "grasp"
 
@@ -231,6 +235,25 @@ class TestRun:
         assert weights_in("best/final") == weights_in(finished_run / "adapter")
         theirs, ours = (read(Path(folder, "metrics.json"))["systems"] for folder in ("run", "best"))
         assert {name: ours[name] for name in theirs} == theirs
+
+    def test_for_questions_the_mean_of_both_is_expected_exactly(self, tiny_workspace: Path) -> None:
+        for name, text in (("source", "source {} the sky"), ("target", "the sky {} here")):
+            rows = [{"context": text.format(i), "question": f"what, {i}?", "answer": "the sky"} for i in range(40)]
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            Path(f"{name}.jsonl").write_text(lines, encoding="utf-8")
+        run = run_tiny(BEST, "data.task=qa")
+        assert run.metrics.delivered.name == "averaged"
+        assert set(run.metrics.systems) == {"zero_shot", *SYSTEMS, "averaged"}
+        mean, continued, grasp = (
+            {name: pair.delta() for name, pair in read_adapter(f"run/{folder}").weights.items()}
+            for folder in ("adapter", "continued", "final")
+        )
+        assert mean.keys() == grasp.keys()
+        for name in mean:
+            assert torch.allclose(mean[name], (continued[name] + grasp[name]) / 2, atol=1e-7)
+            assert not torch.allclose(continued[name], grasp[name], atol=1e-5)
+        # Where no dev rows choose, or `continued` is none to expect, nothing is averaged.
+        assert "averaged" not in run_tiny(BEST, "data.task=qa", "data.target.dev=0", folder="without").metrics.systems
 
     def test_whichever_wins_lies_in_adapter(self, begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         original = Steps.row_scores

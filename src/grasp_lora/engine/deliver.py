@@ -2,8 +2,9 @@
 
 The rule, for `final.deliver: best`, on dev, or on micro-dev where there is no dev set. The test split has no part in it.
 
-1. To expect the best of is GRASP's result for questions on a text. For other tasks it is `continued`, where there is a dev set
-   and training lowered its dev loss: no gain over it was shown there (`lab/results/few-rows.md`).
+1. Where there is a dev set and training lowered the dev loss of `continued`, to expect the best of is for questions on a text the
+   mean of `continued` and GRASP's result, which costs no training, and for other tasks `continued`, over which no gain was shown
+   (`lab/results/few-rows.md`). Else it is GRASP's result.
 2. The candidates answer these rows. Of those whose main score is above that of the expected one by more than `AHEAD` standard
    errors of the difference the highest is handed over, of equal ones the one of the lower loss.
 3. Else the expected one is.
@@ -23,6 +24,7 @@ from grasp_lora.engine.run_folder import Delivered
 from grasp_lora.engine.steps import Parents, Steps
 from grasp_lora.errors import AdapterError, DivergedError, ProbeError
 from grasp_lora.evaluation.statistics import compare_with_baselines
+from grasp_lora.method.merging import MergeSettings
 
 TITLES = {
     "continued": "the source adapter continued on the target rows",
@@ -30,6 +32,7 @@ TITLES = {
     "target": "the target adapter",
     "merged": "the merge, not trained",
     "grasp": "GRASP's result",
+    "averaged": "the mean of the source adapter continued and GRASP's result",
 }
 ON_SOURCE = TITLES | {"merged": "the target adapter on top of the source adapter"}  # with `target.on`
 UNPRUNED = "the merge, trained further"  # what GRASP's result is where the recipe says that nothing is pruned
@@ -56,8 +59,22 @@ def continue_source(steps: Steps) -> tuple[Adapter | None, str]:
     return continued, "Continued training lowered no dev loss, which leaves the source adapter."
 
 
-def candidates(parents: Parents, continued: Adapter | None, grasp: Adapter) -> dict[str, Adapter]:
-    """What may be handed over, by name; the continued source adapter is left aside where it is None.
+def mean_of(steps: Steps, continued: Adapter | None, grasp: Adapter) -> Adapter | None:
+    """The mean of both deltas, exactly; None where it was not measured (other tasks), or `continued` is not to be expected."""
+    if continued is None or not helped(continued) or steps.recipe.data.task != "qa" or not steps.splits.dev:
+        return None
+    return steps.merge("averaged", (continued, grasp), ("continued", "grasp"), MergeSettings("exact"))
+
+
+def helped(continued: Adapter) -> bool:
+    """Whether a step lowered its dev loss; with several sources it is a candidate in any case."""
+    return continued.made is not None and continued.made.result.best_step > 0
+
+
+def candidates(
+    parents: Parents, continued: Adapter | None, grasp: Adapter, averaged: Adapter | None
+) -> dict[str, Adapter]:
+    """What may be handed over, by name; what is None is left aside.
 
     A target adapter that was trained on the source adapter is none, since it does nothing alone: it is the merge, their sum.
     """
@@ -67,6 +84,7 @@ def candidates(parents: Parents, continued: Adapter | None, grasp: Adapter) -> d
         "merged": parents.merged,
         **({} if continued is None else {"continued": continued}),
         "grasp": grasp,
+        **({} if averaged is None else {"averaged": averaged}),
     }
 
 
@@ -156,12 +174,10 @@ def best_of(
 
 
 def expected_of(systems: Mapping[str, Adapter], *, plain: bool) -> str:
-    """The candidate handed over where rows do not tell (rule 1); `plain` makes that `continued`, if its training helped.
-
-    With several sources `continued` is a candidate even where no step lowered its loss; then it is not expected.
-    """
-    made = systems["continued"].made if plain and "continued" in systems else None
-    return "continued" if made is not None and made.result.best_step else "grasp"
+    """The candidate handed over where rows do not tell (rule 1); `plain` makes that `continued`, if its training helped."""
+    if "averaged" in systems:
+        return "averaged"
+    return "continued" if plain and "continued" in systems and helped(systems["continued"]) else "grasp"
 
 
 def clearly_ahead(scores: Mapping[str, RowScores], losses: Mapping[str, Sequence[float]], expected: str) -> str | None:
@@ -181,7 +197,10 @@ def _ahead(ours: Sequence[float], theirs: Sequence[float]) -> bool:
 
 def titles_with(on: str | None, prune_ratio: float | None) -> dict[str, str]:
     """Return what each kind of candidate is called, with `target.on` and a prune ratio that was given."""
-    return (TITLES if on is None else ON_SOURCE) | ({"grasp": UNPRUNED} if prune_ratio == 0 else {})
+    titles = TITLES if on is None else ON_SOURCE
+    if prune_ratio != 0:
+        return titles
+    return titles | {"grasp": UNPRUNED, "averaged": f"the mean of the source adapter continued and {UNPRUNED}"}
 
 
 def title_of(name: str, titles: Mapping[str, str] = TITLES) -> str:

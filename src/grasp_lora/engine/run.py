@@ -73,6 +73,7 @@ class Made:
         grasp: that result.
         continued: the source adapter, trained on the target rows; None where the recipe does not ask for it, or where it failed.
         left_out: why that one is no candidate, as a sentence; empty where it is.
+        averaged: the mean of both; None where it is not asked for.
     """
 
     parents: Parents
@@ -81,11 +82,12 @@ class Made:
     grasp: Adapter
     continued: Adapter | None
     left_out: str
+    averaged: Adapter | None
 
     @property
     def systems(self) -> dict[str, Adapter]:
         """What may be handed over, by name."""
-        return deliver.candidates(self.parents, None if self.left_out else self.continued, self.grasp)
+        return deliver.candidates(self.parents, None if self.left_out else self.continued, self.grasp, self.averaged)
 
     def choose(self, steps: Steps) -> Delivered:
         """Choose what is handed over."""
@@ -102,13 +104,17 @@ class Made:
 
 
 def make(steps: Steps) -> Made:
-    """Train and merge, learn the ratio, make GRASP's result, and continue the source adapter as the usual practice does."""
+    """Train and merge, learn the ratio, make GRASP's result, and continue the source adapter as the usual practice does.
+
+    For questions the mean of the last two is made, too.
+    """
     final, parents = steps.recipe.final, steps.parents()
     learned = steps.learn_ratio(parents.merged) if final.prune_ratio is None else None
     ratio = learned.result.estimate.ratio if learned else float(final.prune_ratio or 0.0)
     grasp = steps.finetune(parents.merged.after(*[learned] if learned else []), ratio)
     continued, left_out = deliver.continue_source(steps) if final.deliver == "best" else (None, "")
-    return Made(parents, learned, ratio, grasp, continued, left_out)
+    averaged = None if left_out else deliver.mean_of(steps, continued, grasp)
+    return Made(parents, learned, ratio, grasp, continued, left_out, averaged)
 
 
 def main_job(steps: Steps, info: RunInfo) -> Run:

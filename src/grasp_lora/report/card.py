@@ -51,7 +51,7 @@ def write_model_card(run: Run, folder: Path, adapter_folder: Path) -> Path:
     sides, borrowed = PARTS.get(kind, ("source", "target")), _borrowed(run, name)
     trained_on = [side for side in sides if not borrowed[side]]
     continued = kind == "continued" and not discarded(run, kind)
-    if (continued or kind == "grasp") and "target" not in trained_on:
+    if (continued or kind in ("grasp", "averaged")) and "target" not in trained_on:
         trained_on.append("target")
     corpora = [corpus for side in trained_on if (corpus := getattr(run.recipe.data, side))]
     sides_of = {split: "source" if split.startswith("source") else "target" for split in SPLITS}

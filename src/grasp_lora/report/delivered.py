@@ -8,6 +8,7 @@ from grasp_lora.data.splits import HELD_OUT, PAPER_SIZES
 from grasp_lora.data.tasks import ANY_LANGUAGE, TEMPLATES, options_of
 from grasp_lora.engine.check import why_no_folds
 from grasp_lora.engine.compare import LEAST_TEST
+from grasp_lora.engine.deliver import TITLES, UNPRUNED
 from grasp_lora.engine.judge import turned
 from grasp_lora.engine.results import main_metric
 from grasp_lora.engine.run_folder import ADAPTER_FOLDER, FINAL_FOLDER, PROMPT_FILE, Run
@@ -27,6 +28,7 @@ MADE = {  # how; of others see `made_of`
     "continued": "a source adapter was trained further on the target rows",
     "source": "it is the source adapter as it is",
     "target": "it was trained on the target data alone",
+    "averaged": "a source adapter was trained further on the target rows, and the mean of it and of GRASP's result was taken",
 }
 MERGED = "a source and a target adapter were merged"
 SUMMED = "a target adapter was trained on top of a source adapter and added to it"  # with `target.on`
@@ -168,6 +170,8 @@ def made_of(kind: str, run: Run, *, given_target: bool) -> str:
         made += "" if none_kept else " was fine-tuned"
     elif none_kept:
         made += ", but no step of that was kept"
+    elif kind == "averaged" and is_unpruned(run):
+        made = made.replace(TITLES["grasp"], UNPRUNED)
     sources = len(run.recipe.source.adapters)
     if sources > 1 and kind != "source":
         made = made.replace("a source and a target adapter", f"{sources} source adapters and a target adapter")

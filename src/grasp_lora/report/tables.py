@@ -132,6 +132,7 @@ def titles_of(run: Run) -> dict[str, str]:
         "merged": "Merged, not pruned" if run.target_alone else "Target on source, not pruned",
         "continued": "Source, continued",
         "grasp": "Merged, trained further" if is_unpruned(run) else "GRASP",
+        "averaged": f"Mean of continued and {'merge' if is_unpruned(run) else 'GRASP'}",
     }
 
 
