@@ -3,7 +3,6 @@
     python lab/few_rows.py draw SETTING DRAW FOLDER    # one draw; goes on where it was stopped, writes FOLDER/SETTING-DRAW.json
     python lab/few_rows.py elsewhere zh DRAW FOLDER    # a draw of `zh` on the rows of XQuAD: FOLDER/xquad-DRAW.json
     python lab/few_rows.py elsewhere ar DRAW FOLDER    # the same of `ar`: FOLDER/xquad-ar-DRAW.json
-    python lab/few_rows.py averaged SETTING DRAW FOLDER  # adds the mean of `grasp` and `continued`; also of xquad-zh, xquad-ar
     python lab/few_rows.py table FILE [FILE ...]       # means over draws, with 95 % intervals over the draws
 
 Settings `sw` and `su` draw 45 rows, what 60 are after their test quarter; `sw100`, `ko100` and `su100` draw 75, what 100 are, and
@@ -36,7 +35,6 @@ from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import Steps
 from grasp_lora.engine.store import Store
 from grasp_lora.evaluation.statistics import PairedComparison, compare_with_baselines
-from grasp_lora.method.merging import MergeSettings
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.storage.claims import Workplace, working_in
 from grasp_lora.storage.writing import write_json
@@ -167,44 +165,26 @@ def articles_of(rows: Sequence[Example]) -> list[int]:
     return [groups.index(row.group) for row in rows]
 
 
-def steps_elsewhere(setting: str, draw: int, folder: Path, work: Workplace) -> Steps:
-    """The same steps as of `steps_of`, with the test rows of another data set."""
+def elsewhere(setting: str, draw: int, folder: Path, work: Workplace) -> None:
+    """What is handed over, and `continued`, on rows of another data set."""
     steps = steps_of(setting, draw, folder, work)
     name, _, changes = SETTINGS[setting]
     other = Session(load_recipe(name, [*changes, *XQUAD[setting]])[0], Path.cwd())
     check(other)
     rows = tuple(row for row in other.splits.test if row.where.startswith("xquad"))
     session = steps.session.variant(steps.recipe, replace(steps.splits, test=rows))
-    return Steps(session, steps.store, stop_requested=lambda: work.interruption.asked_by)
-
-
-def elsewhere(setting: str, draw: int, folder: Path, work: Workplace) -> None:
-    """What is handed over, and `continued`, on rows of another data set."""
-    record = beside_the_usual(setting, draw, steps_elsewhere(setting, draw, folder, work))
-    record["setting"] = "xquad" if setting == "zh" else f"xquad-{setting}"
+    steps = Steps(session, steps.store, stop_requested=lambda: work.interruption.asked_by)
+    record = beside_the_usual(setting, draw, steps) | {"setting": "xquad" if setting == "zh" else f"xquad-{setting}"}
     write_json(folder / f"{record['setting']}-{draw}.json", record)
 
 
-def averaged(setting: str, draw: int, folder: Path, work: Workplace) -> None:
-    """Measure the mean of GRASP's result and `continued`, and add it to the record of a finished draw."""
-    of_other = setting.removeprefix("xquad-")
-    steps = (steps_of if of_other == setting else steps_elsewhere)(of_other, draw, folder, work)
-    made = make(steps)
-    assert made.continued is not None, "`continued` failed"
-    pair, names = (made.grasp, made.continued), ("grasp", "continued")
-    mean = measured(steps, steps.merge("averaged", pair, names, MergeSettings("exact")))
-    file = folder / f"{'xquad' if setting == 'xquad-zh' else setting}-{draw}.json"
-    record = json.loads(file.read_bytes())
-    write_json(file, record | {"systems": record["systems"] | {"averaged": mean}})
-
-
 def beside_the_usual(setting: str, draw: int, steps: Steps) -> dict[str, Any]:
-    """What is handed over, and `continued`, on the test rows; of the other systems dev rows alone."""
+    """What is handed over, `continued` and its mean with GRASP's result on the test rows; of the other systems dev rows alone."""
     made = make(steps)
     systems = made.systems | ({} if made.continued is None else {"continued": made.continued})
     on_dev = {name: measured(steps, of, with_test=False) for name, of in systems.items()}
     chosen = handed_over({"setting": setting, "systems": on_dev})["delivered"]
-    tested = {"continued", *(name for name, of in on_dev.items() if of is chosen)}
+    tested = {name for name, of in on_dev.items() if of is chosen or name in ("continued", "averaged")}
     record: dict[str, Any] = {"setting": setting, "draw": draw, "articles": articles_of(steps.splits.test)}
     if made.learned is not None:
         record["ratio"] = asdict(made.learned.result.estimate)
@@ -260,6 +240,8 @@ def handed_over(draw: dict[str, Any]) -> dict[str, Any]:
     ):
         if name in draw["systems"]:
             systems = rivals | {"grasp": draw["systems"][name]}
+            if key == f"delivered{EXPECTED}":  # the rule of before
+                systems.pop("averaged", None)
             scores = {name: RowScores(metric="", scores=of["dev_scores"]) for name, of in systems.items()}
             losses = {name: of["dev_losses"] for name, of in systems.items()}
             found[key] = systems[clearly_ahead(scores, losses, expected) or expected]
@@ -291,7 +273,7 @@ def main(job: str, *words: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with working_in(folder) as work:
         work.begin(shared=True)
-        {"draw": draw_of, "elsewhere": elsewhere, "averaged": averaged}[job](setting, int(draw), folder, work)
+        {"draw": draw_of, "elsewhere": elsewhere}[job](setting, int(draw), folder, work)
 
 
 if __name__ == "__main__":
