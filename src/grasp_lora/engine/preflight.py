@@ -287,10 +287,8 @@ def _plan(session: Session) -> Iterator[Finding]:
 def _systems(recipe: Recipe) -> int:
     """How many systems a run measures at most: the backbone alone, the merge, GRASP's result, and the adapters before them."""
     sources = max(1, len(recipe.source.adapters))
-    rivals = (
-        0 if recipe.final.deliver != "best" else 2 if recipe.data.task == "qa" else 1
-    )  # `continued`, its mean with GRASP's result
-    return 3 + sources + (recipe.target.on != "source") + rivals
+    rivals = 2 if recipe.data.task == "qa" else 1  # `continued`, for questions its mean with GRASP's result
+    return 3 + sources + (recipe.target.on != "source") + rivals * (recipe.final.deliver == "best")
 
 
 def _cost(recipe: Recipe, session: Session) -> tuple[int, int, float]:
