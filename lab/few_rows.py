@@ -206,7 +206,7 @@ def table(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
             beside = [over(found, name, "continued", key) for key in ("test_scores", "test_losses")]
             yield f"  {name:22} {fmean(score):5.1f} ({beside[0]})   {fmean(loss):.3f} ({beside[1]})"
         articles = of_setting[0].get("articles")
-        for key in ("delivered", f"delivered{EXPECTED}"):
+        for key in ("delivered", f"delivered{EXPECTED}", *(["averaged"] if "averaged" in names else [])):
             ours, theirs = ([each[name]["test_scores"] for each in found] for name in (key, "continued"))
             of_draws = [shown(*pair, articles) for pair in zip(ours, theirs, strict=True)]
             verdicts = Counter(each.verdict or "no verdict" for each in of_draws)
@@ -220,6 +220,10 @@ def table(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
         everywhere += found
     yield f"all {len(everywhere)} draws: delivered minus continued {over(everywhere, 'delivered', 'continued', 'test_scores')}"
     usual = f"delivered{EXPECTED}"
+    both = [each for each in everywhere if "test_scores" in each.get("averaged", ())]
+    for other in ("continued", usual) if both else ():
+        score, loss = (over(both, "averaged", other, key) for key in ("test_scores", "test_losses"))
+        yield f"  averaged minus {other}, {len(both)} draws: score {score}, loss {loss}"
     instead = [each for each in everywhere if each["delivered"] is each["continued"] is not each[usual]]
     if instead:
         gap = over(instead, usual, "continued", "test_scores")

@@ -252,7 +252,7 @@ class TestRun:
         for name in mean:
             assert torch.allclose(mean[name], (continued[name] + grasp[name]) / 2, atol=1e-7)
             assert not torch.allclose(continued[name], grasp[name], atol=1e-5)
-        # Where no dev rows choose, or `continued` is none to expect, nothing is averaged.
+        # Where no dev rows choose, nothing is averaged.
         assert "averaged" not in run_tiny(BEST, "data.task=qa", "data.target.dev=0", folder="without").metrics.systems
 
     def test_whichever_wins_lies_in_adapter(self, begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:

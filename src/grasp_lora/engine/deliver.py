@@ -2,9 +2,9 @@
 
 The rule, for `final.deliver: best`, on dev, or on micro-dev where there is no dev set. The test split has no part in it.
 
-1. Where there is a dev set and training lowered the dev loss of `continued`, to expect the best of is for questions on a text the
-   mean of `continued` and GRASP's result, which costs no training, and for other tasks `continued`, over which no gain was shown
-   (`lab/results/few-rows.md`). Else it is GRASP's result.
+1. To expect the best of is `continued`, for questions on a text its mean with GRASP's result, which costs no training: by
+   draws of few rows (`lab/results/few-rows.md`). Where there is no dev set, or training lowered no dev loss of `continued`, it is
+   GRASP's result.
 2. The candidates answer these rows. Of those whose main score is above that of the expected one by more than `AHEAD` standard
    errors of the difference the highest is handed over, of equal ones the one of the lower loss.
 3. Else the expected one is.
