@@ -35,6 +35,7 @@ from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import Steps
 from grasp_lora.engine.store import Store
 from grasp_lora.evaluation.statistics import PairedComparison, compare_with_baselines
+from grasp_lora.method.merging import MergeSettings
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.storage.claims import Workplace, working_in
 from grasp_lora.storage.writing import write_json
@@ -149,7 +150,7 @@ def draw_of(setting: str, draw: int, folder: Path, work: Workplace) -> None:
     made = make(steps)
     systems = dict(made.systems)
     if made.continued is not None:
-        systems["continued"] = made.continued
+        systems |= {"continued": made.continued, "averaged": mean_of(steps, made.continued, made.grasp)}
     record: dict[str, Any] = {"setting": setting, "draw": draw, "train": len(steps.splits.train)}
     record["articles"] = articles_of(steps.splits.test)
     if made.learned is not None:
@@ -186,9 +187,17 @@ def beside_the_usual(setting: str, draw: int, steps: Steps) -> dict[str, Any]:
     chosen = handed_over({"setting": setting, "systems": on_dev})["delivered"]
     tested = {name for name, of in on_dev.items() if of is chosen or name in ("continued", "averaged")}
     record: dict[str, Any] = {"setting": setting, "draw": draw, "articles": articles_of(steps.splits.test)}
-    if made.learned is not None:
+    if made.learned is not None and made.continued is not None:
         record["ratio"] = asdict(made.learned.result.estimate)
+        systems[PLAIN] = steps.finetune(made.parents.merged, 0.0)
+        systems[f"averaged{WITHOUT}"] = mean_of(steps, made.continued, systems[PLAIN])
+        tested.add(f"averaged{WITHOUT}")
     return record | {"systems": on_dev | {name: measured(steps, systems[name]) for name in sorted(tested)}}
+
+
+def mean_of(steps: Steps, *both: Adapter) -> Adapter:
+    """The mean of `continued` and what comes of the merge, exactly, also where a run makes none."""
+    return steps.merge("averaged", both, ("continued", "grasp"), MergeSettings("exact"))
 
 
 def table(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
