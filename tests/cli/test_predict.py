@@ -1,7 +1,6 @@
 """`predict` asks an adapter as it was trained to be asked: whole prompts, a question, rows of a file."""
 
 import csv
-import importlib.util
 import io
 import json
 import shutil
@@ -13,7 +12,6 @@ import pytest
 import torch
 from conftest import CliResult, build_tiny_model, build_tiny_tokenizer, write_tiny_workspace
 
-from grasp_lora.data.files import read_file
 from grasp_lora.engine import predict as predicting
 from grasp_lora.engine.session import Session
 from grasp_lora.models.adapter_files import OUR_FILE
@@ -184,8 +182,6 @@ def test_rows_are_answered_and_written_with_their_predictions(cli: Cli, here: Pa
     with Path("out.csv").open(newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     assert rows[0] == {"text": "here, there", "question": "where?", "note": "لا", "prediction": "so"}
-    cli("predict", "qa", "rows.csv", "--output", "out.xlsx")
-    assert read_file("out.xlsx", Path("out.xlsx")).rows[0].values == rows[0]
     qas = [{"id": "a", "question": "q?"}, {"id": "b", "question": "w?", "answers": [], "is_impossible": True}]
     Path("squad.json").write_text(
         json.dumps({"data": [{"title": "t", "paragraphs": [{"context": "now", "qas": qas}]}]})
@@ -197,18 +193,6 @@ def test_rows_are_answered_and_written_with_their_predictions(cli: Cli, here: Pa
     cli("predict", "chat", "t.jsonl")
     prompt = "<start>user\na<end>\n<start>assistant\nb<end>\n<start>user\nc<end>\n<start>assistant\n"
     assert asked[-1][0] == [prompt, "<start>user\nd<end>\n<start>assistant\n"]
-
-
-def test_a_text_that_begins_with_an_equals_sign_is_no_formula_in_a_workbook_and_its_writer_is_asked_for(
-    cli: Cli, here: Path, asked: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    Path("rows.csv").write_text("text,question\n=1+1,\u0001when?\n", encoding="utf-8")
-    cli("predict", "qa", "rows.csv", "--output", "out.xlsx")
-    assert read_file("out.xlsx", Path("out.xlsx")).rows[0].values["text"] == "=1+1"
-    real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openpyxl" else real(name))
-    line = refusal(cli("predict", "qa", "rows.csv", "--output", "more.xlsx"))
-    assert "Excel opens .csv, too) needs openpyxl, which is not installed: pip install 'grasp-lora[excel]'" in line
 
 
 def test_rows_of_every_layout_need_no_answer(here: Path, cli: Cli, asked: list[Any]) -> None:

@@ -92,7 +92,7 @@ def test_of_equals_none_is_called_the_best(judged: Callable[..., Judgement]) -> 
     assert sentence(judged("run/source", "twin")).startswith("source, twin have the highest ")
 
 
-def test_page_table_and_files(judged: Callable[..., Judgement], cli: Callable[..., Any]) -> None:
+def test_table_and_files(judged: Callable[..., Judgement], cli: Callable[..., Any]) -> None:
     asked = ("judge", "run/source", "run/final", "--rows", ROWS, "--language", "de")
     result = cli(*asked, "--save", "verdict")
     assert result.status == 0, result.err
@@ -102,9 +102,6 @@ def test_page_table_and_files(judged: Callable[..., Judgement], cli: Callable[..
     assert facts["ranking"] == trial.ranking
     assert facts["scores"]["final"]["test_loss"] == pytest.approx(trial.scores["final"]["test_loss"])
     assert [set(row["answers"]) for row in rows_of("verdict/answers.jsonl")] == [{"source", "final"}] * trial.examples
-    page = Path("verdict/judge.html").read_text(encoding="utf-8")
-    assert sentence(trial) in page
-    assert "<script" not in page
     again = cli(*asked, "--save", "verdict")
     assert (again.status, "verdict" in again.err) == (2, True)
 

@@ -34,9 +34,7 @@ def predict(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output", "-o", help="A new file (.csv, .tsv, .xlsx, .jsonl) for the rows with their predictions."
-        ),
+        typer.Option("--output", "-o", help="A new file (.csv or .jsonl) for the rows with their predictions."),
     ] = None,
     sheet: Annotated[
         str | None, typer.Option(help="The sheet of a workbook of rows. Default: the first that is not hidden.")

@@ -32,7 +32,7 @@ def judge(
     trust_remote_code: TrustOption = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     save: Annotated[
-        Path | None, typer.Option("--save", "--output", "-o", help="A new folder for page, JSON file and all answers.")
+        Path | None, typer.Option("--save", "--output", "-o", help="A new folder for a JSON file and all answers.")
     ] = None,
 ) -> None:
     """Say which of several adapters is best on a file of rows, and whether the rows can tell. No recipe, no training."""
@@ -41,7 +41,7 @@ def judge(
         from grasp_lora import api
         from grasp_lora.recipes.corpus import parse_columns
         from grasp_lora.report.bars import TerminalProgress
-        from grasp_lora.report.judged import PAGE, print_judgement, write_judgement
+        from grasp_lora.report.judged import print_judgement, write_judgement
         from grasp_lora.storage.claims import refuse_existing
     if save is not None:
         refuse_existing(save)
@@ -61,7 +61,7 @@ def judge(
     print_judgement(judgement, console)
     if save is not None:
         write_judgement(judgement, save)
-        say(f"page {save / PAGE}")
+        say(f"-> {save}")
 
 
 def merge(

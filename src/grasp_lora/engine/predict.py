@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter
 
 from grasp_lora.data.encode import Encoder, Tally, check_tokenizer, encode_labels, prompt_ids
-from grasp_lora.data.files import READERS, WORKBOOKS, Row, Table, read_file
+from grasp_lora.data.files import READERS, Row, Table, read_file
 from grasp_lora.data.records import SPEAKERS, XLSUM_COLUMNS, Record, check_labels, clean_text, make_pool
 from grasp_lora.data.tasks import ANY_LANGUAGE, TEMPLATES, Template, check_template, fields_of, options_of, task_fields
 from grasp_lora.errors import DataError, RecipeError
@@ -29,7 +29,6 @@ from grasp_lora.recipes.load import backbone_of_run
 from grasp_lora.storage.reading import is_file, is_folder, is_there, reading
 from grasp_lora.storage.writing import write_whole
 from grasp_lora.text.display import SURROGATES, listed, quoted
-from grasp_lora.text.names import needs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -218,7 +217,7 @@ def predict_rows(
     Args:
         place: PEFT adapter, a folder or a hub id.
         file: of rows.
-        output: a new file, CSV, TSV, XLSX or JSONL, for the rows with a column `prediction`; None writes nothing.
+        output: a new file, CSV or JSONL, for the rows with a column `prediction`; None writes nothing.
         sheet: of a workbook; None for the first that is not hidden.
         arguments, settings: of `asking`.
 
@@ -278,8 +277,6 @@ def _check_output(output: Path) -> None:
         problem = "exists already" if is_there(output) else "lies in a folder that is not there"
     if problem:
         raise RecipeError(f"{output} {problem}; choose another with --output")
-    if output.suffix.lower() in WORKBOOKS:
-        needs("an .xlsx file (Excel opens .csv, too)", "openpyxl", "openpyxl", extra="excel")
 
 
 def _fits(prompt: str, template: str) -> bool:
@@ -356,25 +353,10 @@ def _cells(rows: Rows) -> list[list[object]]:
     ]
 
 
-def _as_text(rows: Rows, delimiter: str) -> bytes:
+def _as_csv(rows: Rows) -> bytes:
     text = io.StringIO()
-    csv.writer(text, delimiter=delimiter, lineterminator="\n").writerows(_cells(rows))
+    csv.writer(text, lineterminator="\n").writerows(_cells(rows))
     return text.getvalue().encode("utf-8-sig")  # without its mark Excel takes UTF-8 for another encoding
-
-
-def _as_workbook(rows: Rows) -> bytes:
-    from openpyxl import Workbook
-    from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
-
-    book = Workbook()
-    for number, cells in enumerate(_cells(rows), start=1):
-        for column, cell in enumerate(cells, start=1):
-            text = isinstance(cell, str)
-            place = book.active.cell(number, column, ILLEGAL_CHARACTERS_RE.sub("", str(cell)) if text else cell)
-            place.data_type = "s" if text else place.data_type  # what begins with = is no formula
-    content = io.BytesIO()
-    book.save(content)
-    return content.getvalue()
 
 
 def _as_json(value: object) -> str:
@@ -382,8 +364,6 @@ def _as_json(value: object) -> str:
 
 
 _WRITERS: dict[str, Callable[[Rows], bytes]] = {
-    ".csv": lambda rows: _as_text(rows, ","),
-    ".tsv": lambda rows: _as_text(rows, "\t"),
-    ".xlsx": _as_workbook,
+    ".csv": _as_csv,
     ".jsonl": lambda rows: "".join(_as_json(row) + "\n" for row in rows).encode(),
 }

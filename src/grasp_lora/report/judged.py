@@ -1,9 +1,8 @@
-"""What a person reads of a judgement: the sentence, the table, a page.
+"""What a person reads of a judgement: the sentence and the table; and its files.
 
 swahili-qa has the highest F1, 61.2. It is shown to be better than english-qa; no difference is shown to the sum.
 """
 
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,13 @@ from rich.console import Console
 from grasp_lora.engine.judge import Judgement
 from grasp_lora.engine.results import TEST_LOSS, Prediction
 from grasp_lora.report.examples import differing
-from grasp_lora.report.pages import print_table, public_name, render
-from grasp_lora.report.tables import METRIC_NAMES, Cell, TextTable, column_of, interval_text, percent, scale_note
+from grasp_lora.report.pages import print_table
+from grasp_lora.report.tables import METRIC_NAMES, Cell, TextTable, column_of, interval_text, percent
 from grasp_lora.storage.claims import new_folder
-from grasp_lora.storage.writing import write_json, write_jsonl, write_whole
+from grasp_lora.storage.writing import write_json, write_jsonl
 from grasp_lora.text.display import listed, one_line
 
-PAGE, FACTS, ANSWERS = "judge.html", "judge.json", "answers.jsonl"
+FACTS, ANSWERS = "judge.json", "answers.jsonl"
 SHOWN = 3  # examples in the terminal
 CHARACTERS = 60  # of an answer in the terminal
 
@@ -86,17 +85,8 @@ def print_judgement(judgement: Judgement, console: Console) -> None:
 
 
 def write_judgement(judgement: Judgement, folder: Path) -> None:
-    """Write page, JSON and all answers into a folder that does not exist or is empty."""
-    ids, best = _ids(judgement), judgement.ranking[0]
-    page = render("judge.html.j2", {
-        "version": version("grasp-lora"), "backbone": public_name(judgement.backbone), "file": judgement.file,
-        "sentence": sentence(judgement), "how": how(judgement), "table_of_scores": scores_of(judgement),
-        "language": judgement.language.replace("_", "-"), "scale": scale_note(judgement.signatures),
-        "examples": differing(judgement.answers, judgement.prompts, ids, best, judgement.metric),
-        "signatures": {_name(key): text for key, text in judgement.signatures.items()},
-    })  # fmt: skip
+    """Write JSON and all answers into a folder that does not exist or is empty."""
     with new_folder(folder) as draft:
-        write_whole(draft / PAGE, page)
         write_json(draft / FACTS, judgement.to_json())
         write_jsonl(draft / ANSWERS, _rows(judgement))
 
