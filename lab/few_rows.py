@@ -23,13 +23,13 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from choices import clearly_ahead
 from scipy.stats import t as student
 
 from grasp_lora.data.encode import Example
 from grasp_lora.data.splits import Splits
 from grasp_lora.engine.check import check
-from grasp_lora.engine.deliver import clearly_ahead
-from grasp_lora.engine.results import Adapter, RowScores, main_metric
+from grasp_lora.engine.results import Adapter, main_metric
 from grasp_lora.engine.run import make
 from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import Steps
@@ -42,7 +42,8 @@ from grasp_lora.storage.writing import write_json
 
 OTHERS = ("source", "target", "merged", "continued", "averaged")
 PLAIN, WITHOUT = "merge, trained further", ", without a controller"
-EXPECTED = ", GRASP's result expected"
+ASKED = ", dev rows asked"  # the rule until 2026-12-02, whose records have the scores of the dev rows
+EXPECTED = ", GRASP's result expected"  # the one before that
 # Rows of a draw, those of them to judge by; there is room for six draws, for three of 200 rows.
 SIZES = {60: (45, 15), 100: (75, 25), 200: (150, 50)}
 CONFIRMING = ("ko", "ko100", "zh", "ar", "min", "min100")
@@ -121,11 +122,10 @@ def measured(steps: Steps, adapter: Adapter, *, with_test: bool = True) -> dict[
     if with_test:
         found = steps.measure(adapter)
         assert found.test is not None
-        metric = main_metric(steps.session.available_metrics)
+        metric = main_metric(list(steps.session.metrics))
         record["test_losses"] = [round(loss, 4) for loss in found.test.result.losses]
         record["test_scores"] = [round(float(score), 4) for score in found.metrics[metric].per_example]
     record["dev_losses"] = [round(loss, 4) for loss in steps.losses(adapter, "dev").result.losses]
-    record["dev_scores"] = list(steps.row_scores(adapter, "dev").result.scores)
     if adapter.made is not None:
         record["best_step"] = adapter.made.result.best_step
     return record
@@ -215,7 +215,7 @@ def table(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
             beside = [over(found, name, "continued", key) for key in ("test_scores", "test_losses")]
             yield f"  {name:22} {fmean(score):5.1f} ({beside[0]})   {fmean(loss):.3f} ({beside[1]})"
         articles = of_setting[0].get("articles")
-        for key in ("delivered", f"delivered{EXPECTED}", *(["averaged"] if "averaged" in names else [])):
+        for key in (name for name in names if name.startswith(("delivered", "averaged"))):
             ours, theirs = ([each[name]["test_scores"] for each in found] for name in (key, "continued"))
             of_draws = [shown(*pair, articles) for pair in zip(ours, theirs, strict=True)]
             verdicts = Counter(each.verdict or "no verdict" for each in of_draws)
@@ -228,36 +228,43 @@ def table(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
                 yield f"  {name} minus {other}: score {gains[0]}, loss {gains[1]}"
         everywhere += found
     yield f"all {len(everywhere)} draws: delivered minus continued {over(everywhere, 'delivered', 'continued', 'test_scores')}"
+    for ours, theirs in (
+        ("delivered", f"delivered{ASKED}"),
+        ("averaged", "continued"),
+        ("averaged", f"averaged{WITHOUT}"),
+        ("averaged", f"delivered{EXPECTED}"),
+    ):
+        both = [each for each in everywhere if all("test_scores" in each.get(name, ()) for name in (ours, theirs))]
+        if both:
+            score, loss = (over(both, ours, theirs, key) for key in ("test_scores", "test_losses"))
+            yield f"  {ours} minus {theirs}, {len(both)} draws: score {score}, loss {loss}"
     usual = f"delivered{EXPECTED}"
-    both = [each for each in everywhere if "test_scores" in each.get("averaged", ())]
-    for other in ("continued", usual) if both else ():
-        score, loss = (over(both, "averaged", other, key) for key in ("test_scores", "test_losses"))
-        yield f"  averaged minus {other}, {len(both)} draws: score {score}, loss {loss}"
-    instead = [each for each in everywhere if each["delivered"] is each["continued"] is not each[usual]]
+    instead = [each for each in everywhere if each["delivered"] is each["continued"] is not each.get(usual)]
     if instead:
         gap = over(instead, usual, "continued", "test_scores")
         yield f"  GRASP's result, where it would be handed over in place of continued, {len(instead)} draws: {gap}"
 
 
 def handed_over(draw: dict[str, Any]) -> dict[str, Any]:
-    """What a run would hand over by today's rule, with a controller and without, and where GRASP's result is expected."""
-    found, questions = {}, not draw["setting"].startswith(("su", "min", "titles"))
-    rivals = {name: of for name, of in draw["systems"].items() if name in OTHERS and "dev_scores" in of}
-    if not rivals["continued"]["best_step"]:  # discarded, and so no candidate
+    """What a run would hand over by today's rule, with a controller and without, and by the rules of before."""
+    systems, questions = draw["systems"], not draw["setting"].startswith(("su", "min", "titles"))
+    rivals = {name: of for name, of in systems.items() if name in OTHERS}
+    if not rivals["continued"]["best_step"]:  # discarded
         del rivals["continued"]
-    usual = "averaged" if "averaged" in rivals else "continued" if not questions and "continued" in rivals else "grasp"
-    for key, name, expected in (
-        ("delivered", "grasp", usual),
-        (f"delivered{WITHOUT}", PLAIN, usual),
-        (f"delivered{EXPECTED}", "grasp", "grasp"),
-    ):
-        if name in draw["systems"]:
-            systems = rivals | {"grasp": draw["systems"][name]}
-            if key == f"delivered{EXPECTED}":  # the rule of before
-                systems.pop("averaged", None)
-            scores = {name: RowScores(metric="", scores=of["dev_scores"]) for name, of in systems.items()}
-            losses = {name: of["dev_losses"] for name, of in systems.items()}
-            found[key] = systems[clearly_ahead(scores, losses, expected) or expected]
+        rivals.pop("averaged", None)
+    elif not questions:
+        rivals.pop("averaged", None)
+    usual = "averaged" if "averaged" in rivals else "continued" if "continued" in rivals and not questions else "grasp"
+    found = {"delivered": systems[usual]}
+    if (without := PLAIN if usual == "grasp" else usual + WITHOUT if usual == "averaged" else usual) in systems:
+        found[f"delivered{WITHOUT}"] = systems[without]
+    candidates = {name: of for name, of in {**rivals, "grasp": systems["grasp"]}.items() if "dev_scores" in of}
+    for key, first, left in ((ASKED, usual, ()), (EXPECTED, "grasp", ("averaged",))):
+        if first in candidates:
+            those = {name: of for name, of in candidates.items() if name not in left}
+            scores = {name: of["dev_scores"] for name, of in those.items()}
+            losses = {name: fmean(of["dev_losses"]) for name, of in those.items()}
+            found[f"delivered{key}"] = those[clearly_ahead(scores, losses, first) or first]
     return found
 
 

@@ -54,18 +54,18 @@ FOLDER, INTERRUPTION, ORDER = "storage/test_claims.py", "storage/test_interrupti
 
 MUTATIONS = (
     Mutation(
-        "deliver: a lead by chance decides",
-        "ahead = [name for name, of in scores.items() if of.scores and _ahead(of.scores, scores[expected].scores)]",
-        "ahead = [name for name, of in scores.items() if fmean(of.scores or [0.0]) > fmean(scores[expected].scores)]",
+        "deliver: a training that was discarded is averaged",
+        "if continued.made and continued.made.result.best_step:",
+        "if continued.made:",
         ("engine/test_deliver.py",),
-        "one row of a dozen sets aside the adapter that is to be expected the best",
+        "half of what is handed over is the source adapter",
     ),
     Mutation(
-        "deliver: of those ahead the lowest is handed over",
-        "return max(ahead, key=lambda name: (fmean(scores[name].scores), -fmean(losses[name])), default=None)",
-        "return min(ahead, key=lambda name: (fmean(scores[name].scores), -fmean(losses[name])), default=None)",
+        "deliver: without a dev set the usual practice is handed over",
+        'return "grasp", "There is no dev set by which the other training could stop."',
+        'return "continued", "There is no dev set by which the other training could stop."',
         ("engine/test_deliver.py",),
-        "another adapter than the best by the rows that choose",
+        "a training that nothing stopped",
     ),
     Mutation(
         "compare: joint trains on the source alone",

@@ -163,7 +163,7 @@ def test_a_spreadsheet_becomes_a_checked_recipe(newcomer, cli):
     result = cli(*shlex.split(check)[1:])
     assert result.status == 0, result.err
     shown = (ROOT / "docs" / "how-to" / "spreadsheet.md").read_text(encoding="utf-8")
-    counts = r"Of 60 rows (\d+) are to learn from, (\d+) to choose by \(dev\), and (\d+) for the test"
+    counts = r"Of 60 rows (\d+) are to learn from, (\d+) to stop by \(dev\), and (\d+) for the test"
     told = re.search(counts, shown)
     assert told is not None
     target = load_recipe("my-examples.yaml")[0].data.target

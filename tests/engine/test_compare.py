@@ -26,7 +26,6 @@ from grasp_lora.engine.comparison import Comparison, ComparisonSettings, MethodR
 from grasp_lora.engine.methods import METHODS
 from grasp_lora.engine.progress import Progress
 from grasp_lora.engine.results import Adapter, read_json
-from grasp_lora.engine.run_folder import Delivered
 from grasp_lora.engine.steps import Steps
 from grasp_lora.errors import AdapterError, Interrupted, ProbeError, RecipeError
 from grasp_lora.evaluation.statistics import compare_with_baselines
@@ -292,17 +291,7 @@ class TestSteps:
             assert weights_in(Path("both", name)) == weights_in(finished_run / name)
 
     @pytest.mark.parametrize("deliver", ["best", "grasp"])
-    def test_what_a_run_hands_over_is_a_row_that_trains_nothing_anew(
-        self, deliver, tiny_workspace, monkeypatch
-    ) -> None:
-        def poor(self: Steps, adapter: Any, split: str) -> Any:  # GRASP's result, so that it is not handed over in both
-            measured = original(self, adapter, split)
-            pruned = adapter.made and adapter.made.name.startswith("final") and adapter.made.name != "final-0.00"
-            scores = [0.0 if pruned else 50.0 + row for row in range(len(measured.result.scores))]
-            return replace(measured, result=measured.result.model_copy(update={"scores": scores}))
-
-        original = Steps.row_scores
-        monkeypatch.setattr(Steps, "row_scores", poor)
+    def test_what_a_run_hands_over_is_a_row_that_trains_nothing_anew(self, deliver, tiny_workspace) -> None:
         metrics = run_tiny(f"final.deliver={deliver}", folder="both").metrics
         comparison, recorder = compared("both", asked("delivered", seeds=(42,)), f"final.deliver={deliver}")
         assert not recorder.did
@@ -314,18 +303,17 @@ class TestSteps:
         assert (row.prune_ratio is not None) == (deliver == "grasp")
 
     def test_each_seed_counts_where_several_hand_over_the_same_adapter(self, tiny_workspace, monkeypatch) -> None:
-        def chosen(steps: Steps, *_: Any) -> Delivered:
-            name = "target" if steps.recipe.seed == 2 else "source"
-            return Delivered(name=name, title=f"the {name}", why="It is.")
+        def named(steps: Steps, *_: Any) -> tuple[str, str]:
+            return ("target" if steps.recipe.seed == 2 else "source"), "It is."
 
-        monkeypatch.setattr("grasp_lora.engine.deliver.choose", chosen)
+        monkeypatch.setattr("grasp_lora.engine.deliver.expected", named)
         comparison, _ = compared(
             "compare", asked("source_only", "target_only", "delivered", seeds=(1, 2, 3)), "final.deliver=best"
         )
         scores: Any = {row.method: row.scores["test_loss"].values for row in comparison.rows}  # type: ignore[union-attr]
         assert scores["source_only"] == scores["source_only"][:1]  # one adapter for all seeds
         assert scores["delivered"] == [*scores["source_only"], scores["target_only"][1], *scores["source_only"]]
-        assert row_of(comparison, "delivered").taken == "the source (1, 3); the target (2)"
+        assert row_of(comparison, "delivered").taken == "the source adapter as it is (1, 3); the target adapter (2)"
 
 
 class FakeSteps(Steps):

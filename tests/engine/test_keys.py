@@ -23,10 +23,10 @@ from grasp_lora.models.adapter_files import AdapterInfo
 
 NOTHING = ""
 TRAINED = "source target controller final"
-COMPUTED = f"{TRAINED} losses answers rows"  # by the backbone
+COMPUTED = f"{TRAINED} losses answers"  # by the backbone
 READS = {  # the rows of each kind
     "source": ("source_train", "source_dev"), "target": ("train", "dev"), "controller": ("train", "micro_dev"),
-    "final": ("train", "dev"), "losses": ("test",), "answers": ("test",), "rows": ("dev",),
+    "final": ("train", "dev"), "losses": ("test",), "answers": ("test",),
 }  # fmt: skip
 BY_BACKBONE = NOTHING  # by what was loaded
 BY_ROWS = NOTHING  # by what was read, drawn and tokenised
@@ -46,8 +46,8 @@ TABLE: dict[str, str] = {
         "source.language",
     )), BY_ROWS),
     **{f"data.{side}.{name}": BY_ROWS for side in ("source", "target") for name in CORPUS},
-    "data.task": "scores rows",  # by its metrics, where the recipe names none
-    "data.target.language": "scores rows",
+    "data.task": "scores",  # by its metrics, where the recipe names none
+    "data.target.language": "scores",
     "lora.rank": "source target",
     "lora.alpha": "source target",
     "lora.dropout": TRAINED,  # of the controller run and the final run where merge.dropout is not set
@@ -71,10 +71,10 @@ TABLE: dict[str, str] = {
     "final.prune_ratio": NOTHING,  # a final run is told its ratio, wherever that comes from
     **{f"final.training.{name}": "final" for name in TRAINING},
     "final.deliver": NOTHING,  # a choice among finished adapters
-    "generation.max_new_tokens": "answers rows",
-    "generation.stop": "answers rows",
-    "metrics": "scores rows",
-    "bertscore.models": "scores rows",
+    "generation.max_new_tokens": "answers",
+    "generation.stop": "answers",
+    "metrics": "scores",
+    "bertscore.models": "scores",
     "report_to": NOTHING,
     # It trades time for memory and no bit of the result, so that who ran out of memory may set it and go on.
     **{f"{stage}.training.gradient_checkpointing": NOTHING for stage in ("source", "target", "controller", "final")},
@@ -112,7 +112,6 @@ def keys(session: Session, start: str = "start", ratio: float = 0.5) -> dict[str
         "losses": steps.losses(before, "test").key,
         "answers": steps.tested(before).key,
         "scores": steps.scores(answers).key,
-        "rows": steps.row_scores(before, "dev").key,
     }
 
 
@@ -199,7 +198,7 @@ def test_each_row_counts_in_the_steps_that_read_it(change: dict[str, Any], count
     for name in ("source_train", "source_dev", "train", "dev", "micro_dev", "test"):
         rows = getattr(splits, name)
         other = session.variant(splits=replace(splits, **{name: (*rows[:-1], replace(rows[-1], **change))}))
-        scored = {"rows"} if "references" in change else set(READS)  # the other steps read no references
+        scored = set() if "references" in change else set(READS)  # which only the scores of the test read
         reading = {kind for kind, read in READS.items() if name in read and kind in scored}
         assert differ(session, other) == (set(counts.split()) if name == "test" else reading), name
         fewer = session.variant(splits=replace(splits, **{name: rows[:-1]}))
@@ -213,13 +212,13 @@ def test_dev_rows_that_a_training_does_not_look_at_are_not_in_its_key(session: S
     endless = session_of("merge.dropout=null", *(f"{stage}.training.patience=null" for stage in stages))
     endless.given = session.given
     fewer = endless.variant(splits=replace(splits, dev=splits.dev[:-1], source_dev=splits.source_dev[:-1]))
-    assert differ(endless.variant(splits=splits), fewer) == {"rows"}
+    assert differ(endless.variant(splits=splits), fewer) == set()
 
 
 def test_rows_that_are_another_split_count(session: Session) -> None:
     splits = session.splits
     other = session.variant(splits=replace(splits, train=splits.dev, dev=splits.train))
-    assert differ(session, other) == {"target", "controller", "final", "rows"}
+    assert differ(session, other) == {"target", "controller", "final"}
 
 
 @pytest.mark.parametrize(
@@ -230,7 +229,7 @@ def test_rows_that_are_another_split_count(session: Session) -> None:
         (lambda backbone: backbone.model.bfloat16(), COMPUTED),
         (lambda backbone: setattr(backbone, "weight_sum", 1), COMPUTED),  # of weights that no fingerprint sees
         (lambda backbone: setattr(backbone.model.config, "rms_norm_eps", 0.5), COMPUTED),
-        (lambda backbone: setattr(backbone, "stop_ids", (*backbone.stop_ids, 9)), "answers rows"),
+        (lambda backbone: setattr(backbone, "stop_ids", (*backbone.stop_ids, 9)), "answers"),
         (lambda backbone: setattr(backbone, "name", "other"), NOTHING),
         (lambda backbone: setattr(backbone, "revision", "other"), NOTHING),
         (lambda backbone: setattr(backbone.model.config, "use_cache", False), NOTHING),
@@ -252,7 +251,7 @@ def test_labels_take_the_place_of_settings_of_texts(session: Session) -> None:
         session.variant(splits=replace(session.splits, labels=labels))
         for labels in ({"a": (5, 2)}, {"a": (5, 2), "b": (6, 2)})
     )
-    assert differ(chooses, more) == {"answers", "rows"}  # which those of scores rest on
+    assert differ(chooses, more) == {"answers"}  # which those of scores rest on
     for field in ("max_new_tokens", "stop"):
         value = getattr(session.recipe.generation, field)
         other = chooses.variant(changed(session.recipe, f"generation.{field}", another(value)))
@@ -260,7 +259,7 @@ def test_labels_take_the_place_of_settings_of_texts(session: Session) -> None:
 
 
 def test_what_a_step_starts_from_is_in_its_key(session: Session) -> None:
-    kinds = {"merge", "controller", "final", "losses", "answers", "scores", "rows"}
+    kinds = {"merge", "controller", "final", "losses", "answers", "scores"}
     first, other = keys(session), keys(session, start="other")
     assert {kind for kind in first if first[kind] != other[kind]} == kinds
     ratio = keys(session, ratio=0.6)

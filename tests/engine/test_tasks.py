@@ -10,17 +10,11 @@ import torch
 from recorder import read, rows_of, run_tiny, session_of, steps_of
 
 from grasp_lora.data.encode import encode_labels
-from grasp_lora.engine.compare import compare
-from grasp_lora.engine.comparison import ComparisonSettings
 from grasp_lora.engine.predict import asking
 from grasp_lora.engine.preflight import preflight
-from grasp_lora.engine.results import RowScores
-from grasp_lora.engine.steps import Steps
 from grasp_lora.evaluation.metrics import METRICS
 from grasp_lora.models.adapter_files import read_adapter
 from grasp_lora.models.adapters import attached
-from grasp_lora.models.generation import answer
-from grasp_lora.models.model_settings import GenerationSettings
 from grasp_lora.training.probes import ProbeSet
 
 LABELS = ("no", "not", "yes")
@@ -96,51 +90,3 @@ def test_check_says_what_can_be_chosen(tiny_workspace) -> None:
     assert [one.text for one in findings if (one.level, one.topic) == ("warning", "labels")] == [
         "the source has labels that the target has not, ja; if they mean the same, write them alike"
     ]
-
-
-@pytest.mark.parametrize("name", ["continued", "grasp"])
-def test_the_dev_answers_decide_in_a_run_and_in_the_row_of_what_it_hands_over(
-    name, tiny_workspace, monkeypatch
-) -> None:
-    """Rule 2 of `deliver.py`; that scores of labels are those of the likeliest one."""
-    write("classification")
-    changes = ("final.deliver=best", "data.target.dev=8", "data.labels=['no','not','yes']")
-    steps = steps_of(*changes)
-    rows, alone = steps.splits.dev, steps.row_scores(steps.alone(), "dev").result
-    backbone, labels = steps.session.backbone, steps.splits.labels
-    answers = answer(
-        backbone.model, backbone.tokenizer, [row.prompt_ids for row in rows], GenerationSettings(), labels=labels
-    )
-    right = [text in row.references for (text, _), row in zip(answers, rows, strict=True)]
-    assert (alone.metric, alone.scores) == ("accuracy", [100.0 * each for each in right])
-
-    original, measured = Steps.row_scores, []
-
-    def scripted(self: Steps, adapter: Any, split: str) -> Any:
-        step = original(self, adapter, split)
-        measured.append(step.repeated)
-        made = "" if adapter.made is None else adapter.made.name
-        is_it = made.startswith("final-") and (made == "final-0.00") is (name == "continued")
-        scores = [100.0 * is_it] * len(rows)  # always right, the others never
-        return replace(step, result=RowScores(metric="accuracy", scores=scores))
-
-    monkeypatch.setattr(Steps, "row_scores", scripted)
-    delivered = run_tiny(*changes).metrics.delivered
-    assert delivered.name == name
-    assert name == "continued" or "rows better than the source adapter continued on the target rows" in delivered.why
-    assert not any(measured)
-    in_run = len(measured)
-    settings = ComparisonSettings(methods=(name, "delivered"), reference=name, seeds=(42,), resamples=1000)
-    compared = {row.method: row for row in compare(session_of(*changes), Path("run"), settings).rows}
-    assert compared["delivered"].taken
-    assert compared["delivered"].scores == compared[name].scores
-    assert all(measured[in_run:])
-
-
-def test_a_metric_that_the_language_lacks_does_not_decide(tiny_workspace) -> None:
-    write("translation")
-    steps = steps_of("metrics=[bertscore, chrf++]", "data.target.language=sw")
-    assert steps.row_scores(steps.alone(), "dev").result.metric == "chrf++"
-    only = ("metrics=[bertscore]", "data.target.language=sw", "final.deliver=best")
-    delivered = run_tiny(*only).metrics.delivered
-    assert (delivered.name, delivered.examples) == ("continued", 0)

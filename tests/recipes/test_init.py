@@ -166,27 +166,6 @@ def test_few_rows_have_a_recipe_of_their_own(
 
 
 @pytest.mark.parametrize(
-    ("rows", "on"),
-    [
-        ([{"document": f"article {i} says", "summary": f"{i % 9}"} for i in range(100)], "auto"),
-        (labelled(100, ["good", "bad"]), "source"),
-        ([{"source": f"text {i}", "target": f"ada {i}"} for i in range(100)], "auto"),
-        (completion(100), "auto"),
-        ([{"context": f"text {i} says", "question": f"{i}?", "answer": f"text {i}"} for i in range(100)], "auto"),
-    ],
-)
-def test_a_ratio_is_learned_for_questions_alone(
-    rows: list[dict[str, str]], on: str, start: Callable[..., Path]
-) -> None:
-    """Elsewhere a run seldom hands over what is pruned, so no controller is run; the rest is the recipe for as many rows."""
-    file, questions = start(write(Path("t.jsonl"), rows)), "question" in rows[0]
-    recipe, _ = load_recipe(file)
-    assert (recipe.final.prune_ratio, recipe.target.on) == (None if questions else 0, on)
-    assert ("; null learns a ratio" in file.read_text()) is not questions
-    assert ("choose when to stop, and which adapter" in file.read_text()) is not questions
-
-
-@pytest.mark.parametrize(
     ("make", "layers", "rates"),
     [
         (
@@ -207,7 +186,7 @@ def test_questions_adapt_all_linear_layers_at_rates_of_their_own(
     data, source = write(Path("t.jsonl"), rows[:100]), write(Path("s.jsonl"), rows[100:])
     for sources in ((str(source),), ()):  # there, or still to come
         recipe, _ = load_recipe(start(data, sources, Path(f"{len(sources)}.yaml")))
-        assert recipe.lora.target_modules == layers
+        assert (recipe.lora.target_modules, recipe.final.prune_ratio) == (layers, 0)
         assert (recipe.source.training.learning_rate, recipe.final.training.learning_rate) == rates
         for stage in (recipe.target, recipe.controller):  # as the final run, so that all are comparable
             assert stage.training.learning_rate == rates[1]

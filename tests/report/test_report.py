@@ -30,7 +30,7 @@ from made_runs import (
 from grasp_lora.engine.run_folder import Run, SystemScores
 from grasp_lora.evaluation.statistics import PairedComparison, compare_with_baselines
 from grasp_lora.report.card import write_model_card
-from grasp_lora.report.delivered import gain, headline, higher, next_steps, verdict, warning_of
+from grasp_lora.report.delivered import gain, headline, higher, next_step, verdict, warning_of
 from grasp_lora.report.examples import examples_of
 from grasp_lora.report.figures import figures_of
 from grasp_lora.report.pages import write_report
@@ -497,24 +497,17 @@ def test_of_many_examples_twenty_are_shown(run: Run, tmp_path: Path) -> None:
 
 
 def test_what_can_be_done_next_names_what_it_costs(run: Run, tmp_path: Path) -> None:
-    assert next_steps(run, "tiny.yaml", [], tmp_path, False) == []  # the recipe asks for GRASP's result
+    assert next_step(run, "tiny.yaml", [], tmp_path, False) is None  # the recipe asks for GRASP's result
     run = with_recipe(run, final={"deliver": "best"})
-    run = with_delivered(run, name="target", split="dev", examples=6)
-    compare, rows = next_steps(run, "tiny.yaml", ["seed=1"], tmp_path, True)
+    compare = next_step(run, "tiny.yaml", ["seed=1"], tmp_path, True) or ""
     assert compare.startswith(
         "each row tested once, about 4 times this run: grasp-lora compare tiny.yaml --set seed=1 "
     )
     assert compare.endswith("--methods merged,continued,grasp --folds 4")
-    assert rows == "more dev rows tell more: add examples and raise data.target.dev (now 6)"
-    assert not any(
-        "dev rows" in step for step in next_steps(with_delivered(run, examples=50), "tiny.yaml", [], tmp_path, True)
-    )
     given = with_recipe(run, target={"adapter": "owner/lora"})
-    assert "three seeds, about three times" in next_steps(given, "tiny.yaml", [], tmp_path, False)[0]
-    [first, *_] = next_steps(
-        replace(run, learned=None), "tiny.yaml", [], tmp_path, False
-    )  # a given ratio is the row's, too
-    assert "grasp-lora compare" in first
+    assert "three seeds, about three times" in (next_step(given, "tiny.yaml", [], tmp_path, False) or "")
+    # A given ratio is the row's, too.
+    assert "grasp-lora compare" in (next_step(replace(run, learned=None), "tiny.yaml", [], tmp_path, False) or "")
 
 
 @pytest.mark.parametrize(("theirs", "named_by"), [(49.0, "headline"), (65.0, "higher")])

@@ -101,6 +101,6 @@ def _run(recipe: str, overrides: list[str], output: Path | None, allow_code: boo
         say(f"with a text of your own: {command}", copied=True)
     say(f"to the hub: {words.upload_command(folder)}", copied=True)
     say(f"in your own program: {result.adapter / CARD_FILE} holds the lines of Python")
-    for step in words.next_steps(record, recipe, overrides, folder, allow_code):
+    if step := words.next_step(record, recipe, overrides, folder, allow_code):
         say(f"next: {step}", copied=True)
     leave()

@@ -155,20 +155,17 @@ def _grasp(in_paper: bool) -> Callable[[Steps], Outcome]:
 
 
 def _delivered(steps: Steps) -> Outcome:
-    """What a run hands over: the choice of `deliver` among its adapters."""
-    made, split = make(steps), steps.choosing_split
-    if steps.recipe.final.deliver != "best":
-        taken = deliver.titles_with(made.parents.on, steps.recipe.final.prune_ratio)["grasp"]
-        pool = steps.recipe.controller.rounds.pool if made.learned else None
-        return Outcome(made.grasp, made.ratio, pool, taken=taken, parents=made.parents)
-    systems, chosen = made.systems, made.choose(steps)
-    looked_at = [*_trail(*systems.values(), *[made.continued] if made.continued else []), *made.looked_at(steps)]
+    """What a run hands over, for the cost of all that it trains."""
+    made, best = make(steps), steps.recipe.final.deliver == "best"
+    systems = made.systems
+    name, _ = deliver.expected(steps, systems, made.left_out)
+    trained = _trail(*systems.values(), *[made.continued] if made.continued else []) if best else ()
     return Outcome(
-        systems[chosen.name].after(*looked_at),
-        made.ratio if chosen.name == "grasp" else None,
-        chosen_on=split if chosen.split else None,
-        left_out=(f"is without a candidate. {made.left_out}",) if made.continued is None else (),
-        taken=chosen.title,
+        systems[name].after(*trained),
+        made.ratio if name == "grasp" else None,
+        chosen_on=steps.recipe.controller.rounds.pool if made.learned and name == "grasp" else None,
+        left_out=(f"is GRASP's result. {made.left_out}",) if best and made.continued is None else (),
+        taken=deliver.titles_with(made.parents.on, steps.recipe.final.prune_ratio)[name],
         parents=made.parents,
     )
 

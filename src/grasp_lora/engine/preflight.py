@@ -354,8 +354,6 @@ def _measured(session: Session) -> list[Finding]:
             answered = (time.perf_counter() - started) / len(few)
     (training_rows, probed, looked_at), systems = _cost(recipe, session), _systems(recipe)
     total = training_rows * trained + (probed + looked_at) * measured + systems * len(splits.test) * answered
-    if recipe.final.deliver == "best":  # all of them answer the dev rows
-        total += systems * len(splits.dev or splits.micro_dev) * answered
     on_gpu = model.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if on_gpu else peak_memory()
     size = (

@@ -165,13 +165,6 @@ class Scores(Result):
     metrics: dict[str, MetricScore]
 
 
-class RowScores(Result):
-    """The main score of each answer to a split, in the order of the split; higher is better."""
-
-    metric: str
-    scores: list[float]
-
-
 class MergeWeights(Result):
     """The weights of a merge that were searched for, one per adapter."""
 

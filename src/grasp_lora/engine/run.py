@@ -5,11 +5,9 @@ the same bits. Nothing is written before the recipe, the backbone, the rows and 
 processes train and measure together, the first one writes, and all of them have to see the folder.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from grasp_lora.engine import deliver
 from grasp_lora.engine.check import check
@@ -64,7 +62,7 @@ def run(session: Session, folder: Path) -> Run:
 
 @dataclass(frozen=True)
 class Made:
-    """What a run has made before it chooses.
+    """What a run has made before it measures.
 
     Args:
         parents: the adapters that were merged.
@@ -72,7 +70,7 @@ class Made:
         ratio: prune ratio of GRASP's result, a fraction in [0, 1].
         grasp: that result.
         continued: the source adapter, trained on the target rows; None where the recipe does not ask for it, or where it failed.
-        left_out: why that one is no candidate, as a sentence; empty where it is.
+        left_out: why that one is left aside, as a sentence; empty where it is not.
         averaged: the mean of both; None where it is not asked for.
     """
 
@@ -86,21 +84,17 @@ class Made:
 
     @property
     def systems(self) -> dict[str, Adapter]:
-        """What may be handed over, by name."""
-        return deliver.candidates(self.parents, None if self.left_out else self.continued, self.grasp, self.averaged)
+        """All of them by name.
 
-    def choose(self, steps: Steps) -> Delivered:
-        """Choose what is handed over."""
-        return deliver.choose(steps, self.systems, self.parents, self.left_out)
-
-    def looked_at(self, steps: Steps) -> list[Finished[Any]]:
-        """What the choice measured of the candidates and the backbone alone: losses and scores of the rows that decide."""
-        split = steps.choosing_split
-        if split is None or steps.recipe.final.deliver != "best":
-            return []
-        systems = {**self.systems, deliver.ALONE: steps.alone()}
-        losses = [steps.losses(system, split) for system in systems.values()]
-        return [*losses, *deliver.answers_that_count(steps, systems).values()]
+        A target adapter that was trained on the source adapter is none, since it does nothing alone: it is the merge, their sum.
+        """
+        parents, continued = self.parents, None if self.left_out else self.continued
+        optional = {"continued": continued, "grasp": self.grasp, "averaged": self.averaged}
+        return {
+            **{name: adapter for name, adapter in parents.named.items() if name != "target" or parents.on is None},
+            "merged": parents.merged,
+            **{name: adapter for name, adapter in optional.items() if adapter is not None},
+        }
 
 
 def make(steps: Steps) -> Made:
@@ -113,12 +107,12 @@ def make(steps: Steps) -> Made:
     ratio = learned.result.estimate.ratio if learned else float(final.prune_ratio or 0.0)
     grasp = steps.finetune(parents.merged.after(*[learned] if learned else []), ratio)
     continued, left_out = deliver.continue_source(steps) if final.deliver == "best" else (None, "")
-    averaged = None if left_out else deliver.mean_of(steps, continued, grasp)
+    averaged = deliver.mean_of(steps, continued, grasp) if continued and not left_out else None
     return Made(parents, learned, ratio, grasp, continued, left_out, averaged)
 
 
 def main_job(steps: Steps, info: RunInfo) -> Run:
-    """Learn the ratio, make GRASP's result and its rivals, measure them, and choose which of them is handed over."""
+    """Learn the ratio, make GRASP's result and its rivals, measure them, and say which of them is handed over."""
     made = make(steps)
     parents, learned, rivals = made.parents, made.learned, made.systems
     systems = {deliver.ALONE: steps.alone(), **rivals}
@@ -126,7 +120,7 @@ def main_job(steps: Steps, info: RunInfo) -> Run:
         name: _measure(steps, name, system, number, len(systems))
         for number, (name, system) in enumerate(systems.items(), 1)
     }
-    delivered = made.choose(steps)
+    delivered = _delivered(steps, made)
 
     adapters = {
         **parents.named,
@@ -143,7 +137,9 @@ def main_job(steps: Steps, info: RunInfo) -> Run:
         info=info,
         recipe=steps.recipe,
         data=DataFacts.of(steps.session),
-        adapters={name: adapter for name, adapter in adapters.items() if adapter.title == "" or name == ADAPTER_FOLDER},
+        adapters={
+            name: adapter for name, adapter in adapters.items() if adapter.title == ""
+        },  # not those that were given
         learned=learned,
         predictions={name: system.predictions(test) for name, system in measured.items()},
         prompts=[row.prompt for row in test],
@@ -159,7 +155,7 @@ def main_job(steps: Steps, info: RunInfo) -> Run:
             test_examples=len(test),
             language=steps.session.language,
         ),
-        cost=_cost(adapters, measured, made.looked_at(steps)),
+        cost=_cost(adapters, measured),
         target_alone=parents.on is None,
     )
 
@@ -171,12 +167,23 @@ def _measure(steps: Steps, name: str, system: Adapter, number: int, total: int) 
     return measured
 
 
-def _cost(
-    adapters: dict[str, Adapter], measured: dict[str, Measured], looked_at: Sequence[Finished[Any]]
-) -> dict[str, float]:
+def _delivered(steps: Steps, made: Made) -> Delivered:
+    """What is handed over, and whether any adapter is shown to have learned something."""
+    systems = made.systems
+    name, why = deliver.expected(steps, systems, made.left_out)
+    titles = deliver.titles_with(made.parents.on, steps.recipe.final.prune_ratio)
+    delivered, split = Delivered(name, titles[name], why), steps.choosing_split
+    if split is None:
+        return delivered
+    losses = {name: steps.losses(system, split).result.losses for name, system in systems.items()}
+    alone = steps.losses(steps.alone(), split).result.losses
+    return deliver.warned(delivered, losses, alone, split.replace("_", "-"), titles)
+
+
+def _cost(adapters: dict[str, Adapter], measured: dict[str, Measured]) -> dict[str, float]:
     """Seconds of each step, by its name; those of all measurements together, as `evaluation`."""
     cost: dict[str, float] = {}
     for step in each_once([step for adapter in adapters.values() for step in adapter.trail]):
         cost[step.name] = round(cost.get(step.name, 0.0) + step.seconds, 3)
-    parts = [part for system in measured.values() for part in vars(system).values() if part is not None] + [*looked_at]
+    parts = [part for system in measured.values() for part in vars(system).values() if part is not None]
     return cost | {"evaluation": round(sum(part.seconds for part in each_once(parts)), 3)}

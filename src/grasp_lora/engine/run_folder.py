@@ -148,18 +148,15 @@ class Delivered:
     Args:
         name: the system, as in `Metrics.systems`.
         title: what it is, as a part of a sentence.
-        why: one or two sentences.
-        split, examples: the rows that the choice rests on; None and 0 where there were none.
+        why: a sentence.
         warning: what a reader has to be told of it.
-        nothing_learned: by the rows that choose no adapter is better than the backbone alone, so that a prune ratio would say
+        nothing_learned: by the dev rows no adapter is better than the backbone alone, so that a prune ratio would say
             nothing.
     """
 
     name: str
     title: str
     why: str
-    split: str | None = None
-    examples: int = 0
     warning: str | None = None
     nothing_learned: bool = False
 

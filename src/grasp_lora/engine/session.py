@@ -90,16 +90,10 @@ class Session:
         names = recipe.metrics or task_fields(recipe.data.task).metrics
         return resolve_metrics(names, recipe.bertscore, base=self.base)
 
-    def score(self, answers: Sequence[str], split: str, names: Sequence[str] = ()) -> Mapping[str, MetricScore]:
-        """Score answers to the prompts of a split, in its order, by all metrics or by those of these names."""
-        metrics = {name: self.metrics[name] for name in names} if names else self.metrics
-        references = [example.references for example in getattr(self.splits, split)]
-        return score(metrics, answers, references, self.language, tuple(self.splits.labels))
-
-    @property
-    def available_metrics(self) -> list[str]:
-        """The metrics that the language lacks nothing for."""
-        return [name for name, metric in self.metrics.items() if not metric.lacking(self.language)]
+    def score(self, answers: Sequence[str]) -> Mapping[str, MetricScore]:
+        """Score answers to the test prompts, in their order, by all metrics."""
+        references = [example.references for example in self.splits.test]
+        return score(self.metrics, answers, references, self.language, tuple(self.splits.labels))
 
     @property
     def pad_id(self) -> int:

@@ -28,12 +28,10 @@ from grasp_lora.engine.results import (
     Losses,
     Measured,
     MergeWeights,
-    RowScores,
     Scores,
     Tested,
     Trained,
     each_once,
-    main_metric,
 )
 from grasp_lora.engine.session import Session
 from grasp_lora.engine.store import ADAPTER, WORK, Store, key_of
@@ -496,7 +494,7 @@ class Steps:
 
     @property
     def choosing_split(self) -> str | None:
-        """The split whose rows decide what is handed over: `dev`, or `micro_dev` where that is too small; None: neither."""
+        """The split whose rows tell whether anything was learned: `dev`, `micro_dev` where that is too small; None: neither."""
         return next((name for name in CHOOSING if len(getattr(self.splits, name)) >= FEWEST), None)
 
     def measure(self, adapter: Adapter, *, on_dev: bool = True) -> Measured:
@@ -529,7 +527,7 @@ class Steps:
         inputs = self._measured(adapter, revision=REVISIONS["answers"], data=self._data("test"), **self._asked(rows))
 
         def work(folder: Path) -> Tested:
-            found = self._answers(adapter.weights, rows, measured=True)
+            found = self._answers(adapter.weights, rows)
             texts, losses = [text for text, _ in found], [loss for _, loss in found]
             return Tested(answers=texts, losses=losses, measured_examples=len(rows))
 
@@ -538,34 +536,14 @@ class Steps:
     def scores(self, answers: Finished[Tested]) -> Finished[Scores]:
         """What answers to the test prompts are worth by each metric."""
         inputs = plain({
-            "answers": answers.key, "metrics": list(self.session.metrics), **self._scored("test")
+            "answers": answers.key, "metrics": list(self.session.metrics), **self._scored()
         })  # fmt: skip
         return self.store.step(
             "scores",
             inputs,
             Scores,
-            lambda folder: Scores(metrics=dict(self.session.score(answers.result.answers, "test"))),
+            lambda folder: Scores(metrics=dict(self.session.score(answers.result.answers))),
         )
-
-    def row_scores(self, adapter: Adapter, split: str) -> Finished[RowScores]:
-        """The main score of the answer to each row of a split that may decide."""
-        rows, metric = getattr(self.splits, split), main_metric(self.session.available_metrics)
-        inputs = self._measured(
-            adapter,
-            answers=REVISIONS["answers"],
-            data=self._data(split),
-            split=split,
-            metric=metric,
-            **self._asked(rows),
-            **self._scored(split),
-        )
-
-        def work(folder: Path) -> RowScores:
-            answers = [text for text, _ in self._answers(adapter.weights, rows)]
-            scores = self.session.score(answers, split, [metric])[metric].per_example
-            return RowScores(metric=metric, scores=list(scores), measured_examples=len(rows))
-
-        return self.store.step(f"{split}-answers", inputs, RowScores, work)
 
     def _ends(self, rows: Sequence[Example]) -> set[int]:
         return {row.completion_ids[-1] for row in rows}
@@ -581,9 +559,9 @@ class Steps:
             "ends": sorted({*self._ends(rows), *self.session.backbone.stop_ids}),
         }
 
-    def _scored(self, split: str) -> dict[str, Any]:
-        """What decides the scores of answers to a split, its metrics aside."""
-        bertscore, references = self.recipe.bertscore, [row.references for row in getattr(self.splits, split)]
+    def _scored(self) -> dict[str, Any]:
+        """What decides the scores of answers, its metrics aside."""
+        bertscore, references = self.recipe.bertscore, [row.references for row in self.splits.test]
         return {
             "revision": REVISIONS["scores"],
             "bertscore": asdict(bertscore)
@@ -592,17 +570,15 @@ class Steps:
             "references": hashlib.sha256(repr(references).encode()).hexdigest(),
         }
 
-    def _answers(
-        self, weights: AdapterWeights, rows: Sequence[Example], *, measured: bool = False
-    ) -> list[tuple[str, float]]:
-        """The answer to each row, with the loss of the right one where it is to be measured."""
+    def _answers(self, weights: AdapterWeights, rows: Sequence[Example]) -> list[tuple[str, float]]:
+        """The answer to each row, with the loss of the right one."""
         ends, tell = self._ends(rows), self.session.progress.answered
         tokenizer, generation, labels = self.session.backbone.tokenizer, self.recipe.generation, self.splits.labels
         with self._on_backbone(weights) as model:
 
             def of(part: Sequence[Example]) -> list[tuple[str, float]]:
                 prompts, right = [row.prompt_ids for row in part], [row.completion_ids for row in part]
-                return answer(model, tokenizer, prompts, generation, tell, ends, labels, right if measured else None)
+                return answer(model, tokenizer, prompts, generation, tell, ends, labels, right)
 
             return distribute(rows, of)
 

@@ -40,10 +40,6 @@ MOST_SOURCE = 1000  # an epoch of them takes minutes on two CPU cores
 # apart; with 25 and a dozen dev rows nothing was learned about the ratio in 17 of 20 draws, so no controller is run.
 FEW = 40
 MOST_TRAIN = 200  # an example of them is trained on 20 times in a run: more take longer than a first run should
-TOO_FEW = "so few rows do not tell how much"
-# On summaries the worst ratio costs at most 0.02 nats (`lab/worth.py`); for labels six of seven runs of 100 rows handed over the
-# same adapter with a controller and without (`lab/results/few-rows.md`); translations and free completions were not measured.
-NO_QUESTIONS = "for this task a pruned merge is seldom what is handed over; null learns a ratio"
 FEWEST = 30
 FEWEST_SOURCE = 20
 GLUED = 4  # one prompt of so many runs on into its answer: `check` warns where half of the training rows do
@@ -216,7 +212,6 @@ def _render(
         # `auto` goes by the dev loss, which for labels took the merge that answers worse.
         on=None if few else "source" if TASKS[target.task].chooses else AUTO,
         few=few,
-        unpruned=TOO_FEW if few else None if target.task == "qa" else NO_QUESTIONS,
         fewest=FEW,
         # Questions: in Swahili 4.7 points of F1 more for `continued` than on `q_proj` and `v_proj`, 8.3 for the merge
         # (`lab/layers.py`). At 1e-4 the first look at the dev rows ended some trainings on 30 to 50 rows, at 3e-5 none.

@@ -186,8 +186,8 @@ class FinalStage:
         mode: `hold` one mask, or `reselect` after every optimizer step by the score `gradient_of_delta` (the paper's final run).
         prune_ratio: use this fraction, in [0, 1], instead of learning one; the controller run is then left out.
         training: how it is trained.
-        deliver: what the run hands over: `best`, the source adapter continued, for the task `qa` its mean with this run's result,
-            unless another adapter's dev answers are clearly better; or `grasp`, this run's result in any case.
+        deliver: what the run hands over: `best`, the source adapter continued, for the task `qa` its mean with this run's result;
+            or `grasp`, this run's result in any case.
     """
 
     mode: Literal["hold", "reselect"] = "hold"

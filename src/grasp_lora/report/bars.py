@@ -27,8 +27,6 @@ _TITLES = {  # by the beginning of the step's name
     "final": "prune and fine-tune",
     "merge-weights": "search merge weights",
     "answers": "answer the test prompts",
-    "dev-answers": "answer the dev prompts",
-    "micro_dev-answers": "answer the micro-dev prompts",
     "dev-losses": "measure dev losses",
     "micro_dev-losses": "measure micro-dev losses",
     "test-losses": "measure test losses",

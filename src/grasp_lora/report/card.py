@@ -18,7 +18,6 @@ from grasp_lora.data.data_settings import CorpusSettings
 from grasp_lora.data.splits import SPLITS
 from grasp_lora.data.tasks import options_of
 from grasp_lora.engine.run_folder import CARD_FILE, FINAL_FOLDER, TRAINED, Run
-from grasp_lora.engine.steps import names_of
 from grasp_lora.models.adapter_files import WEIGHTS_FILE
 from grasp_lora.models.embedded import PUBLIC_NAME
 from grasp_lora.models.model_settings import EMBEDDED_HUB_ID, EMBEDDED_LICENCE
@@ -33,7 +32,6 @@ from grasp_lora.text.languages import language_code
 from grasp_lora.text.names import last_part
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-PARTS = {"continued": ("source",), "source": ("source",), "target": ("target",)}  # of all others both
 TAGS = ["lora", "grasp-lora", "adapter-merging", "pruning", "cross-lingual-transfer"]
 
 
@@ -46,25 +44,22 @@ def write_model_card(run: Run, folder: Path, adapter_folder: Path) -> Path:
         adapter_folder: the PEFT folder of what is handed over.
     """
     report, generation = run.data.report, run.recipe.generation
-    name = run.metrics.delivered.name
-    kind = name.partition("_")[0]
-    sides, borrowed = PARTS.get(kind, ("source", "target")), _borrowed(run, name)
-    trained_on = [side for side in sides if not borrowed[side]]
-    continued = kind == "continued" and not discarded(run, kind)
-    if (continued or kind in ("grasp", "averaged")) and "target" not in trained_on:
-        trained_on.append("target")
+    name, sources = run.metrics.delivered.name, len(run.recipe.source.adapters)  # which come first
+    sides = ("source",) if name == "continued" else ("source", "target")
+    borrowed = {"source": run.info.parents[:sources], "target": run.info.parents[sources:]}
+    trained_on = [*["source"] * (not borrowed["source"]), "target"]
     corpora = [corpus for side in trained_on if (corpus := getattr(run.recipe.data, side))]
     sides_of = {split: "source" if split.startswith("source") else "target" for split in SPLITS}
     backbone, prompt, recipe = public_name(run.info.backbone.name), report["prompt"], _public_recipe(run)
     view = view_of(run, folder)
     context = view | {
         "front_matter": _front_matter(run, backbone, name, corpora),
-        "made": made_of(kind, run, given_target=bool(borrowed["target"])),
+        "made": made_of(name, run),
         "is": (view["verdict"] or "").replace("Take this adapter", "It is"),
-        "pruned": kind == "grasp",
+        "pruned": name == "grasp",
         "parts": sides,
         "discarded": [
-            TRAINED.get(part, TRAINED[FINAL_FOLDER]) for part in dict.fromkeys([*sides, kind]) if discarded(run, part)
+            TRAINED.get(part, TRAINED[FINAL_FOLDER]) for part in dict.fromkeys([*sides, name]) if discarded(run, part)
         ],
         "base": _base(run, backbone),
         "base_model_name": backbone,
@@ -86,16 +81,6 @@ def write_model_card(run: Run, folder: Path, adapter_folder: Path) -> Path:
     }
     write_whole(adapter_folder / CARD_FILE, render("model_card.md.j2", context))
     return adapter_folder / CARD_FILE
-
-
-def _borrowed(run: Run, name: str) -> dict[str, Any]:
-    """The adapters that the run did not train itself, of each side; of a source adapter as it is that one alone."""
-    sources = len(run.recipe.source.adapters)  # which come first
-    borrowed = {"source": run.info.parents[:sources], "target": run.info.parents[sources:]}
-    if name.startswith("source") and sources:
-        place = names_of(sources).index(name)
-        borrowed["source"] = borrowed["source"][place : place + 1]
-    return borrowed
 
 
 def _parents(

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from grasp_lora.data.splits import HELD_OUT, PAPER_SIZES
+from grasp_lora.data.splits import HELD_OUT
 from grasp_lora.data.tasks import ANY_LANGUAGE, TEMPLATES, options_of
 from grasp_lora.engine.check import why_no_folds
 from grasp_lora.engine.compare import LEAST_TEST
@@ -24,12 +24,7 @@ from grasp_lora.report.tables import (
     titles_of,
 )
 
-MADE = {  # how; of others see `made_of`
-    "continued": "a source adapter was trained further on the target rows",
-    "source": "it is the source adapter as it is",
-    "target": "it was trained on the target data alone",
-    "averaged": "a source adapter was trained further on the target rows, and the mean of it and of GRASP's result was taken",
-}
+CONTINUED = "a source adapter was trained further on the target rows"
 MERGED = "a source and a target adapter were merged"
 SUMMED = "a target adapter was trained on top of a source adapter and added to it"  # with `target.on`
 FEW_ROWS, FOLDS = 200, 4  # of all target rows: below that a test split alone tells little
@@ -39,7 +34,7 @@ NOTHING_LEARNED = "No adapter is shown to be better than the backbone alone."
 
 
 def is_chosen(run: Run) -> bool:
-    """Whether the run chose what it hands over by its dev answers; else the recipe asks for GRASP's result."""
+    """Whether the run says what is handed over; else the recipe asks for GRASP's result."""
     return run.recipe.final.deliver == "best"
 
 
@@ -156,24 +151,18 @@ def discarded(run: Run, name: str) -> bool:
     return adapter is not None and adapter.made is not None and adapter.made.result.best_step == 0
 
 
-def made_of(kind: str, run: Run, *, given_target: bool) -> str:
-    """How an adapter was made, as a part of a sentence; of several source adapters it is their mean that counts."""
-    if kind == "target" and given_target:
-        return "it is the target adapter that was given, as it is"
-    made = MADE.get(kind) or (MERGED if run.target_alone else SUMMED)
-    none_kept, pruned = discarded(run, kind), run.metrics.prune_ratio > 0.0
-    if kind == "merged":
-        made += ", and nothing was trained after that"
-    elif kind == "grasp":
-        made += ", a share of that was pruned" if pruned else ", nothing was pruned"
-        made += f", and {'the fine-tuning was discarded' if none_kept else 'the rest' if pruned else 'the whole'}"
-        made += "" if none_kept else " was fine-tuned"
-    elif none_kept:
-        made += ", but no step of that was kept"
-    elif kind == "averaged" and is_unpruned(run):
-        made = made.replace(TITLES["grasp"], UNPRUNED)
+def made_of(name: str, run: Run) -> str:
+    """How what is handed over was made, as a part of a sentence; of several source adapters it is their mean that counts."""
+    made = CONTINUED
+    if name == "averaged":
+        made += f", and the mean of it and of {UNPRUNED if is_unpruned(run) else TITLES['grasp']} was taken"
+    elif name == "grasp":
+        kept, pruned = not discarded(run, name), run.metrics.prune_ratio > 0.0
+        made = MERGED if run.target_alone else SUMMED
+        made += ", a share of that was pruned, and the " if pruned else ", nothing was pruned, and the "
+        made += ("rest" if pruned else "whole") + " was fine-tuned" if kept else "fine-tuning was discarded"
     sources = len(run.recipe.source.adapters)
-    if sources > 1 and kind != "source":
+    if sources > 1:
         made = made.replace("a source and a target adapter", f"{sources} source adapters and a target adapter")
         made = made.replace("a source adapter", f"the mean of {sources} source adapters")
     return made
@@ -244,28 +233,15 @@ def upload_command(folder: Path = Path()) -> str:
     return f"hf upload ORG/NAME {shlex.quote(str(folder / ADAPTER_FOLDER))} --private"
 
 
-def next_steps(run: Run, recipe: str, overrides: Sequence[str], folder: Path, allow_code: bool) -> list[str]:
-    """What a user can do after a run whose recipe leaves the choice to it, and what that costs."""
-    delivered, target = run.metrics.delivered, run.recipe.data.target
-    if not is_chosen(run):
-        return []
-    steps = []
-    if run.metrics.test_examples >= LEAST_TEST:  # else `compare` refuses
-        folds = _few_rows(run) and why_no_folds(run.recipe) is None
-        cost = f"each row tested once, about {FOLDS} times" if folds else "three seeds, about three times"
-        words = [
-            recipe,
-            *(word for override in overrides for word in ("--set", override)),
-            *["--allow-code"] * allow_code,
-        ]
-        settings = ["--output", str(folder), "--methods", "merged,continued,grasp", *["--folds", str(FOLDS)] * folds]
-        steps.append(f"{cost} this run: {shlex.join(['grasp-lora', 'compare', *words, *settings])}")
-    if 0 < delivered.examples < PAPER_SIZES["dev"]:
-        split = (delivered.split or "dev").replace("-", "_")
-        files, key = split in target.files, f"data.target.{split}"
-        place = f"to data.target.files.{split}" if files else f"and raise {key} (now {delivered.examples})"
-        steps.append(f"more {delivered.split} rows tell more: add examples {place}")
-    return steps
+def next_step(run: Run, recipe: str, overrides: Sequence[str], folder: Path, allow_code: bool) -> str | None:
+    """The command of a comparison in the folder of a run, and what that costs; None where `compare` would refuse."""
+    if not is_chosen(run) or run.metrics.test_examples < LEAST_TEST:
+        return None
+    folds = _few_rows(run) and why_no_folds(run.recipe) is None
+    cost = f"each row tested once, about {FOLDS} times" if folds else "three seeds, about three times"
+    words = [recipe, *(word for override in overrides for word in ("--set", override)), *["--allow-code"] * allow_code]
+    settings = ["--output", str(folder), "--methods", "merged,continued,grasp", *["--folds", str(FOLDS)] * folds]
+    return f"{cost} this run: {shlex.join(['grasp-lora', 'compare', *words, *settings])}"
 
 
 def _few_rows(run: Run) -> bool:
