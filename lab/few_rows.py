@@ -6,8 +6,9 @@
     python lab/few_rows.py table FILE [FILE ...]       # means over draws, with 95 % intervals over the draws
 
 Settings `sw` and `su` draw 45 rows, what 60 are after their test quarter; `sw100`, `ko100` and `su100` draw 75, what 100 are, and
-learn a ratio. `sw200`, `su200` and `min200` draw 150, what 200 are. `su400`, `su200` and `min200` have 400 English rows, the
-other settings of labels 120. `titles` asks for the titles of Chinese abstracts, with 144 English rows of headlines.
+learn a ratio, as `init` wrote it then. `sw200`, `su200` and `min200` draw 150, what 200 are. `su400`, `su200` and `min200` have
+400 English rows, the other settings of labels 120. `titles` asks for the titles of Chinese abstracts, with 144 English rows of
+headlines.
 Draws of a setting share the source adapter and the test rows; their other rows are disjoint.
 `ko`, `ko100`, `zh`, `ar`, `min` and `min100` are to confirm: each of their draws has a training seed of its own.
 Needs GRASP_LORA_DATA.

@@ -65,7 +65,7 @@ def main(setting: str, draw: str, place: str) -> None:
             test = with_shots(splits.test[:MOST_TESTED], pool, shots, between)
             session = loaded.variant(splits=replace(splits, test=tuple(test)))
             steps = Steps(session, Store(folder / "steps", session.progress, work))
-            metric = main_metric(session.available_metrics)
+            metric = main_metric(list(session.metrics))
             for system, adapter in {"backbone": steps.alone(), "source": steps.source()}.items():
                 scores = steps.measure(adapter).metrics[metric].per_example
                 found[f"{system}, {shots}"] = [round(float(score), 4) for score in scores]

@@ -37,7 +37,7 @@ from grasp_lora.text.languages import language_code
 SOURCE_COLUMN = "--source-column"
 MOST_SOURCE = 1000  # an epoch of them takes minutes on two CPU cores
 # Training rows below which a recipe is another one. With 16 and 25 GRASP had the lower loss where both adapters were trained
-# apart; with 25 and a dozen dev rows nothing was learned about the ratio in 17 of 20 draws, so no controller is run.
+# apart, and a first look at a dozen dev rows ended trainings too early.
 FEW = 40
 MOST_TRAIN = 200  # an example of them is trained on 20 times in a run: more take longer than a first run should
 FEWEST = 30
