@@ -15,7 +15,7 @@ from recorder import Recorder, read, run_tiny, session_of, weights_in
 
 from grasp_lora.engine.compare import compare
 from grasp_lora.engine.comparison import ComparisonSettings
-from grasp_lora.engine.deliver import ON_SOURCE, TITLES, expected, warned
+from grasp_lora.engine.deliver import ON_SOURCE, TITLES, expected, titles_with, warned
 from grasp_lora.engine.run_folder import Delivered
 from grasp_lora.engine.steps import Steps
 from grasp_lora.errors import DivergedError, GraspError, ProbeError
@@ -58,6 +58,13 @@ class TestRule:
         )
         assert found == name
         assert why in reason
+
+    @pytest.mark.parametrize("on", [None, "source"])
+    def test_where_nothing_is_pruned_it_is_no_result_of_grasp(self, on: str | None) -> None:
+        for ratio, title in ((0.0, "the merge, trained further"), (0.3, "GRASP's result"), (None, "GRASP's result")):
+            titles = titles_with(on, ratio)
+            assert titles["grasp"] == title
+            assert titles["averaged"].endswith(f" and {title}")
 
     @pytest.mark.parametrize(
         ("alone", "nothing_learned", "warning"),
