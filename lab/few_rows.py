@@ -240,7 +240,9 @@ def table(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
             score, loss = (over(both, ours, theirs, key) for key in ("test_scores", "test_losses"))
             yield f"  {ours} minus {theirs}, {len(both)} draws: score {score}, loss {loss}"
     usual = f"delivered{EXPECTED}"
-    instead = [each for each in everywhere if each["delivered"] is each["continued"] is not each.get(usual)]
+    instead = [
+        each for each in everywhere if each["delivered"] is each["continued"] is not each.get(usual, each["continued"])
+    ]
     if instead:
         gap = over(instead, usual, "continued", "test_scores")
         yield f"  GRASP's result, where it would be handed over in place of continued, {len(instead)} draws: {gap}"
