@@ -251,12 +251,9 @@ def table(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
 def handed_over(draw: dict[str, Any]) -> dict[str, Any]:
     """What a run would hand over by today's rule, with a controller and without, and by the rules of before."""
     systems, questions = draw["systems"], not draw["setting"].startswith(("su", "min", "titles"))
-    rivals = {name: of for name, of in systems.items() if name in OTHERS}
-    if not rivals["continued"]["best_step"]:  # discarded
-        del rivals["continued"]
-        rivals.pop("averaged", None)
-    elif not questions:
-        rivals.pop("averaged", None)
+    kept = bool(systems["continued"]["best_step"])  # else the training was discarded
+    there = dict.fromkeys(OTHERS, True) | {"continued": kept, "averaged": kept and questions}
+    rivals = {name: of for name, of in systems.items() if there.get(name)}
     usual = "averaged" if "averaged" in rivals else "continued" if "continued" in rivals and not questions else "grasp"
     found = {"delivered": systems[usual]}
     if (without := PLAIN if usual == "grasp" else usual + WITHOUT if usual == "averaged" else usual) in systems:

@@ -1,4 +1,4 @@
-"""The main job, from top to bottom: adapters, merge, ratio, final run, rivals, choice.
+"""The main job, from top to bottom: adapters, merge, ratio, final run, rivals.
 
 Each line of `main_job` is a step that the store remembers, so a run that was killed goes on where it was, inside a training to
 the same bits. Nothing is written before the recipe, the backbone, the rows and the adapters have been checked. Under torchrun all
@@ -86,7 +86,7 @@ class Made:
     def systems(self) -> dict[str, Adapter]:
         """All of them by name.
 
-        A target adapter that was trained on the source adapter is none, since it does nothing alone: it is the merge, their sum.
+        A target adapter that was trained on the source adapter is left out: it does nothing alone, and their sum is the merge.
         """
         parents, continued = self.parents, None if self.left_out else self.continued
         optional = {"continued": continued, "grasp": self.grasp, "averaged": self.averaged}
@@ -139,7 +139,7 @@ def main_job(steps: Steps, info: RunInfo) -> Run:
         data=DataFacts.of(steps.session),
         adapters={
             name: adapter for name, adapter in adapters.items() if adapter.title == ""
-        },  # not those that were given
+        },  # given ones have a title
         learned=learned,
         predictions={name: system.predictions(test) for name, system in measured.items()},
         prompts=[row.prompt for row in test],
