@@ -3,6 +3,7 @@
     python lab/few_rows.py draw SETTING DRAW FOLDER    # one draw; goes on where it was stopped, writes FOLDER/SETTING-DRAW.json
     python lab/few_rows.py elsewhere zh DRAW FOLDER    # a draw of `zh` on the rows of XQuAD: FOLDER/xquad-DRAW.json
     python lab/few_rows.py elsewhere ar DRAW FOLDER    # the same of `ar`: FOLDER/xquad-ar-DRAW.json
+    python lab/few_rows.py every SETTING DRAW FOLDER   # a draw of which all rows teach: FOLDER/every-SETTING-DRAW.json
     python lab/few_rows.py table FILE [FILE ...]       # means over draws, with 95 % intervals over the draws
 
 Settings `sw` and `su` draw 45 rows, what 60 are after their test quarter; `sw100`, `ko100` and `su100` draw 75, what 100 are, and
@@ -47,6 +48,7 @@ ASKED = ", dev rows asked"  # the rule until 2026-12-02, whose records have the 
 EXPECTED = ", GRASP's result expected"  # the one before that
 # Rows of a draw, those of them to judge by; there is room for six draws, for three of 200 rows.
 SIZES = {60: (45, 15), 100: (75, 25), 200: (150, 50)}
+EPOCHS, LABEL_EPOCHS = 2, (2, 3, 5)  # where all rows teach; labels are tried with each in Sundanese
 CONFIRMING = ("ko", "ko100", "zh", "ar", "min", "min100")
 # As `init` writes them; the draws of `sw` and `su` on record were made before it wrote a patience.
 COMMON = ["data.target.dev=2", "data.target.micro_dev=2", "source.training.epochs=2"]
@@ -117,7 +119,7 @@ def drawn(splits: Splits, draw: int, size: int) -> Splits:
     return replace(splits, dev=tuple(rows[:place]), train=tuple(rows[place:]), micro_dev=())
 
 
-def measured(steps: Steps, adapter: Adapter, *, with_test: bool = True) -> dict[str, Any]:
+def measured(steps: Steps, adapter: Adapter, *, with_test: bool = True, on_dev: bool = True) -> dict[str, Any]:
     """Losses and scores of one system, a number a row."""
     record: dict[str, Any] = {}
     if with_test:
@@ -126,16 +128,17 @@ def measured(steps: Steps, adapter: Adapter, *, with_test: bool = True) -> dict[
         metric = main_metric(list(steps.session.metrics))
         record["test_losses"] = [round(loss, 4) for loss in found.test.result.losses]
         record["test_scores"] = [round(float(score), 4) for score in found.metrics[metric].per_example]
-    record["dev_losses"] = [round(loss, 4) for loss in steps.losses(adapter, "dev").result.losses]
+    if on_dev:
+        record["dev_losses"] = [round(loss, 4) for loss in steps.losses(adapter, "dev").result.losses]
     if adapter.made is not None:
         record["best_step"] = adapter.made.result.best_step
     return record
 
 
-def steps_of(setting: str, draw: int, folder: Path, work: Workplace) -> Steps:
+def steps_of(setting: str, draw: int, folder: Path, work: Workplace, more: Sequence[str] = ()) -> Steps:
     """The steps of one draw; its recipe and rows are loaded."""
     name, size, changes = SETTINGS[setting]
-    loaded = Session(load_recipe(name, changes)[0], Path.cwd())
+    loaded = Session(load_recipe(name, [*changes, *more])[0], Path.cwd())
     check(loaded)
     seed = 10 + draw if setting in CONFIRMING else loaded.recipe.seed
     session = loaded.variant(loaded.recipe.model_copy(update={"seed": seed}), drawn(loaded.splits, draw, size))
@@ -161,6 +164,32 @@ def draw_of(setting: str, draw: int, folder: Path, work: Workplace) -> None:
     write_json(folder / f"{setting}-{draw}.json", record)
 
 
+def every(setting: str, draw: int, folder: Path, work: Workplace) -> None:
+    """All rows of a draw teach, for a number of epochs that is fixed: no row says when to stop."""
+    name, size, changes = SETTINGS[setting]
+    labels = name.startswith("nusax")
+    record: dict[str, Any] = {"setting": setting, "draw": draw}
+    for epochs in LABEL_EPOCHS if setting == "su" else (EPOCHS,):
+        fixed = [
+            f"{stage}.training.{key}" for stage in ("target", "final") for key in (f"epochs={epochs}", "patience=null")
+        ]
+        steps = steps_of(setting, draw, folder, work, [*fixed, "target.on=null", "final.prune_ratio=0"])
+        splits = steps.splits
+        splits = replace(splits, train=(*splits.dev, *splits.train), dev=())
+        if setting in XQUAD:
+            splits = replace(splits, test=on_xquad(setting))
+        steps = Steps(steps.session.variant(steps.recipe, splits), steps.store, stop_requested=steps._stop_requested)
+        merged, continued = steps.parents().merged, steps.continued()
+        systems = {"continued": continued, "merged": merged, "grasp": steps.finetune(merged, 0.0)}
+        for part in ("grasp", "merged"):
+            systems[f"mean with {part}"] = mean_of(steps, continued, systems[part])
+        if not labels:
+            del systems["merged"], systems["grasp"]
+        record |= {"train": len(splits.train), "articles": articles_of(splits.test)}
+        record[f"epochs {epochs}"] = {key: measured(steps, of, on_dev=False) for key, of in systems.items()}
+    write_json(folder / f"every-{setting}-{draw}.json", record)
+
+
 def articles_of(rows: Sequence[Example]) -> list[int]:
     """Which article each row is on, by number: several questions may be on one."""
     groups = list(dict.fromkeys(row.group for row in rows))
@@ -170,14 +199,18 @@ def articles_of(rows: Sequence[Example]) -> list[int]:
 def elsewhere(setting: str, draw: int, folder: Path, work: Workplace) -> None:
     """What is handed over, and `continued`, on rows of another data set."""
     steps = steps_of(setting, draw, folder, work)
-    name, _, changes = SETTINGS[setting]
-    other = Session(load_recipe(name, [*changes, *XQUAD[setting]])[0], Path.cwd())
-    check(other)
-    rows = tuple(row for row in other.splits.test if row.where.startswith("xquad"))
-    session = steps.session.variant(steps.recipe, replace(steps.splits, test=rows))
+    session = steps.session.variant(steps.recipe, replace(steps.splits, test=on_xquad(setting)))
     steps = Steps(session, steps.store, stop_requested=lambda: work.interruption.asked_by)
     record = beside_the_usual(setting, draw, steps) | {"setting": "xquad" if setting == "zh" else f"xquad-{setting}"}
     write_json(folder / f"{record['setting']}-{draw}.json", record)
+
+
+def on_xquad(setting: str) -> tuple[Example, ...]:
+    """The test rows of XQuAD."""
+    name, _, changes = SETTINGS[setting]
+    other = Session(load_recipe(name, [*changes, *XQUAD[setting]])[0], Path.cwd())
+    check(other)
+    return tuple(row for row in other.splits.test if row.where.startswith("xquad"))
 
 
 def beside_the_usual(setting: str, draw: int, steps: Steps) -> dict[str, Any]:
@@ -293,7 +326,7 @@ def main(job: str, *words: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with working_in(folder) as work:
         work.begin(shared=True)
-        {"draw": draw_of, "elsewhere": elsewhere}[job](setting, int(draw), folder, work)
+        {"draw": draw_of, "elsewhere": elsewhere, "every": every}[job](setting, int(draw), folder, work)
 
 
 if __name__ == "__main__":
