@@ -166,8 +166,7 @@ def draw_of(setting: str, draw: int, folder: Path, work: Workplace) -> None:
 
 def every(setting: str, draw: int, folder: Path, work: Workplace) -> None:
     """All rows of a draw teach, for a number of epochs that is fixed: no row says when to stop."""
-    name, size, changes = SETTINGS[setting]
-    labels = name.startswith("nusax")
+    labels = SETTINGS[setting][0].startswith("nusax")
     record: dict[str, Any] = {"setting": setting, "draw": draw}
     for epochs in LABEL_EPOCHS if setting == "su" else (EPOCHS,):
         fixed = [
@@ -185,6 +184,8 @@ def every(setting: str, draw: int, folder: Path, work: Workplace) -> None:
             systems[f"mean with {part}"] = mean_of(steps, continued, systems[part])
         if not labels:
             del systems["merged"], systems["grasp"]
+        if setting in XQUAD:
+            del systems["mean with merged"]
         record |= {"train": len(splits.train), "articles": articles_of(splits.test)}
         record[f"epochs {epochs}"] = {key: measured(steps, of, on_dev=False) for key, of in systems.items()}
     write_json(folder / f"every-{setting}-{draw}.json", record)
