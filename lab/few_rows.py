@@ -48,7 +48,7 @@ ASKED = ", dev rows asked"  # the rule until 2026-12-02, whose records have the 
 EXPECTED = ", GRASP's result expected"  # the one before that
 # Rows of a draw, those of them to judge by; there is room for six draws, for three of 200 rows.
 SIZES = {60: (45, 15), 100: (75, 25), 200: (150, 50)}
-EPOCHS, LABEL_EPOCHS = 2, (2, 3, 5)  # where all rows teach; labels are tried with each in Sundanese
+EPOCHS, EPOCHS_OF_LABELS = (1, 2), (2, 3, 5)  # where all rows teach
 CONFIRMING = ("ko", "ko100", "zh", "ar", "min", "min100")
 # As `init` writes them; the draws of `sw` and `su` on record were made before it wrote a patience.
 COMMON = ["data.target.dev=2", "data.target.micro_dev=2", "source.training.epochs=2"]
@@ -168,7 +168,7 @@ def every(setting: str, draw: int, folder: Path, work: Workplace) -> None:
     """All rows of a draw teach, for a number of epochs that is fixed: no row says when to stop."""
     labels = SETTINGS[setting][0].startswith("nusax")
     record: dict[str, Any] = {"setting": setting, "draw": draw}
-    for epochs in LABEL_EPOCHS if setting == "su" else (EPOCHS,):
+    for epochs in EPOCHS_OF_LABELS if labels else EPOCHS:
         fixed = [
             f"{stage}.training.{key}" for stage in ("target", "final") for key in (f"epochs={epochs}", "patience=null")
         ]
@@ -179,13 +179,10 @@ def every(setting: str, draw: int, folder: Path, work: Workplace) -> None:
             splits = replace(splits, test=on_xquad(setting))
         steps = Steps(steps.session.variant(steps.recipe, splits), steps.store, stop_requested=steps._stop_requested)
         merged, continued = steps.parents().merged, steps.continued()
-        systems = {"continued": continued, "merged": merged, "grasp": steps.finetune(merged, 0.0)}
-        for part in ("grasp", "merged"):
-            systems[f"mean with {part}"] = mean_of(steps, continued, systems[part])
-        if not labels:
-            del systems["merged"], systems["grasp"]
-        if setting in XQUAD:
-            del systems["mean with merged"]
+        grasp = steps.finetune(merged, 0.0)
+        systems = {"continued": continued, "averaged": mean_of(steps, continued, grasp)}
+        if labels:
+            systems |= {"merged": merged, "grasp": grasp, "mean with merged": mean_of(steps, continued, merged)}
         record |= {"train": len(splits.train), "articles": articles_of(splits.test)}
         record[f"epochs {epochs}"] = {key: measured(steps, of, on_dev=False) for key, of in systems.items()}
     write_json(folder / f"every-{setting}-{draw}.json", record)
