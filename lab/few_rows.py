@@ -48,7 +48,7 @@ ASKED = ", dev rows asked"  # the rule until 2026-12-02, whose records have the 
 EXPECTED = ", GRASP's result expected"  # the one before that
 # Rows of a draw, those of them to judge by; there is room for six draws, for three of 200 rows.
 SIZES = {60: (45, 15), 100: (75, 25), 200: (150, 50)}
-EPOCHS, EPOCHS_OF_LABELS = (1, 2), (3,)  # where all rows teach
+EPOCHS, EPOCHS_OF_LABELS = (2,), (3,)  # where all rows teach
 CONFIRMING = ("ko", "ko100", "zh", "ar", "min", "min100")
 # As `init` writes them; the draws of `sw` and `su` on record were made before it wrote a patience.
 COMMON = ["data.target.dev=2", "data.target.micro_dev=2", "source.training.epochs=2"]
