@@ -5,6 +5,7 @@
     python lab/few_rows.py elsewhere ar DRAW FOLDER    # the same of `ar`: FOLDER/xquad-ar-DRAW.json
     python lab/few_rows.py every SETTING DRAW FOLDER   # a draw of which all rows teach: FOLDER/every-SETTING-DRAW.json
     python lab/few_rows.py table FILE [FILE ...]       # means over draws, with 95 % intervals over the draws
+    python lab/few_rows.py beside FILE [FILE ...]      # draws of `every` beside the same with dev rows
 
 Settings `sw` and `su` draw 45 rows, what 60 are after their test quarter; `sw100`, `ko100` and `su100` draw 75, what 100 are, and
 learn a ratio, as `init` wrote it then. `sw200`, `su200` and `min200` draw 150, what 200 are. `su400`, `su200` and `min200` have
@@ -49,6 +50,8 @@ EXPECTED = ", GRASP's result expected"  # the one before that
 # Rows of a draw, those of them to judge by; there is room for six draws, for three of 200 rows.
 SIZES = {60: (45, 15), 100: (75, 25), 200: (150, 50)}
 EPOCHS, EPOCHS_OF_LABELS = (2,), (3,)  # where all rows teach
+RECORDS = Path(__file__).parent / "results/few-rows"
+ON_RECORD = {"zh": "xquad", "su": "mean-su"}  # where a setting has another name there
 CONFIRMING = ("ko", "ko100", "zh", "ar", "min", "min100")
 # As `init` writes them; the draws of `sw` and `su` on record were made before it wrote a patience.
 COMMON = ["data.target.dev=2", "data.target.micro_dev=2", "source.training.epochs=2"]
@@ -279,6 +282,41 @@ def table(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
         yield f"  GRASP's result, where it would be handed over in place of continued, {len(instead)} draws: {gap}"
 
 
+def beside(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """What comes of all rows, beside the same draws with dev rows; each draw, over the test rows, and over the draws."""
+    everywhere: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
+    for setting, group in groupby(draws, key=lambda draw: str(draw["setting"])):
+        pairs: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
+        for draw in group:
+            file = RECORDS / f"{ON_RECORD.get(setting, setting)}-{draw['draw']}.json"
+            before = handed_over(json.loads(file.read_bytes()))["delivered"]
+            usual = json.loads(file.read_bytes())["systems"]["continued"]
+            for epochs, now in ((key, value) for key, value in draw.items() if key.startswith("epochs")):
+                name = "continued" if setting.startswith(("su", "min")) else "averaged"
+                found = {f"{name}, before": (now[name], before), "continued, before": (now["continued"], usual)}
+                found |= {
+                    f"{other}, continued": (now[other], now["continued"]) for other in now if other != "continued"
+                }
+                found["averaged, continued before"] = (now["averaged"], usual)
+                for what, pair in found.items():
+                    pairs.setdefault(f"{epochs}: {what}", []).append(pair)
+                    everywhere.setdefault(
+                        f"{'labels' if name == 'continued' else 'questions'}, {epochs}: {what}", []
+                    ).append(pair)
+        articles = draws[[draw["setting"] for draw in draws].index(setting)]["articles"]
+        for what, both in pairs.items():
+            scores = [[each[side]["test_scores"] for each in both] for side in (0, 1)]
+            gaps = " ".join(f"{fmean(ours) - fmean(theirs):+.1f}" for ours, theirs in zip(*scores, strict=True))
+            rows = shown(*scores, articles)
+            yield f"{setting}, {what}: {gaps}; over the test rows {rows.low:+.1f} to {rows.high:+.1f}"
+    for what, both in everywhere.items():
+        gains = [
+            interval([fmean(ours[key]) - fmean(theirs[key]) for ours, theirs in both], digits)
+            for key, digits in (("test_scores", 1), ("test_losses", 3))
+        ]
+        yield f"{what}, {len(both)} draws: score {gains[0]}, loss {gains[1]}"
+
+
 def handed_over(draw: dict[str, Any]) -> dict[str, Any]:
     """What a run would hand over by today's rule, with a controller and without, and by the rules of before."""
     systems, questions = draw["systems"], not draw["setting"].startswith(("su", "min", "titles"))
@@ -316,8 +354,9 @@ def interval(gaps: Sequence[float], digits: int) -> str:
 
 
 def main(job: str, *words: str) -> None:
-    if job == "table":
-        sys.stdout.write("\n".join(table([json.loads(Path(file).read_bytes()) for file in words])) + "\n")
+    if job in ("table", "beside"):
+        lines = {"table": table, "beside": beside}[job]([json.loads(Path(file).read_bytes()) for file in words])
+        sys.stdout.write("\n".join(lines) + "\n")
         return
     setting, draw, place = words
     folder = Path(place)
