@@ -49,7 +49,7 @@ ASKED = ", dev rows asked"  # the rule until 2026-12-02, whose records have the 
 EXPECTED = ", GRASP's result expected"  # the one before that
 # Rows of a draw, those of them to judge by; there is room for six draws, for three of 200 rows.
 SIZES = {60: (45, 15), 100: (75, 25), 200: (150, 50)}
-EPOCHS, EPOCHS_OF_LABELS = (2,), (3,)  # where all rows teach
+EPOCHS, EPOCHS_OF_OTHERS = (2,), (3,)  # where all rows teach
 RECORDS = Path(__file__).parent / "results/few-rows"
 ON_RECORD = {"zh": "xquad", "su": "mean-su"}  # where a setting has another name there
 CONFIRMING = ("ko", "ko100", "zh", "ar", "min", "min100")
@@ -169,9 +169,9 @@ def draw_of(setting: str, draw: int, folder: Path, work: Workplace) -> None:
 
 def every(setting: str, draw: int, folder: Path, work: Workplace) -> None:
     """All rows of a draw teach, for a number of epochs that is fixed: no row says when to stop."""
-    labels = SETTINGS[setting][0].startswith("nusax")
+    name = SETTINGS[setting][0]
     record: dict[str, Any] = {"setting": setting, "draw": draw}
-    for epochs in EPOCHS_OF_LABELS if labels else EPOCHS:
+    for epochs in EPOCHS if name.startswith(("mlqa", "tydiqa")) else EPOCHS_OF_OTHERS:
         fixed = [
             f"{stage}.training.{key}" for stage in ("target", "final") for key in (f"epochs={epochs}", "patience=null")
         ]
@@ -184,7 +184,7 @@ def every(setting: str, draw: int, folder: Path, work: Workplace) -> None:
         merged, continued = steps.parents().merged, steps.continued()
         grasp = steps.finetune(merged, 0.0)
         systems = {"continued": continued, "averaged": mean_of(steps, continued, grasp)}
-        if labels:
+        if name.startswith("nusax"):
             systems |= {"merged": merged, "grasp": grasp, "mean with merged": mean_of(steps, continued, merged)}
         record |= {"train": len(splits.train), "articles": articles_of(splits.test)}
         record[f"epochs {epochs}"] = {key: measured(steps, of, on_dev=False) for key, of in systems.items()}
