@@ -292,17 +292,15 @@ def beside(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
             before = handed_over(json.loads(file.read_bytes()))["delivered"]
             usual = json.loads(file.read_bytes())["systems"]["continued"]
             for epochs, now in ((key, value) for key, value in draw.items() if key.startswith("epochs")):
-                name = "continued" if setting.startswith(("su", "min")) else "averaged"
-                found = {f"{name}, before": (now[name], before), "continued, before": (now["continued"], usual)}
+                found = {f"{name}, before": (now[name], before) for name in ("averaged", "continued")}
                 found |= {
-                    f"{other}, continued": (now[other], now["continued"]) for other in now if other != "continued"
+                    f"{name}, continued": (of, now["continued"]) for name, of in now.items() if name != "continued"
                 }
                 found["averaged, continued before"] = (now["averaged"], usual)
+                kind = "questions" if setting.startswith(("ko", "zh")) else "other tasks"
                 for what, pair in found.items():
                     pairs.setdefault(f"{epochs}: {what}", []).append(pair)
-                    everywhere.setdefault(
-                        f"{'labels' if name == 'continued' else 'questions'}, {epochs}: {what}", []
-                    ).append(pair)
+                    everywhere.setdefault(f"{kind}, {epochs}: {what}", []).append(pair)
         articles = draws[[draw["setting"] for draw in draws].index(setting)]["articles"]
         for what, both in pairs.items():
             scores = [[each[side]["test_scores"] for each in both] for side in (0, 1)]
