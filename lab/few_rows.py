@@ -1,16 +1,13 @@
 """What few rows come to, as `init` splits and trains them, with a test set that tells. The plans are in `lab/log.md`.
 
-    python lab/few_rows.py draw SETTING DRAW FOLDER    # one draw; goes on where it was stopped, writes FOLDER/SETTING-DRAW.json
-    python lab/few_rows.py elsewhere zh DRAW FOLDER    # a draw of `zh` on the rows of XQuAD: FOLDER/xquad-DRAW.json
-    python lab/few_rows.py elsewhere ar DRAW FOLDER    # the same of `ar`: FOLDER/xquad-ar-DRAW.json
-    python lab/few_rows.py every SETTING DRAW FOLDER   # a draw of which all rows teach: FOLDER/every-SETTING-DRAW.json
+    python lab/few_rows.py every SETTING DRAW FOLDER   # one draw: FOLDER/every-SETTING-DRAW.json
     python lab/few_rows.py table FILE [FILE ...]       # means over draws, with 95 % intervals over the draws
     python lab/few_rows.py beside FILE [FILE ...]      # draws of `every` beside the same with dev rows
 
-Settings `sw` and `su` draw 45 rows, what 60 are after their test quarter; `sw100`, `ko100` and `su100` draw 75, what 100 are, and
-learn a ratio, as `init` wrote it then. `sw200`, `su200` and `min200` draw 150, what 200 are. `su400`, `su200` and `min200` have
-400 English rows, the other settings of labels 120. `titles` asks for the titles of Chinese abstracts, with 144 English rows of
-headlines.
+All rows of a draw teach. Records without `every` in their names had dev rows, and the jobs `draw` and `elsewhere` of commit
+f5e5252f. Settings `sw` and `su` draw 45 rows, what 60 are after their test quarter; `sw100`, `ko100` and `su100` draw 75, what
+100 are. `sw200`, `su200` and `min200` draw 150, what 200 are. `su400`, `su200` and `min200` have 400 English rows, the other
+settings of labels 120. `titles` asks for the titles of Chinese abstracts, with 144 English rows of headlines.
 Draws of a setting share the source adapter and the test rows; their other rows are disjoint.
 `ko`, `ko100`, `zh`, `ar`, `min` and `min100` are to confirm: each of their draws has a training seed of its own.
 Needs GRASP_LORA_DATA.
@@ -20,7 +17,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean, stdev
@@ -33,7 +30,6 @@ from grasp_lora.data.encode import Example
 from grasp_lora.data.splits import Splits
 from grasp_lora.engine.check import check
 from grasp_lora.engine.results import Adapter, main_metric
-from grasp_lora.engine.run import make
 from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import Steps
 from grasp_lora.engine.store import Store
@@ -102,9 +98,9 @@ SETTINGS = {
     "su200": ("nusax-su", 200, [*MORE, "final.prune_ratio=0"]),
     "min200": ("nusax-su", 200, [*MORE, "final.prune_ratio=0", *MINANGKABAU]),
     "su": ("nusax-su", 60, [*FEW, *WEAK]),
-    "sw100": ("tydiqa-sw", 100, [*MORE, *QUESTIONS, "target.on=auto"]),
-    "ko100": ("tydiqa-ko", 100, [*MORE, *QUESTIONS, "target.on=auto", "data.target.test=600"]),
-    "sw200": ("tydiqa-sw", 200, [*MORE, *QUESTIONS, "target.on=auto"]),
+    "sw100": ("tydiqa-sw", 100, [*MORE, *QUESTIONS]),
+    "ko100": ("tydiqa-ko", 100, [*MORE, *QUESTIONS, "data.target.test=600"]),
+    "sw200": ("tydiqa-sw", 200, [*MORE, *QUESTIONS]),
     "su100": ("nusax-su", 100, [*MORE, *WEAK, "target.on=source"]),
 }
 
@@ -149,24 +145,6 @@ def steps_of(setting: str, draw: int, folder: Path, work: Workplace, more: Seque
     return Steps(session, store, stop_requested=lambda: work.interruption.asked_by)
 
 
-def draw_of(setting: str, draw: int, folder: Path, work: Workplace) -> None:
-    steps = steps_of(setting, draw, folder, work)
-    if setting in ("ko", "ko100"):  # 300 and 600 test rows: only what is asked is measured on them
-        write_json(folder / f"{setting}-{draw}.json", beside_the_usual(setting, draw, steps))
-        return
-    made = make(steps)
-    systems = dict(made.systems)
-    if made.continued is not None:
-        systems |= {"continued": made.continued, "averaged": mean_of(steps, made.continued, made.grasp)}
-    record: dict[str, Any] = {"setting": setting, "draw": draw, "train": len(steps.splits.train)}
-    record["articles"] = articles_of(steps.splits.test)
-    if made.learned is not None:
-        record["ratio"] = asdict(made.learned.result.estimate)
-        systems[PLAIN] = steps.finetune(made.parents.merged, 0.0)
-    record["systems"] = {name: measured(steps, adapter) for name, adapter in systems.items()}
-    write_json(folder / f"{setting}-{draw}.json", record)
-
-
 def every(setting: str, draw: int, folder: Path, work: Workplace) -> None:
     """All rows of a draw teach, for a number of epochs that is fixed: no row says when to stop."""
     name = SETTINGS[setting][0]
@@ -197,37 +175,12 @@ def articles_of(rows: Sequence[Example]) -> list[int]:
     return [groups.index(row.group) for row in rows]
 
 
-def elsewhere(setting: str, draw: int, folder: Path, work: Workplace) -> None:
-    """What is handed over, and `continued`, on rows of another data set."""
-    steps = steps_of(setting, draw, folder, work)
-    session = steps.session.variant(steps.recipe, replace(steps.splits, test=on_xquad(setting)))
-    steps = Steps(session, steps.store, stop_requested=lambda: work.interruption.asked_by)
-    record = beside_the_usual(setting, draw, steps) | {"setting": "xquad" if setting == "zh" else f"xquad-{setting}"}
-    write_json(folder / f"{record['setting']}-{draw}.json", record)
-
-
 def on_xquad(setting: str) -> tuple[Example, ...]:
     """The test rows of XQuAD."""
     name, _, changes = SETTINGS[setting]
     other = Session(load_recipe(name, [*changes, *XQUAD[setting]])[0], Path.cwd())
     check(other)
     return tuple(row for row in other.splits.test if row.where.startswith("xquad"))
-
-
-def beside_the_usual(setting: str, draw: int, steps: Steps) -> dict[str, Any]:
-    """What is handed over, `continued` and its mean with GRASP's result on the test rows; of the other systems dev rows alone."""
-    made = make(steps)
-    systems = made.systems | ({} if made.continued is None else {"continued": made.continued})
-    on_dev = {name: measured(steps, of, with_test=False) for name, of in systems.items()}
-    chosen = handed_over({"setting": setting, "systems": on_dev})["delivered"]
-    tested = {name for name, of in on_dev.items() if of is chosen or name in ("continued", "averaged")}
-    record: dict[str, Any] = {"setting": setting, "draw": draw, "articles": articles_of(steps.splits.test)}
-    if made.learned is not None and made.continued is not None:
-        record["ratio"] = asdict(made.learned.result.estimate)
-        systems[PLAIN] = steps.finetune(made.parents.merged, 0.0)
-        systems[f"averaged{WITHOUT}"] = mean_of(steps, made.continued, systems[PLAIN])
-        tested.add(f"averaged{WITHOUT}")
-    return record | {"systems": on_dev | {name: measured(steps, systems[name]) for name in sorted(tested)}}
 
 
 def mean_of(steps: Steps, *both: Adapter) -> Adapter:
@@ -298,9 +251,12 @@ def beside(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
                 }
                 found["averaged, continued before"] = (now["averaged"], usual)
                 kind = "questions" if setting.startswith(("ko", "zh")) else "other tasks"
+                counts = epochs == f"epochs {(EPOCHS if kind == 'questions' else EPOCHS_OF_OTHERS)[0]}"
                 for what, pair in found.items():
                     pairs.setdefault(f"{epochs}: {what}", []).append(pair)
                     everywhere.setdefault(f"{kind}, {epochs}: {what}", []).append(pair)
+                    if counts and what.startswith("averaged"):
+                        everywhere.setdefault(f"all, as `init` has it: {what}", []).append(pair)
         articles = draws[[draw["setting"] for draw in draws].index(setting)]["articles"]
         for what, both in pairs.items():
             scores = [[each[side]["test_scores"] for each in both] for side in (0, 1)]
@@ -356,12 +312,13 @@ def main(job: str, *words: str) -> None:
         lines = {"table": table, "beside": beside}[job]([json.loads(Path(file).read_bytes()) for file in words])
         sys.stdout.write("\n".join(lines) + "\n")
         return
+    assert job == "every", job
     setting, draw, place = words
     folder = Path(place)
     folder.mkdir(parents=True, exist_ok=True)
     with working_in(folder) as work:
         work.begin(shared=True)
-        {"draw": draw_of, "elsewhere": elsewhere, "every": every}[job](setting, int(draw), folder, work)
+        every(setting, int(draw), folder, work)
 
 
 if __name__ == "__main__":

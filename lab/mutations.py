@@ -61,25 +61,11 @@ MUTATIONS = (
         "half of what is handed over is the source adapter",
     ),
     Mutation(
-        "deliver: without a dev set the usual practice is handed over",
-        'return "grasp", "There is no dev set by which the other training could stop."',
-        'return "continued", "There is no dev set by which the other training could stop."',
-        ("engine/test_deliver.py",),
-        "a training that nothing stopped",
-    ),
-    Mutation(
         "compare: joint trains on the source alone",
         '("source_train", *["train"] * epochs)',
         '("source_train",)',
         (COMPARE,),
         "GRASP is compared with a joint training that never saw the target language",
-    ),
-    Mutation(
-        "target: auto takes the merge of the higher loss",
-        "best = min(means, key=means.__getitem__)  # of equal ones the average",
-        "best = max(means, key=means.__getitem__)  # of equal ones the average",
-        ("engine/test_target_on.py",),
-        "the worse of two starts, for a training more",
     ),
     Mutation(
         "masks: count rounded down whatever floats do",

@@ -1,6 +1,5 @@
 """What a run hands over, what it says of it, and that nothing is lost."""
 
-import json
 import random
 import shutil
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from grasp_lora.engine.comparison import ComparisonSettings
 from grasp_lora.engine.deliver import ON_SOURCE, TITLES, expected, titles_with, warned
 from grasp_lora.engine.run_folder import Delivered
 from grasp_lora.engine.steps import Steps
-from grasp_lora.errors import DivergedError, GraspError, ProbeError
+from grasp_lora.errors import DivergedError, GraspError
 from grasp_lora.models.adapter_files import read_adapter
 
 ROWS = 20
@@ -36,22 +35,17 @@ def losses(**means: float) -> dict[str, Sequence[float]]:
 
 class TestRule:
     @pytest.mark.parametrize(
-        ("setting", "dev", "systems", "name", "why"),
+        ("setting", "systems", "name", "why"),
         [
-            ("best", 8, ("continued", "grasp", "averaged"), "averaged", "adapters made like it answered best"),
-            ("best", 8, ("continued", "grasp"), "continued", "adapters made like it answered best"),
-            ("best", 0, ("continued", "grasp"), "grasp", "no dev set"),
-            ("best", 8, ("grasp",), "grasp", "lowered no dev loss"),
-            ("grasp", 8, ("continued", "grasp"), "grasp", "final.deliver"),
+            ("best", ("continued", "grasp", "averaged"), "averaged", "adapters made like it answered best"),
+            ("best", ("grasp",), "grasp", "lowered no dev loss"),
+            ("grasp", ("continued", "grasp"), "grasp", "final.deliver"),
         ],
     )
     def test_what_is_handed_over_is_fixed_beforehand(
-        self, setting: str, dev: int, systems: Sequence[str], name: str, why: str
+        self, setting: str, systems: Sequence[str], name: str, why: str
     ) -> None:
-        steps: Any = SimpleNamespace(
-            splits=SimpleNamespace(dev=[1] * dev),
-            recipe=SimpleNamespace(final=SimpleNamespace(deliver=setting)),
-        )
+        steps: Any = SimpleNamespace(recipe=SimpleNamespace(final=SimpleNamespace(deliver=setting)))
         named: Any = dict.fromkeys(("source", "merged", *systems))
         found, reason = expected(
             steps, named, "Continued training lowered no dev loss, which leaves the source adapter."
@@ -81,7 +75,7 @@ class TestRule:
         self, alone: list[float], nothing_learned: bool, warning: str | None
     ) -> None:
         both = {name: rows[: len(alone) or ROWS] for name, rows in losses(continued=1.0, grasp=1.2).items()}
-        found = warned(Delivered("grasp", "GRASP's result", ""), both, alone, "dev")
+        found = warned(Delivered("grasp", "GRASP's result", ""), both, alone)
         assert (found.name, found.nothing_learned) == ("grasp", nothing_learned)  # the backbone is never handed over
         assert (found.warning or "").startswith(warning or "")
         assert (found.warning is None) == (warning is None)
@@ -89,12 +83,12 @@ class TestRule:
     def test_the_warning_is_about_what_is_handed_over_and_others_may_have_learned(self) -> None:
         rows = losses(merged=1.0, grasp=3.0, alone=2.0)
         alone = rows.pop("alone")
-        found = warned(Delivered("grasp", "GRASP's result", ""), rows, alone, "dev")
+        found = warned(Delivered("grasp", "GRASP's result", ""), rows, alone)
         assert (found.name, found.nothing_learned) == ("grasp", False)
         assert "others are" in (found.warning or "")
         rows["merged"] = [value + (0.5 if row % 2 else -0.6) for row, value in enumerate(alone)]
         for titles in (TITLES, ON_SOURCE):
-            assert titles["merged"] in (warned(found, rows, alone, "dev", titles).warning or "")
+            assert titles["merged"] in (warned(found, rows, alone, titles).warning or "")
 
 
 @pytest.fixture
@@ -112,23 +106,18 @@ class TestRun:
         settings = ComparisonSettings(methods=("continued", "zero_shot"), reference="continued", seeds=(42,))
         compare(session_of(progress=recorder), begun, settings)
         assert recorder.trained == ["final-0.00"]  # a comparison and a run share the continued adapter
-        assert set(metrics.systems) == {"zero_shot", *SYSTEMS}
+        assert set(metrics.systems) == {"zero_shot", *SYSTEMS, "averaged"}
         by_loss = {name: metrics.systems[name].dev_loss for name in SYSTEMS}
         assert min(by_loss, key=lambda name: by_loss[name] or 0.0) == "continued"
-        assert metrics.delivered.name == "continued"  # this is no `qa`
-        assert weights_in("best/adapter") == weights_in("best/continued")
+        assert metrics.delivered.name == "averaged"  # dev rows have no say
         assert Path("best/continued/history.jsonl").is_file()
         # GRASP's own result is what a run that hands it over gives.
         assert weights_in("best/final") == weights_in(finished_run / "adapter")
         theirs, ours = (read(Path(folder, "metrics.json"))["systems"] for folder in ("run", "best"))
         assert {name: ours[name] for name in theirs} == theirs
 
-    def test_for_questions_the_mean_of_both_is_expected_exactly(self, tiny_workspace: Path) -> None:
-        for name, text in (("source", "source {} the sky"), ("target", "the sky {} here")):
-            rows = [{"context": text.format(i), "question": f"what, {i}?", "answer": "the sky"} for i in range(40)]
-            lines = "".join(json.dumps(row) + "\n" for row in rows)
-            Path(f"{name}.jsonl").write_text(lines, encoding="utf-8")
-        run = run_tiny(BEST, "data.task=qa")
+    def test_the_mean_of_both_is_handed_over_exactly(self, tiny_workspace: Path) -> None:
+        run = run_tiny(BEST)
         assert run.metrics.delivered.name == "averaged"
         assert set(run.metrics.systems) == {"zero_shot", *SYSTEMS, "averaged"}
         mean, continued, grasp = (
@@ -139,8 +128,7 @@ class TestRun:
         for name in mean:
             assert torch.allclose(mean[name], (continued[name] + grasp[name]) / 2, atol=1e-7)
             assert not torch.allclose(continued[name], grasp[name], atol=1e-5)
-        # Where no dev rows choose, nothing is averaged.
-        assert "averaged" not in run_tiny(BEST, "data.task=qa", "data.target.dev=0", folder="without").metrics.systems
+        assert run_tiny(BEST, "data.target.dev=0", folder="without").metrics.delivered.name == "averaged"
 
     def test_a_source_that_cannot_be_continued_is_left_out_in_words(
         self, begun: Path, monkeypatch: pytest.MonkeyPatch
@@ -148,19 +136,10 @@ class TestRun:
         def diverges(self: Steps) -> None:
             raise DivergedError("the loss is not finite")
 
-        def no_loss(self: Steps, adapter: Any, split: str) -> Any:
-            if adapter.made and adapter.made.name == "final-0.00":
-                raise ProbeError("the loss is not finite")
-            return measure(self, adapter, split)
-
-        measure = Steps.losses
-        # In training, or where nobody looked until now.
-        for name, fault in (("continued", diverges), ("losses", no_loss)):
-            with monkeypatch.context() as patch:
-                patch.setattr(Steps, name, fault)
-                metrics = run_tiny(BEST, folder=begun).metrics
-            assert "continued" not in metrics.systems
-            assert metrics.delivered.why.endswith("The source adapter could not be continued: the loss is not finite")
+        monkeypatch.setattr(Steps, "continued", diverges)
+        metrics = run_tiny(BEST, folder=begun).metrics
+        assert "continued" not in metrics.systems
+        assert metrics.delivered.why.endswith("The source adapter could not be continued: the loss is not finite")
 
     def test_what_passes_is_no_reason_to_leave_an_adapter_out(
         self, begun: Path, monkeypatch: pytest.MonkeyPatch

@@ -121,7 +121,7 @@ def test_a_kill_at_a_random_moment_loses_nothing(runs: Runs, steps: tuple[str, .
 
 HARDER = (
     "source.training.epochs=1.5", "target.training.accumulation=2", "target.training.epochs=3", "controller.rounds.every=2",
-    "target.training.patience=3", "mask.score=input_aware", "target.on=auto", "final.mode=reselect",
+    "target.training.patience=3", "mask.score=input_aware", "target.on=source", "final.mode=reselect",
     "final.training.epochs=2", "final.deliver=best",
 )  # fmt: skip
 

@@ -1,36 +1,23 @@
-"""`target.on`: the target adapter on top of the source adapter, or both ways, and the merge with the lower loss goes on."""
+"""`target.on: source`: the target adapter on top of the source adapter."""
 
 import os
 import signal
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import pytest
 import torch
-from recorder import Recorder, read, run_tiny, session_of, step_folders, steps_of, weights_in
+from recorder import Recorder, run_tiny, session_of, step_folders, steps_of, weights_in
 
 from grasp_lora.engine.compare import compare
 from grasp_lora.engine.comparison import Comparison, ComparisonSettings
-from grasp_lora.engine.steps import Steps
-from grasp_lora.errors import Interrupted, ProbeError, RecipeError
+from grasp_lora.errors import Interrupted, RecipeError
 from grasp_lora.models.adapter_files import read_adapter
 from grasp_lora.models.adapters import attached
 from grasp_lora.models.live import frozen_adapter
 from grasp_lora.training import trainer as training_module
 
-ON, AUTO = "target.on=source", "target.on=auto"
-# With these the sum has the lower dev loss: a target adapter that has learned little leaves the average half of the source's.
-SUM = (AUTO, "target.training.learning_rate=1e-5", "source.training.epochs=4")
-# The average halves a source adapter that has gone astray.
-AVERAGE = (
-    AUTO,
-    "source.training.learning_rate=1",
-    "source.training.epochs=3",
-    "source.training.patience=null",
-    "data.source.dev=0",
-)
-NO_DEV = ("data.target.dev=0", "final.training.patience=null")
+ON = "target.on=source"
 
 
 def compared(folder: str, *methods: str, changes: tuple[str, ...] = (), **more: Any) -> tuple[Comparison, Recorder]:
@@ -76,9 +63,9 @@ class TestOnSource:
 
     def test_a_run_leaves_no_adapter_that_does_nothing_alone(self, tiny_workspace: Path) -> None:
         metrics = run_tiny(ON, "final.deliver=best", "data.target.dev=5").metrics
-        assert list(metrics.systems) == ["zero_shot", "source", "merged", "continued", "grasp"]
+        assert list(metrics.systems) == ["zero_shot", "source", "merged", "continued", "grasp", "averaged"]
         assert [file.name for file in Path("run/target").iterdir()] == ["history.jsonl"]
-        assert metrics.delivered.name == "continued"
+        assert metrics.delivered.name == "averaged"
 
     def test_a_run_that_is_stopped_in_the_training_goes_on_to_the_same_bits(
         self, tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch
@@ -120,85 +107,15 @@ class TestOnSource:
             assert (said in comparison.warnings) is warned
 
 
-class TestAuto:
-    @pytest.mark.parametrize(("changes", "on"), [(SUM, "source"), (AVERAGE, None)])
-    def test_a_run_goes_on_with_the_merge_of_the_lower_loss(
-        self, changes: tuple[str, ...], on: str | None, tiny_workspace: Path
-    ) -> None:
-        choice = run_tiny(*changes, folder="auto").metrics.target_on
-        assert choice is not None
-        assert (choice.on, choice.splits, choice.examples) == (on, ("dev", "micro_dev"), 10)
-        assert (choice.losses["source"] < choice.losses["apart"]) == (on == "source")
-        run_tiny(f"target.on={on or 'null'}", *changes[1:], folder="fixed")
-        auto, fixed = (read(Path(folder, "metrics.json")) for folder in ("auto", "fixed"))
-        assert auto | {"target_on": None} == fixed
-        for name in ("adapter", "merged"):
-            assert weights_in(Path("auto", name)) == weights_in(Path("fixed", name))
-        assert Path("auto/target/adapter_model.safetensors").exists() == (on is None)
-        assert Path("auto/target/history.jsonl").is_file()
-
-    def test_the_losses_are_those_of_the_merges_before_any_pruning(self, tiny_workspace: Path) -> None:
-        choice = steps_of(*SUM).parents().choice
-        assert choice is not None
-        for name, on in (("apart", "null"), ("source", "source")):
-            steps = steps_of(f"target.on={on}", *SUM[1:])
-            merged = steps.parents().merged
-            losses = [loss for split in ("dev", "micro_dev") for loss in steps.losses(merged, split).result.losses]
-            assert choice.losses[name] == pytest.approx(fmean(losses), rel=1e-9)
-
-    def test_without_dev_rows_micro_dev_decides_and_without_both_the_way_of_the_paper(
-        self, tiny_workspace: Path
-    ) -> None:
-        choice = steps_of(*SUM, *NO_DEV).parents().choice
-        assert choice is not None
-        assert (choice.splits, choice.examples) == (("micro_dev",), 4)
-        for few in (0, 1):  # a single row chooses nothing
-            parents = steps_of(*SUM, *NO_DEV, f"data.target.micro_dev={few}", "final.prune_ratio=0.5").parents()
-            assert parents.on is None
-            assert parents.choice is not None
-            assert (parents.choice.splits, parents.choice.losses) == ((), {})
-
-    def test_a_comparison_takes_the_steps_of_a_run_and_counts_both_trainings(self, tiny_workspace: Path) -> None:
-        run_tiny(*SUM)
-        comparison, recorder = compared("run", "target_only", "continued", "merged", "grasp", changes=SUM)
-        cost: dict[str, Any] = {row.method: row.cost for row in comparison.rows}
-        assert comparison.merge == "the sum (42)"
-        assert not {"source", "target", "controller"} & set(recorder.did)
-        assert len(step_folders("run", "target")) == 2
-        assert cost["target_only"].runs_in_all == 1  # nothing of the choice
-        assert cost["merged"].runs_in_all == 3  # the source adapter, and the target adapter both ways
-        assert cost["merged"].runs == 1  # that which is not merged
-
-    @pytest.mark.parametrize(("fails", "on"), [("source", None), (None, "source")])
-    def test_a_way_that_fails_leaves_the_other_and_two_end_the_run(
-        self, fails: str | None, on: str | None, tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        failing, parents_on = {fails}, Steps._parents_on
-
-        def prepare(self: Steps, place: str | None) -> Any:
-            if place in failing:
-                raise ProbeError("the losses are not finite")
-            return parents_on(self, place)
-
-        monkeypatch.setattr(Steps, "_parents_on", prepare)
-        choice = run_tiny(*SUM, "final.deliver=grasp").metrics.target_on
-        assert choice is not None
-        assert (choice.on, list(choice.losses)) == (on, ["source" if on else "apart"])
-        assert choice.left_out == "the other way failed: the losses are not finite"
-        failing.add(on)
-        with pytest.raises(ProbeError, match="not finite"):
-            steps_of(*SUM).parents()
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (("target.on=both",), r"target\.on: input should be 'source' or 'auto'"),
+        (("target.on=auto",), r"target\.on: input should be 'source'"),
         (
             (ON, "merge.rule=ties"),
             "target.on is 'source', so the target adapter is trained here, and both are added up",
         ),
-        ((AUTO, "merge.weights=[1, 1]"), "remove merge.weights, or target.on"),
+        ((ON, "merge.weights=[1, 1]"), "remove merge.weights, or target.on"),
         ((ON, "target.adapter=mine"), "remove target.adapter, or target.on"),
     ],
 )

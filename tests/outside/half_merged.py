@@ -11,7 +11,7 @@ from grasp_lora.method.merging import MergeSettings
 def _half_merged(steps: Steps) -> Outcome:
     parents = steps.parents()
     half = MergeSettings("exact", weights=(1.0, 0.5))
-    return Outcome(steps.merge("half", tuple(parents.named.values()), tuple(parents.named), half), parents=parents)
+    return Outcome(steps.merge("half", tuple(parents.named.values()), tuple(parents.named), half))
 
 
 HALF_MERGED = Method("half the target adapter, not trained", _half_merged)

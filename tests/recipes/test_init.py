@@ -115,54 +115,31 @@ def test_the_recipe_passes_the_check(kind: str, start: Callable[..., Path]) -> N
     if kind in ("csv", "messages"):
         assert all(finding.text for finding in preflight(Session(*load_recipe(file))))
     sizes = sizes_of(file)
-    assert sizes["train"] + sizes["dev"] + sizes["micro_dev"] + sizes["test"] <= 90
-    assert sizes["micro_dev"] == 0
+    assert sizes["train"] + sizes["test"] <= 90
+    assert sizes["dev"] == sizes["micro_dev"] == 0
     assert sizes["test"] >= 18
-    assert sizes["dev"] >= 8
-    assert sizes["train"] >= 20
+    assert sizes["train"] >= 28
     assert sizes["source_train"] >= 45
     assert sizes["source_dev"] >= 4
 
 
 @pytest.mark.parametrize(
-    ("count", "train", "dev", "test"),
-    [(30, 15, 7, 8), (45, 22, 11, 12), (60, 30, 15, 15), (80, 40, 20, 20), (300, 175, 50, 75), (500, 200, 50, 100)],
+    ("count", "train", "test"), [(30, 22, 8), (45, 33, 12), (60, 45, 15), (80, 60, 20), (300, 225, 75), (900, 600, 100)]
 )
-def test_what_is_not_held_out_is_for_training(
-    count: int, train: int, dev: int, test: int, start: Callable[..., Path]
-) -> None:
+def test_what_is_not_held_out_is_for_training(count: int, train: int, test: int, start: Callable[..., Path]) -> None:
     recipe, _ = load_recipe(start(write(Path("t.jsonl"), completion(count))))
     target = recipe.data.target
-    assert (target.dev, target.micro_dev, target.test) == (dev, 0, test)
-    assert target.train == (None if train + dev + test == count else train)
+    assert (target.dev, target.micro_dev, target.test) == (0, 0, test)
+    assert target.train == (None if train + test == count else train)
 
 
-def test_the_controller_follows_the_final_run(start: Callable[..., Path]) -> None:
-    recipe, _ = load_recipe(start(write(Path("t.jsonl"), completion(216))))
-    stage = recipe.controller
-    assert stage.round_steps(100) == [
-        number * 100 for number in range(6)
-    ]  # before training and after each of five epochs
+def test_with_dev_rows_a_ratio_can_be_learned(start: Callable[..., Path]) -> None:
+    file = start(write(Path("t.jsonl"), completion(216)))
+    assert load_recipe(file)[0].final.prune_ratio == 0
+    stage = load_recipe(file, ["data.target.dev=16", "final.prune_ratio=null"])[0].controller
+    # Before training and after each of five epochs.
+    assert stage.round_steps(100) == [number * 100 for number in range(6)]
     assert (stage.policy, stage.rounds) == (PRESETS["spread"].policy, PRESETS["spread"].rounds)
-    assert recipe.final.prune_ratio == 0
-
-
-@pytest.mark.parametrize(
-    ("count", "on", "labels"),
-    [(30, None, False), (78, None, False), (80, "auto", False), (78, None, True), (80, "source", True)],
-)
-def test_few_rows_have_a_recipe_of_their_own(
-    count: int, on: str | None, labels: bool, start: Callable[..., Path]
-) -> None:
-    """Adapters that are trained apart, no pruning, and no training that a first look at a dozen dev rows ends."""
-    file = start(write(Path("t.jsonl"), labelled(count, ["good", "bad"]) if labels else completion(count)))
-    recipe, _ = load_recipe(file)
-    few = count < 80
-    assert recipe.target.on == on
-    assert recipe.final.prune_ratio == 0
-    assert (recipe.final.training.patience, recipe.target.training.patience) == (2 if few else 1, 1)
-    assert ("better below 40 training rows" in file.read_text()) is few
-    assert ("which was better for labels" in file.read_text()) is (on == "source")
 
 
 @pytest.mark.parametrize(
@@ -225,7 +202,7 @@ def test_columns_that_the_user_names_are_those_of_the_recipe_and_of_the_run(star
     recipe, _ = load_recipe(start(data, (str(source),), language="sw", columns=COLUMNS))
     assert recipe.data.target.columns == {"context": "Muktadha", "question": "Swali", "answer": "Jibu"}
     assert (recipe.data.task, recipe.data.source.columns) == ("qa", {})
-    assert sizes_of(Path("mine.yaml"))["train"] == 30
+    assert sizes_of(Path("mine.yaml"))["train"] == 45
 
 
 def test_a_source_has_columns_of_its_own_names(start: Callable[..., Path]) -> None:
@@ -300,7 +277,7 @@ def test_a_workbook_with_a_sheet_for_each_language(start: Callable[..., Path]) -
         start(Path("x.xlsx"), sheet="Kiswaheli")
     recipe, _ = load_recipe(start(Path("x.xlsx"), ("x.xlsx",), sheet="Kiswahili", source_sheet="English"))
     assert (recipe.data.target.sheet, recipe.data.source.sheet) == ("Kiswahili", "English")
-    assert sizes_of(Path("mine.yaml"))["train"] == 30
+    assert sizes_of(Path("mine.yaml"))["train"] == 45
 
 
 def test_whole_texts_are_refused_with_a_way_out(start: Callable[..., Path]) -> None:
@@ -333,8 +310,8 @@ def test_limits_follow_the_lengths_of_the_file(start: Callable[..., Path]) -> No
 
 
 def test_too_few_articles_are_refused(start: Callable[..., Path]) -> None:
-    with pytest.raises(DataError, match=r"60 examples of t\.json form 2 groups .* largest of 30; .* texts$"):
-        start(write(Path("t.json"), squad(60, per_article=30)))
+    with pytest.raises(DataError, match=r"60 examples of t\.json form 1, the largest of 60; .* texts$"):
+        start(write(Path("t.json"), squad(60, per_article=60)))
 
 
 def test_large_articles_shrink_the_splits(start: Callable[..., Path]) -> None:
@@ -342,7 +319,6 @@ def test_large_articles_shrink_the_splits(start: Callable[..., Path]) -> None:
         start(write(Path("t.json"), squad(120, per_article=12)), (str(write(Path("s.json"), squad(40, "s"))),))
     )
     assert sizes["test"] >= 12
-    assert sizes["dev"] >= 12
 
 
 def test_a_parallel_source_leaves_room_for_what_is_excluded(start: Callable[..., Path]) -> None:
@@ -353,7 +329,7 @@ def test_a_parallel_source_leaves_room_for_what_is_excluded(start: Callable[...,
             question["id"] = f"t{3 * i + j}"
     write(Path("s.json"), source)
     sizes = sizes_of(start(write(Path("t.json"), squad(120)), ("s.json",)))
-    assert sizes["source_train"] + sizes["source_dev"] <= 120 - sizes["test"] - sizes["dev"] - sizes["micro_dev"]
+    assert sizes["source_train"] + sizes["source_dev"] <= 120 - sizes["test"]
 
 
 def test_a_large_source_is_cut_to_what_two_cores_can_train(start: Callable[..., Path]) -> None:
@@ -627,7 +603,7 @@ def test_the_command_says_what_comes_next(cli: Callable[..., Any], start: Callab
     first, *lines = said.splitlines()
     assert first == f"wrote full.yaml and {SCHEMA_FILE}"
     assert [line.partition(":")[0] for line in lines] == ["task", "rows", "next"]
-    assert lines[1] == "rows: all others, about 30, to train on, 15 dev and 15 test"
+    assert lines[1] == "rows: all others, about 45, to train on, 15 to test"
     assert lines[-1] == "next: grasp-lora check full.yaml"
     named = [{"question": f"{i}?", "answer": "a"} for i in range(60)]
     write(Path("named.jsonl"), named)
@@ -649,4 +625,4 @@ def test_a_few_examples_that_are_too_long_do_not_make_the_recipe_fail(start: Cal
     assert target.train is None
     sizes = sizes_of(file)
     assert sizes["test"] == target.test
-    assert sizes["train"] == 116 - sum(sizes[name] for name in ("test", "dev", "micro_dev"))
+    assert sizes["train"] == 116 - sizes["test"]

@@ -79,13 +79,10 @@ def test_it_says_what_final_runs_use_the_dev_set_for(comparison: Comparison, tmp
 def test_a_cross_validation_says_its_folds(comparison: Comparison, tmp_path: Path) -> None:
     folds = [FoldSizes(test=25, train=60), FoldSizes(test=26, train=59)]
     settings = comparison.settings.model_copy(update={"folds": 4, "seeds": (42,)})
-    content = comparison.model_copy(
-        update={"folds": folds, "settings": settings, "seeds": [42], "merge": "the sum (1, 2)"}
-    )
+    content = comparison.model_copy(update={"folds": folds, "settings": settings, "seeds": [42]})
     text = text_of(content, tmp_path)
     assert "2 of 4 folds: 100 tested once each; in a fold 25 to 26 test, 6 dev and 4 micro-dev, 59 to 60 train" in text
     assert "over the 100 examples of all folds together" in text
-    assert "he merge that rows rest on, by fold: the sum (1, 2)" in text
     assert command_of(content) == (
         "grasp-lora compare compare/recipe.yaml --methods continued,lorahub,merged,grid,grasp --seeds 42 "
         "--grid 0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8 --reference grasp --folds 4 --output ."

@@ -105,8 +105,8 @@ def init(
     target = recipe.data.target
     named = [f"{field} is the column {column}" for field, column in target.columns.items()]
     say(f"task: {recipe.data.task}" + (f", where {' and '.join(named)}" if named else ""))
-    held_out = f"{target.dev} dev and {target.test} test"
-    say(f"rows: {f'all others, about {left},' if target.train is None else target.train} to train on, {held_out}")
+    training = f"all others, about {left}," if target.train is None else target.train
+    say(f"rows: {training} to train on, {target.test} to test")
     if recipe.data.source is None and not recipe.source.adapters:
         say(
             f"no source yet: remove {file} and give the same command with --source FILE or ADAPTER, or name one in the "

@@ -146,8 +146,7 @@ class CurvePoint(_Shape):
 class Comparison(_Shape):
     """The whole content of `compare.json`; `folds` are those of a cross-validation that are finished, `test_examples` of all.
 
-    `test_groups`: how many groups of those that belong together they form, where that is fewer. `merge`: with
-    `target.on: auto`, the sum or the average, each with its seeds or folds.
+    `test_groups`: how many groups of those that belong together they form, where that is fewer.
     """
 
     name: str
@@ -168,7 +167,6 @@ class Comparison(_Shape):
     made_with: list[dict[str, str]]
     folds: list[FoldSizes] = []
     test_groups: int | None = None
-    merge: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; what was not set is left out."""
@@ -226,8 +224,6 @@ def summary(session: Session, settings: ComparisonSettings, rows: Rows, folds: S
     tested = group_numbers(test)
     if len(set(tested)) < len(tested):
         optional["test_groups"] = len(set(tested))
-    if merges := _merges(finished):
-        optional["merge"] = _taken(merges)
     comparisons = {metric: _comparisons(session, settings, finished, metric, tested) for metric in metrics}
     signatures = {
         metric: score.signature
@@ -358,12 +354,6 @@ def _taken(chosen: Mapping[int, str | None]) -> str | None:
     return "; ".join(f"{what} ({', '.join(where)})" for what, where in numbers.items()) or None
 
 
-def _merges(rows: Mapping[str, Outcomes]) -> dict[int, str]:
-    """With `target.on: auto`, which merge the rows that have one rest on, by seed or fold; it is the same in all."""
-    outcomes = [item for row in rows.values() for item in row.by_number.items()]
-    return {number: outcome.merge for number, outcome in outcomes if outcome.merge is not None}
-
-
 def _mean_and_sd(values: Sequence[float | None]) -> MeanAndSd | None:
     scores = [value for value in values if value is not None]
     if not scores or len(scores) < len(values):
@@ -375,8 +365,7 @@ def _cost(row: Outcomes) -> Cost:
     """Mean over the seeds: of all that the method needs, and of what it needs beyond the adapters that are merged."""
     trails = [outcome.adapter.trail for outcome in row.by_number.values()]
     beyond = [
-        [step for step in outcome.adapter.trail if step.name not in PARENTS or step.key in outcome.discarded]
-        for outcome in row.by_number.values()
+        [step for step in outcome.adapter.trail if step.name not in PARENTS] for outcome in row.by_number.values()
     ]
     return Cost(
         runs=fmean(sum(step.trains for step in steps) for steps in beyond),

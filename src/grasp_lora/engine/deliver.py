@@ -1,8 +1,7 @@
 """Which adapter a run hands over. It is fixed before the run: none of the user's rows has a say.
 
-With `final.deliver: best` it is `continued`, the source adapter trained on the target rows as is usual; for questions on a text
-its mean with GRASP's result, which costs no training. Where there is no dev set, or training lowered no dev loss of `continued`,
-it is GRASP's result.
+With `final.deliver: best` it is the mean of GRASP's result and of `continued`, the source adapter trained on the target rows as
+is usual. The mean costs no training. Where training lowered no dev loss of `continued`, it is GRASP's result.
 
 These were best in draws of few rows (`lab/results/few-rows.md`). Rules by which dev losses or answers put another adapter in the
 place of that one were measured, and left: they gained nothing (`lab/log.md`).
@@ -16,7 +15,7 @@ from statistics import fmean
 from grasp_lora.engine.results import Adapter
 from grasp_lora.engine.run_folder import Delivered
 from grasp_lora.engine.steps import Steps
-from grasp_lora.errors import AdapterError, DivergedError, ProbeError
+from grasp_lora.errors import AdapterError, DivergedError
 from grasp_lora.evaluation.statistics import compare_with_baselines
 from grasp_lora.method.merging import MergeSettings
 
@@ -42,19 +41,15 @@ def continue_source(steps: Steps) -> tuple[Adapter | None, str]:
     """
     try:
         continued = steps.continued()
-        if (split := steps.choosing_split) is not None:  # a training without patience looked at none of its rows
-            steps.losses(continued, split)
-    except (DivergedError, ProbeError, AdapterError) as error:  # the other systems are there
+    except (DivergedError, AdapterError) as error:  # the other systems are there
         return None, f"The source adapter could not be continued: {error}"
     if continued.made and continued.made.result.best_step:
         return continued, ""
     return continued, "Continued training lowered no dev loss, which leaves the source adapter."
 
 
-def mean_of(steps: Steps, continued: Adapter, grasp: Adapter) -> Adapter | None:
-    """The mean of both deltas, exactly; None where it was not found to be better: for other tasks, and without a dev set."""
-    if steps.recipe.data.task != "qa" or not steps.splits.dev:
-        return None
+def mean_of(steps: Steps, continued: Adapter, grasp: Adapter) -> Adapter:
+    """The mean of both deltas, exactly."""
     return steps.merge("averaged", (continued, grasp), ("continued", "grasp"), MergeSettings("exact"))
 
 
@@ -68,12 +63,9 @@ def expected(steps: Steps, systems: Mapping[str, Adapter], left_out: str = "") -
     """
     if steps.recipe.final.deliver != "best":
         return "grasp", "The recipe asks for it (final.deliver)."
-    if "continued" not in systems:
+    if "averaged" not in systems:
         return "grasp", left_out
-    if not steps.splits.dev:
-        return "grasp", "There is no dev set by which the other training could stop."
-    name = "averaged" if "averaged" in systems else "continued"
-    return name, "In trials with few rows adapters made like it answered best. Your rows have no say in this."
+    return "averaged", "In trials with few rows adapters made like it answered best. Your rows have no say in this."
 
 
 def titles_with(on: str | None, prune_ratio: float | None) -> dict[str, str]:
@@ -98,7 +90,6 @@ def warned(
     delivered: Delivered,
     losses: Mapping[str, Sequence[float]],
     alone: Sequence[float],
-    split: str,
     titles: Mapping[str, str] = TITLES,
 ) -> Delivered:
     """The same, with what has to be said of it where no adapter, or not this one, is shown to be better than the backbone alone.
@@ -108,9 +99,8 @@ def warned(
 
     Args:
         delivered: what is handed over.
-        losses: of each system on the same rows.
+        losses: of each system on the test rows.
         alone: of the backbone without an adapter.
-        split: where the rows come from, as a reader calls it.
         titles: what each kind of system is called.
     """
     if len(alone) < FEWEST_TOLD:
@@ -122,7 +112,7 @@ def warned(
     }
     if delivered.name in better:
         return delivered
-    rows, without = f"{len(alone)} {split} rows", f"the backbone alone ({split} loss {fmean(alone):.3f})"
+    rows, without = f"{len(alone)} test rows", f"the backbone alone (test loss {fmean(alone):.3f})"
     best = min(losses, key=lambda name: fmean(losses[name]))
     lowest = f"{fmean(losses[best]):.3f}, {title_of(best, titles)}"
     if better:

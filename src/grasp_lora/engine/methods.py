@@ -14,12 +14,12 @@ from grasp_lora.engine.check import lack_of_rounds
 from grasp_lora.engine.results import Adapter, Finished, Measured
 from grasp_lora.engine.run import make
 from grasp_lora.engine.session import Session
-from grasp_lora.engine.steps import Parents, Steps, choosing_splits
+from grasp_lora.engine.steps import Steps
 from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.method.merging import MERGE_RULES, MergeSettings
 from grasp_lora.method.search import PRESETS
 from grasp_lora.recipes.recipe import Recipe
-from grasp_lora.recipes.stages import AUTO, ControllerStage, FinalStage
+from grasp_lora.recipes.stages import ControllerStage, FinalStage
 from grasp_lora.storage.claims import Busy
 
 
@@ -34,7 +34,6 @@ class Outcome:
         curve: for a grid, ratio -> mean dev loss of its run.
         left_out: what a choice had to do without, a sentence each.
         taken: what a choice among adapters of several kinds took, in words.
-        parents: the adapters that were merged, where the method starts from the merge.
         measured: losses and scores; `compare` fills it in.
     """
 
@@ -44,19 +43,7 @@ class Outcome:
     curve: Mapping[float, float] | None = None
     left_out: tuple[str, ...] = ()
     taken: str | None = None
-    parents: Parents | None = None
     measured: Measured | None = None
-
-    @property
-    def merge(self) -> str | None:
-        """With `target.on: auto`, whether it rests on the sum or the average, in words."""
-        choice = self.parents.choice if self.parents else None
-        return choice.merge if choice else None
-
-    @property
-    def discarded(self) -> frozenset[str]:
-        """Keys of steps that trained a target adapter which is not merged."""
-        return self.parents.discarded if self.parents else frozenset()
 
 
 @dataclass(frozen=True)
@@ -80,7 +67,7 @@ class Method:
 
 def _adaptive_merge(steps: Steps) -> Outcome:
     parents = steps.parents(in_paper=True)
-    return Outcome(steps.finetune(parents.merged, 0.0), 0.0, parents=parents)
+    return Outcome(steps.finetune(parents.merged, 0.0), 0.0)
 
 
 def _by_rule(rule: str) -> Callable[[Steps], Outcome]:
@@ -89,19 +76,18 @@ def _by_rule(rule: str) -> Callable[[Steps], Outcome]:
     def run(steps: Steps) -> Outcome:
         parents = steps.parents(in_paper=True)
         merged = steps.merge(rule, tuple(parents.named.values()), tuple(parents.named), MergeSettings(rule))
-        return Outcome(merged, parents=parents)
+        return Outcome(merged)
 
     return run
 
 
 def _lorahub(steps: Steps) -> Outcome:
     parents = steps.parents(in_paper=True)
-    return Outcome(steps.search_merge_weights(parents), chosen_on="micro_dev", parents=parents)
+    return Outcome(steps.search_merge_weights(parents), chosen_on="micro_dev")
 
 
 def _merged(steps: Steps) -> Outcome:
-    parents = steps.parents()
-    return Outcome(parents.merged, parents=parents)
+    return Outcome(steps.parents().merged)
 
 
 def _grid(in_paper: bool) -> Callable[[Steps], Outcome]:
@@ -131,7 +117,6 @@ def _grid(in_paper: bool) -> Callable[[Steps], Outcome]:
             chosen_on="dev",
             curve=losses,
             left_out=tuple(f"is without ratio {ratio:g}, whose run failed: {error}" for ratio, error in failed.items()),
-            parents=parents,
         )
 
     return run
@@ -144,12 +129,12 @@ def _grasp(in_paper: bool) -> Callable[[Steps], Outcome]:
     def run(steps: Steps) -> Outcome:
         parents, given = steps.parents(in_paper=in_paper), steps.recipe.final.prune_ratio
         if given is not None and not in_paper:
-            return Outcome(steps.finetune(parents.merged, float(given)), float(given), parents=parents)
+            return Outcome(steps.finetune(parents.merged, float(given)), float(given))
         stage = _paper_controller(steps.recipe) if in_paper else steps.recipe.controller
         learned = steps.learn_ratio(parents.merged, stage)
         ratio = learned.result.estimate.ratio
         grasp = steps.finetune(parents.merged.after(learned), ratio, _paper_final(steps.recipe) if in_paper else None)
-        return Outcome(grasp, ratio, chosen_on=stage.rounds.pool, parents=parents)
+        return Outcome(grasp, ratio, chosen_on=stage.rounds.pool)
 
     return run
 
@@ -166,7 +151,6 @@ def _delivered(steps: Steps) -> Outcome:
         chosen_on=steps.recipe.controller.rounds.pool if made.learned and name == "grasp" else None,
         left_out=(f"is GRASP's result. {made.left_out}",) if best and made.continued is None else (),
         taken=deliver.titles_with(made.parents.on, steps.recipe.final.prune_ratio)[name],
-        parents=made.parents,
     )
 
 
@@ -274,12 +258,10 @@ def most_trained(names: Collection[str], session: Session, ratios: int = 0) -> t
     if "continued" not in names and recipe.final.deliver != "best":
         trains -= {"continued"}
     final, own = recipe.final.training.epochs, recipe.target.training.epochs
-    if recipe.target.on is None or ("target" in trains and recipe.target.on == AUTO):
+    if recipe.target.on is None:
         trains = (trains - {"apart"}) | ({"target"} if "apart" in trains else set())  # one and the same
     epochs = {
-        "target": 0
-        if recipe.target.adapter
-        else own * (2 if recipe.target.on == AUTO and choosing_splits(splits) else 1),
+        "target": 0 if recipe.target.adapter else own,
         "apart": 0 if recipe.target.adapter else own,
         "controller": recipe.controller.training.epochs,
         "paper controller": recipe.controller.training.epochs,

@@ -23,13 +23,11 @@ from grasp_lora.engine.check import check
 from grasp_lora.engine.comparison import expected_width
 from grasp_lora.engine.methods import most_trained
 from grasp_lora.engine.session import Session
-from grasp_lora.engine.steps import choosing_splits
 from grasp_lora.models.adapters import attached, fresh_adapter
 from grasp_lora.models.backbone import is_quantised, supports_logits_to_keep, without_peft
 from grasp_lora.models.generation import answer
 from grasp_lora.models.loss import collate, example_losses
 from grasp_lora.recipes.recipe import Recipe
-from grasp_lora.recipes.stages import AUTO
 from grasp_lora.storage.memory import enough_memory, peak_memory
 from grasp_lora.text.characters import are_glued
 from grasp_lora.text.display import listed, one_line
@@ -128,11 +126,6 @@ def _doubts(session: Session) -> Iterator[Finding]:
     elif recipe.data.source is not None and recipe.data.source.language.lower() == session.language.lower():
         text = f"source and target are both in {session.language}; data.source is meant for a language with more data"
         yield _warning("source", text)
-    if not splits.dev:
-        yield _warning("dev", "no dev set: no early stopping, the last step of every fine-tune is kept")
-    if recipe.target.on == AUTO and not choosing_splits(splits):
-        text = "too few dev and micro-dev rows choose where the target adapter is trained: it will be on the backbone alone"
-        yield _warning("target.on", text)
     if not splits.test:
         yield _warning("test", "no test set: nothing will be evaluated")
 
@@ -287,8 +280,8 @@ def _plan(session: Session) -> Iterator[Finding]:
 def _systems(recipe: Recipe) -> int:
     """How many systems a run measures at most: the backbone alone, the merge, GRASP's result, and the adapters before them."""
     sources = max(1, len(recipe.source.adapters))
-    rivals = 2 if recipe.data.task == "qa" else 1  # `continued`, for questions its mean with GRASP's result
-    return 3 + sources + (recipe.target.on != "source") + rivals * (recipe.final.deliver == "best")
+    rivals = 2 * (recipe.final.deliver == "best")  # `continued`, and its mean with GRASP's result
+    return 3 + sources + (recipe.target.on != "source") + rivals
 
 
 def _cost(recipe: Recipe, session: Session) -> tuple[int, int, float]:

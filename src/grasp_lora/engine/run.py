@@ -5,6 +5,7 @@ the same bits. Nothing is written before the recipe, the backbone, the rows and 
 processes train and measure together, the first one writes, and all of them have to see the folder.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -71,7 +72,7 @@ class Made:
         grasp: that result.
         continued: the source adapter, trained on the target rows; None where the recipe does not ask for it, or where it failed.
         left_out: why that one is left aside, as a sentence; empty where it is not.
-        averaged: the mean of both; None where it is not asked for.
+        averaged: the mean of both; None where there is no `continued`.
     """
 
     parents: Parents
@@ -98,10 +99,7 @@ class Made:
 
 
 def make(steps: Steps) -> Made:
-    """Train and merge, learn the ratio, make GRASP's result, and continue the source adapter as the usual practice does.
-
-    For questions the mean of the last two is made, too.
-    """
+    """Train and merge, learn the ratio, make GRASP's result, continue the source adapter as is usual, and take their mean."""
     final, parents = steps.recipe.final, steps.parents()
     learned = steps.learn_ratio(parents.merged) if final.prune_ratio is None else None
     ratio = learned.result.estimate.ratio if learned else float(final.prune_ratio or 0.0)
@@ -120,7 +118,7 @@ def main_job(steps: Steps, info: RunInfo) -> Run:
         name: _measure(steps, name, system, number, len(systems))
         for number, (name, system) in enumerate(systems.items(), 1)
     }
-    delivered = _delivered(steps, made)
+    delivered = _delivered(steps, made, measured)
 
     adapters = {
         **parents.named,
@@ -146,7 +144,6 @@ def main_job(steps: Steps, info: RunInfo) -> Run:
         metrics=Metrics(
             systems={name: SystemScores.of(system) for name, system in measured.items()},
             delivered=delivered,
-            target_on=parents.choice,
             prune_ratio=made.ratio,
             prune_ratio_interval=(estimate.low, estimate.high) if estimate else None,
             nothing_learned_about_ratio=estimate is not None and estimate.nothing_learned,
@@ -167,17 +164,12 @@ def _measure(steps: Steps, name: str, system: Adapter, number: int, total: int) 
     return measured
 
 
-def _delivered(steps: Steps, made: Made) -> Delivered:
+def _delivered(steps: Steps, made: Made, measured: Mapping[str, Measured]) -> Delivered:
     """What is handed over, and whether any adapter is shown to have learned something."""
-    systems = made.systems
-    name, why = deliver.expected(steps, systems, made.left_out)
+    name, why = deliver.expected(steps, made.systems, made.left_out)
     titles = deliver.titles_with(made.parents.on, steps.recipe.final.prune_ratio)
-    delivered, split = Delivered(name, titles[name], why), steps.choosing_split
-    if split is None:
-        return delivered
-    losses = {name: steps.losses(system, split).result.losses for name, system in systems.items()}
-    alone = steps.losses(steps.alone(), split).result.losses
-    return deliver.warned(delivered, losses, alone, split.replace("_", "-"), titles)
+    losses = {name: system.test.result.losses for name, system in measured.items() if system.test}
+    return deliver.warned(Delivered(name, titles[name], why), losses, losses.pop(deliver.ALONE, ()), titles)
 
 
 def _cost(adapters: dict[str, Adapter], measured: dict[str, Measured]) -> dict[str, float]:

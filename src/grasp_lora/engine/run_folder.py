@@ -24,7 +24,7 @@ from typing import Any
 from grasp_lora.data.splits import SPLITS, group_numbers, hash_of
 from grasp_lora.engine.results import Adapter, Finished, Learned, Measured, Prediction, Trained, read_if_there
 from grasp_lora.engine.session import Session
-from grasp_lora.engine.steps import TargetOn, computed_with, given_adapter
+from grasp_lora.engine.steps import computed_with, given_adapter
 from grasp_lora.engine.store import ADAPTER, DONE
 from grasp_lora.errors import RecipeError
 from grasp_lora.method.rules import RatioEstimate
@@ -150,7 +150,7 @@ class Delivered:
         title: what it is, as a part of a sentence.
         why: a sentence.
         warning: what a reader has to be told of it.
-        nothing_learned: by the dev rows no adapter is better than the backbone alone, so that a prune ratio would say
+        nothing_learned: by the test rows no adapter is better than the backbone alone, so that a prune ratio would say
             nothing.
     """
 
@@ -181,7 +181,6 @@ class Metrics:
 
     systems: Mapping[str, SystemScores]
     delivered: Delivered
-    target_on: TargetOn | None
     prune_ratio: float
     prune_ratio_interval: tuple[float, float] | None
     nothing_learned_about_ratio: bool

@@ -14,12 +14,12 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grasp_lora.data.encode import Example
-from grasp_lora.data.splits import Splits, hash_of
+from grasp_lora.data.splits import hash_of
 from grasp_lora.engine import lorahub
 from grasp_lora.engine.results import (
     Adapter,
@@ -35,7 +35,7 @@ from grasp_lora.engine.results import (
 )
 from grasp_lora.engine.session import Session
 from grasp_lora.engine.store import ADAPTER, WORK, Store, key_of
-from grasp_lora.errors import AdapterError, DivergedError, GraspError, ProbeError, UntrainedError
+from grasp_lora.errors import GraspError, UntrainedError
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.masks import survival
 from grasp_lora.method.merging import MergeSettings, merge, merge_rule
@@ -45,7 +45,7 @@ from grasp_lora.models.adapters import attached, fresh_adapter
 from grasp_lora.models.backbone import Backbone
 from grasp_lora.models.generation import answer
 from grasp_lora.models.live import adapter_weights, frozen_adapter, segments_of
-from grasp_lora.recipes.stages import AUTO, ControllerStage, FinalStage
+from grasp_lora.recipes.stages import ControllerStage, FinalStage
 from grasp_lora.storage.processes import distribute, on_first_process, world_size
 from grasp_lora.text.names import without_place
 from grasp_lora.training.probes import ProbeSet, probes_of
@@ -57,8 +57,6 @@ if TYPE_CHECKING:  # it brings transformers' Trainer, which takes a second to im
 # Part of what a step is found by: raise one when a change of the code changes the result of such steps.
 REVISIONS = {"training": 4, "controller": 4, "losses": 2, "answers": 5, "scores": 3}
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # Paper: grid search
-CHOOSING = ("dev", "micro_dev")  # the splits whose rows may decide
-FEWEST = 2  # rows that a choice needs
 CALIBRATION_EXAMPLES = 16  # of the train set, for scores that need inputs in the final run
 JOINT_EVALUATIONS = 4  # of the dev loss in an epoch of source and target data together
 # What a config says of names, formats and memory: the same computation without it.
@@ -74,30 +72,6 @@ IDLE = (
 
 
 @dataclass(frozen=True)
-class TargetOn:
-    """Where the target adapter of a recipe with `target.on: auto` is trained, and why.
-
-    Args:
-        on: `source`, or None for the backbone alone.
-        splits: whose rows decided; empty where there were too few.
-        examples: how many these are.
-        losses: `apart`, of the average, and `source`, of the sum: mean loss of each merge before any pruning.
-        left_out: why the other way was left out, where its training or its measurement failed.
-    """
-
-    on: str | None
-    splits: tuple[str, ...] = ()
-    examples: int = 0
-    losses: Mapping[str, float] = field(default_factory=dict)
-    left_out: str = ""
-
-    @property
-    def merge(self) -> str:
-        """What the merge is, in words."""
-        return "the sum" if self.on else "the average"
-
-
-@dataclass(frozen=True)
 class Parents:
     """The adapters that are merged, and their merge before anything is pruned.
 
@@ -106,16 +80,12 @@ class Parents:
         target: of the target language; with `on` it does nothing alone.
         on: `source` where the target adapter was trained on top of the source adapter.
         merged: all of them together.
-        choice: with `target.on: auto`, why the target adapter is where it is.
-        discarded: keys of the trainings that this choice set aside.
     """
 
     sources: tuple[Adapter, ...]
     target: Adapter
     on: str | None
     merged: Adapter
-    choice: TargetOn | None = None
-    discarded: frozenset[str] = frozenset()
 
     @property
     def named(self) -> dict[str, Adapter]:
@@ -192,50 +162,8 @@ class Steps:
         return self._train("joint", names, ("dev",), training, session=self.session.variant(splits=halves))
 
     def parents(self, *, in_paper: bool = False) -> Parents:
-        """The adapters to merge and their merge, the target adapter where the recipe says; `in_paper` on the backbone alone.
-
-        With `target.on: auto` both ways are trained, and the merge of the lower loss on all dev and micro-dev rows goes on. A
-        way that fails, for example since its training diverges, leaves the other one; too few rows leave the backbone alone.
-
-        Raises:
-            DivergedError, ProbeError, AdapterError: both ways fail.
-        """
+        """The adapters to merge and their merge, the target adapter where the recipe says; `in_paper` on the backbone alone."""
         on = None if in_paper else self.recipe.target.on
-        if on != AUTO:
-            return self._parents_on(on)
-        splits = self.choosing_splits
-        if not splits:
-            return replace(self._parents_on(None), choice=TargetOn(None))
-        ways: dict[str, Parents] = {}
-        measured: dict[str, list[Finished[Losses]]] = {}
-        failed: dict[str, GraspError] = {}
-        for name, place in (("apart", None), ("source", "source")):
-            try:
-                ways[name] = self._parents_on(place)
-                measured[name] = [self.losses(ways[name].merged, split) for split in splits]
-            except (DivergedError, ProbeError, AdapterError) as error:
-                failed[name] = error
-        if not measured:
-            raise failed["apart"]
-        rows = {name: [loss for step in steps for loss in step.result.losses] for name, steps in measured.items()}
-        means = {name: sum(losses) / len(losses) for name, losses in rows.items()}
-        best = min(means, key=means.__getitem__)  # of equal ones the average
-        looked_at = each_once([step for name in measured for step in (*ways[name].merged.trail, *measured[name])])
-        needed = {step.key for step in ways[best].merged.trail}
-        return replace(
-            ways[best],
-            merged=ways[best].merged.after(*looked_at),
-            discarded=frozenset(step.key for step in looked_at if step.trains) - needed,
-            choice=TargetOn(
-                ways[best].on,
-                splits,
-                len(rows[best]),
-                means,
-                "; ".join(f"the other way failed: {error}" for error in failed.values()),
-            ),
-        )
-
-    def _parents_on(self, on: str | None) -> Parents:
         sources = self.sources()
         target = self.target(None if on is None else self.source())
         return Parents(sources, target, on, self.merge_of(sources, target, on))
@@ -487,16 +415,6 @@ class Steps:
 
     # Measurements: no seed has a part in them.
 
-    @property
-    def choosing_splits(self) -> tuple[str, ...]:
-        """The splits whose rows may decide; none where all of them together are too few."""
-        return choosing_splits(self.splits)
-
-    @property
-    def choosing_split(self) -> str | None:
-        """The split whose rows tell whether anything was learned: `dev`, `micro_dev` where that is too small; None: neither."""
-        return next((name for name in CHOOSING if len(getattr(self.splits, name)) >= FEWEST), None)
-
     def measure(self, adapter: Adapter, *, on_dev: bool = True) -> Measured:
         """All that one system is worth: losses on dev and test, answers to the test prompts and their scores."""
         dev = self.losses(adapter, "dev") if self.splits.dev and on_dev else None
@@ -624,12 +542,6 @@ def given_adapter(adapter: LoadedAdapter) -> Adapter:
     """Return an adapter that no step made: one that the user gave."""
     key = key_of("given", {"sha256": adapter.sha256, "facts": adapter.facts})
     return Adapter(key, lambda: adapter.weights, title=adapter.name, rows=frozenset(adapter.info.rows))
-
-
-def choosing_splits(splits: Splits) -> tuple[str, ...]:
-    """The splits with rows that may decide; none where all of them together are too few."""
-    sizes = {name: len(getattr(splits, name)) for name in CHOOSING}
-    return tuple(name for name, size in sizes.items() if size and sum(sizes.values()) >= FEWEST)
 
 
 def plain(inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,15 +17,13 @@ from grasp_lora.data.files import DEMO_PREFIX, READERS, resolve_file
 from grasp_lora.data.groups import by_group, join_groups, keys_with_turns
 from grasp_lora.data.records import Record, check_labels
 from grasp_lora.data.splits import HELD_OUT, PAPER_SIZES, assign
-from grasp_lora.data.tasks import FALLBACK_LANGUAGE, TASKS, TEMPLATES, built_in_template
+from grasp_lora.data.tasks import FALLBACK_LANGUAGE, TEMPLATES, built_in_template
 from grasp_lora.errors import AdapterError, DataError, RecipeError
-from grasp_lora.method.search import WITH_DEV
 from grasp_lora.models.adapter_files import CONFIG_FILE, read_backbone
 from grasp_lora.models.model_settings import EMBEDDED_ADAPTER, EMBEDDED_NAME
 from grasp_lora.recipes.corpus import CUT_DOCUMENT, Corpus, parse_columns, read_corpus, relative
 from grasp_lora.recipes.load import backbone_of_run, validate
 from grasp_lora.recipes.recipe import schema_text
-from grasp_lora.recipes.stages import AUTO
 from grasp_lora.recipes.text import SCHEMA_FILE, SCHEMA_LINE, parse
 from grasp_lora.storage.claims import claim
 from grasp_lora.storage.reading import expanded, is_file, is_folder, is_there, reading
@@ -36,10 +34,7 @@ from grasp_lora.text.languages import language_code
 
 SOURCE_COLUMN = "--source-column"
 MOST_SOURCE = 1000  # an epoch of them takes minutes on two CPU cores
-# Training rows below which a recipe is another one. With 16 and 25 GRASP had the lower loss where both adapters were trained
-# apart, and a first look at a dozen dev rows ended trainings too early.
-FEW = 40
-MOST_TRAIN = 200  # an example of them is trained on 20 times in a run: more take longer than a first run should
+MOST_TRAIN = 600  # an example of them is trained on six times in a run: more take longer than a first run should
 FEWEST = 30
 FEWEST_SOURCE = 20
 GLUED = 4  # one prompt of so many runs on into its answer: `check` warns where half of the training rows do
@@ -193,7 +188,6 @@ def _render(
     # JSON is YAML on one line, with all text quoted: no language code or file name is read as something else.
     environment.filters["yaml"] = lambda value: json.dumps(value, ensure_ascii=False)
     splits = sizes.splits
-    few = splits["train"] < FEW
     builtin = built_in_template(target.task, str(facts["language"]))
     # A split takes whole groups, so that a single one would be all dev.
     source_dev = 0 if sizes.one_source_group else min(sizes.source // 10, MOST_SOURCE // 10)
@@ -209,15 +203,11 @@ def _render(
         source_dev=source_dev,
         source_train=MOST_SOURCE if sizes.source - source_dev > MOST_SOURCE else None,
         source_left=sizes.source - source_dev,
-        # `auto` goes by the dev loss, which for labels took the merge that answers worse.
-        on=None if few else "source" if TASKS[target.task].chooses else AUTO,
-        few=few,
-        fewest=FEW,
         # Questions: in Swahili 4.7 points of F1 more for `continued` than on `q_proj` and `v_proj`, 8.3 for the merge
         # (`lab/layers.py`). At 1e-4 the first look at the dev rows ended some trainings on 30 to 50 rows, at 3e-5 none.
         all_layers=target.task == "qa",
         rate="3.0e-5" if target.task == "qa" else "1.0e-4",
-        preset=WITH_DEV,
+        epochs=2 if target.task == "qa" else 3,
         most_tokens=token_limit(target, sources),
         cut_document=CUT_DOCUMENT,
         template=None if builtin else TEMPLATES[target.task][FALLBACK_LANGUAGE],
@@ -268,7 +258,7 @@ def choose_sizes(target: Corpus, sources: Sequence[Corpus]) -> Sizes:
     records = target.usable(most)
     if len(records) < FEWEST:
         raise DataError(
-            f"{target.name} has {len(records)} examples; at least {FEWEST} are needed for train, dev and test (400 for held-out "
+            f"{target.name} has {len(records)} examples; at least {FEWEST} are needed for train and test (400 for held-out "
             "splits as large as the paper's)"
         )
     source_records = [record for corpus in sources for record in corpus.usable(most)]
@@ -291,15 +281,15 @@ def choose_sizes(target: Corpus, sources: Sequence[Corpus]) -> Sizes:
             splits = _with_the_rest(groups, sizes)
             return Sizes(splits, len(records) - sum(splits.values()), fewest, any(len(counts) < 2 for counts in left))
     raise DataError(
-        f"the {len(records)} examples of {target.name} form {len(groups)} groups of one text, group, id or title, the largest "
-        f"of {max(map(len, groups.values()))}; splits take whole groups, so add examples of other texts"
+        f"splits take whole groups of one text, group, id or title, and the {len(records)} examples of {target.name} form "
+        f"{len(groups)}, the largest of {max(map(len, groups.values()))}; add examples of other texts"
     )
 
 
 def _sizes(examples: int) -> dict[str, int]:
-    """A quarter for the test and one for dev, up to the paper's sizes; half or so is left for training."""
-    dev, test = min(PAPER_SIZES["dev"], examples // 4), min(PAPER_SIZES["test"], math.ceil(examples / 4))
-    return {"test": test, "dev": dev, "train": min(MOST_TRAIN, examples - dev - test)}
+    """A quarter for the test, up to the paper's size; all else is for training: no row says when to stop."""
+    test = min(PAPER_SIZES["test"], math.ceil(examples / 4))
+    return {"test": test, "train": min(MOST_TRAIN, examples - test)}
 
 
 def _with_the_rest(groups: Mapping[str, Sequence[Record]], sizes: dict[str, int]) -> dict[str, int]:

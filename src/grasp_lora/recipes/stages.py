@@ -108,9 +108,6 @@ class SourceStage:
     training: Training = field(default_factory=lambda: TrainingSettings(epochs=2.0, learning_rate=3e-4))
 
 
-AUTO = "auto"
-
-
 @dataclass(frozen=True)
 class TargetStage:
     """The target adapter: an existing one, or one trained on the target data.
@@ -118,13 +115,12 @@ class TargetStage:
     Args:
         adapter: PEFT folder or hub id; None trains one.
         on: `source` trains it on top of the source adapter, which stays frozen beneath it; their merge is then the sum of both.
-            None trains it on the backbone alone, as the paper does. `auto` does both, and goes on with the merge that has the
-            lower loss on all dev and micro-dev rows.
+            None trains it on the backbone alone, as the paper does, and the merge is their average.
         training: how it is trained.
     """
 
     adapter: str | None = None
-    on: Literal["source", "auto"] | None = None
+    on: Literal["source"] | None = None
     training: Training = field(default_factory=TrainingSettings)
 
 
@@ -186,8 +182,8 @@ class FinalStage:
         mode: `hold` one mask, or `reselect` after every optimizer step by the score `gradient_of_delta` (the paper's final run).
         prune_ratio: use this fraction, in [0, 1], instead of learning one; the controller run is then left out.
         training: how it is trained.
-        deliver: what the run hands over: `best`, the source adapter continued, for the task `qa` its mean with this run's result;
-            or `grasp`, this run's result in any case.
+        deliver: what the run hands over: `best`, the mean of this run's result and of the source adapter continued; or `grasp`,
+            this run's result in any case.
     """
 
     mode: Literal["hold", "reselect"] = "hold"

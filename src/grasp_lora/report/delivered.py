@@ -12,7 +12,7 @@ from grasp_lora.engine.deliver import TITLES, UNPRUNED
 from grasp_lora.engine.judge import turned
 from grasp_lora.engine.results import main_metric
 from grasp_lora.engine.run_folder import ADAPTER_FOLDER, FINAL_FOLDER, PROMPT_FILE, Run
-from grasp_lora.engine.steps import TargetOn, names_of
+from grasp_lora.engine.steps import names_of
 from grasp_lora.report.examples import best_guess
 from grasp_lora.report.tables import (
     METRIC_NAMES,
@@ -187,25 +187,6 @@ def warning_of(run: Run) -> str | None:
     if weak:
         warnings.append("What helps most: a larger backbone (backbone.name), and more rows.")
     return " ".join(warnings) or None
-
-
-def where_trained(choice: TargetOn, sources: int) -> str:
-    """Where the target adapter of `target.on: auto` was trained, and why, as a sentence or two; `sources` are merged with it."""
-    place = "on top of the source adapter" if choice.on == "source" else "on the backbone alone"
-    if not choice.splits:
-        return f"There are too few dev and micro-dev rows to choose by, so the target adapter was trained {place}."
-    if choice.left_out:
-        return f"The target adapter was trained {place}; {choice.left_out}"
-    names = {"source": "sum of both adapters", "apart": "average"}
-    if sources > 1:
-        names = {"source": "sum of the mean source adapter and the target adapter", "apart": "average of all"}
-    taken, left = ("source", "apart") if choice.on == "source" else ("apart", "source")
-    split = " and ".join(name.replace("_", "-") for name in choice.splits)
-    return (
-        f"The target adapter was trained both on top of the source adapter and on the backbone alone. The one {place} was taken: "
-        f"the {names[taken]} has a {split} loss of {choice.losses[taken]:.3f} ({choice.examples} rows), the "
-        f"{names[left]} {choice.losses[left]:.3f}."
-    )
 
 
 # Commands, each as it is given in the folder of the run, or with a folder from elsewhere

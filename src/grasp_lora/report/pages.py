@@ -67,12 +67,7 @@ def write_comparison(folder: Path, comparison: Comparison) -> Path:
 
 def view_of(run: Run, folder: Path) -> dict[str, Any]:
     """Everything that the report and the model card print, as texts and tables; paths of the recipe as seen from a folder."""
-    metrics, estimate, choice, in_chat = (
-        run.metrics,
-        run.estimate,
-        run.metrics.target_on,
-        run.data.report["chat_template"],
-    )
+    metrics, estimate, in_chat = run.metrics, run.estimate, run.data.report["chat_template"]
     compared, chosen = tables.compare_handed_over(run), delivered.is_chosen(run)
     return {
         "version": version("grasp-lora"),
@@ -83,7 +78,6 @@ def view_of(run: Run, folder: Path) -> dict[str, Any]:
         "why_delivered": metrics.delivered.why if chosen else None,
         "apart": metrics.delivered.name != "grasp",  # so that the result of the final run is another adapter
         "final": tables.final_text(run),
-        "target_on": delivered.where_trained(choice, len(run.recipe.source.adapters)) if choice else None,
         "warning": delivered.warning_of(run),
         "headline": delivered.headline(run, compared),
         "gain": delivered.gain(run, compared),
@@ -246,12 +240,11 @@ def _view_of_comparison(comparison: Comparison) -> dict[str, Any]:
 
 
 def _choices(comparison: Comparison) -> list[str]:
-    """What choices among merges and adapters took, by seed or fold, a line each."""
+    """What choices among adapters took, by seed or fold, a line each."""
     by = comparison.runs[:-1]
-    merge = [f"the merge that rows rest on, by {by}: {comparison.merge}"] if comparison.merge else []
     given = [row.title for row in comparison.finished if row.method == "grasp" and row.chosen_on is None]
     told = [f"{title}: the recipe gives the prune ratio, so none was learned" for title in given]
-    return merge + told + [f"{row.title}, by {by}: {row.taken}" for row in comparison.finished if row.taken]
+    return told + [f"{row.title}, by {by}: {row.taken}" for row in comparison.finished if row.taken]
 
 
 def _stopping(comparison: Comparison) -> str:
