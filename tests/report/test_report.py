@@ -289,6 +289,12 @@ def test_a_model_that_is_weak_at_its_task_is_told_of_with_what_helps(
     assert (text in text_of(run, tmp_path)) is weak
 
 
+def test_without_a_dev_set_there_is_no_column_of_its_losses(run: Run) -> None:
+    without = {name: replace(score, dev_loss=None) for name, score in run.metrics.systems.items()}
+    shown = [scores_table(each).columns for each in (run, with_metrics(run, systems=without))]
+    assert [column for column in shown[0] if column not in shown[1]] == ["Dev loss\u00a0↓"]
+
+
 def test_every_one_of_several_sources_has_its_row(run: Run, tmp_path: Path) -> None:
     second = SystemScores(0.9, 0.95, {"exact_match": 19.0, "f1": 31.5})
     run = with_metrics(run, systems={**run.metrics.systems, "source_2": second})

@@ -34,7 +34,9 @@ from grasp_lora.text.languages import language_code
 
 SOURCE_COLUMN = "--source-column"
 MOST_SOURCE = 1000  # an epoch of them takes minutes on two CPU cores
-MOST_TRAIN = 600  # an example of them is trained on six or nine times in a run: more take longer than a first run should
+MOST_TRAIN = (
+    600  # an example of them is trained on six or nine times in a run: more take longer than a first run should
+)
 FEWEST = 30
 FEWEST_SOURCE = 20
 GLUED = 4  # one prompt of so many runs on into its answer: `check` warns where half of the training rows do

@@ -153,17 +153,19 @@ def scores_table(run: Run) -> TextTable:
     used = {key for system in systems.values() for key in system.metrics}
     keys = [key for key in METRIC_NAMES if key in used] + sorted(used - METRIC_NAMES.keys())
     share = 0.0 if is_unpruned(run) else 1 - kept_share(run.sparsity)  # zeros of an untrained factor are not pruned
+    dev = [score.dev_loss for score in systems.values()]
+    looked_at = any(loss is not None for loss in dev)
     columns: list[list[Cell]] = [[Cell(titles[name], name == run.metrics.delivered.name) for name in systems]]
     for key in keys:
         values = [score.metrics.get(key) for score in systems.values()]
         columns.append(column_of(values, score_digits(key, values, 1), max, "unavailable"))
     columns += [
         column_of([score.test_loss for score in systems.values()], 3, min),
-        column_of([score.dev_loss for score in systems.values()], 3, min),
+        *([column_of(dev, 3, min)] if looked_at else []),
         [Cell(percent(share, 1) if share and name == "grasp" else percent(0)) for name in systems],
     ]
     names = [f"{METRIC_NAMES.get(key, key)}\u00a0↑" for key in keys]
-    heads = ["System", *names, "Test loss\u00a0↓", "Dev loss\u00a0↓", "Pruned"]
+    heads = ["System", *names, "Test loss\u00a0↓", *["Dev loss\u00a0↓"] * looked_at, "Pruned"]
     return TextTable("Scores on the test set", heads, [list(row) for row in zip(*columns, strict=True)])
 
 
