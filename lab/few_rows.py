@@ -118,15 +118,15 @@ def drawn(splits: Splits, draw: int, size: int) -> Splits:
     return replace(splits, dev=tuple(rows[:place]), train=tuple(rows[place:]), micro_dev=())
 
 
-def measured(steps: Steps, adapter: Adapter, *, with_test: bool = True, on_dev: bool = True) -> dict[str, Any]:
+def measured(steps: Steps, adapter: Adapter, *, on_dev: bool = True) -> dict[str, Any]:
     """Losses and scores of one system, a number a row."""
-    record: dict[str, Any] = {}
-    if with_test:
-        found = steps.measure(adapter)
-        assert found.test is not None
-        metric = main_metric(list(steps.session.metrics))
-        record["test_losses"] = [round(loss, 4) for loss in found.test.result.losses]
-        record["test_scores"] = [round(float(score), 4) for score in found.metrics[metric].per_example]
+    found = steps.measure(adapter)
+    assert found.test is not None
+    metric = main_metric(list(steps.session.metrics))
+    record: dict[str, Any] = {
+        "test_losses": [round(loss, 4) for loss in found.test.result.losses],
+        "test_scores": [round(float(score), 4) for score in found.metrics[metric].per_example],
+    }
     if on_dev:
         record["dev_losses"] = [round(loss, 4) for loss in steps.losses(adapter, "dev").result.losses]
     if adapter.made is not None:
@@ -158,7 +158,9 @@ def every(setting: str, draw: int, folder: Path, work: Workplace) -> None:
         splits = replace(splits, train=(*splits.dev, *splits.train), dev=())
         if setting in XQUAD:
             splits = replace(splits, test=on_xquad(setting))
-        steps = Steps(steps.session.variant(steps.recipe, splits), steps.store, stop_requested=steps._stop_requested)
+        steps = Steps(
+            steps.session.variant(steps.recipe, splits), steps.store, stop_requested=lambda: work.interruption.asked_by
+        )
         merged, continued = steps.parents().merged, steps.continued()
         grasp = steps.finetune(merged, 0.0)
         systems = {"continued": continued, "averaged": mean_of(steps, continued, grasp)}
@@ -242,8 +244,8 @@ def beside(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
         pairs: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
         for draw in group:
             file = RECORDS / f"{ON_RECORD.get(setting, setting)}-{draw['draw']}.json"
-            before = handed_over(json.loads(file.read_bytes()))["delivered"]
-            usual = json.loads(file.read_bytes())["systems"]["continued"]
+            on_record = json.loads(file.read_bytes())
+            before, usual = handed_over(on_record)["delivered"], on_record["systems"]["continued"]
             for epochs, now in ((key, value) for key, value in draw.items() if key.startswith("epochs")):
                 found = {f"{name}, before": (now[name], before) for name in ("averaged", "continued")}
                 found |= {
@@ -272,7 +274,7 @@ def beside(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def handed_over(draw: dict[str, Any]) -> dict[str, Any]:
-    """What a run would hand over by today's rule, with a controller and without, and by the rules of before."""
+    """What a run handed over of a record with dev rows, with a controller and without, and by the rules before that."""
     systems, questions = draw["systems"], not draw["setting"].startswith(("su", "min", "titles"))
     kept = bool(systems["continued"]["best_step"])  # else the training was discarded
     there = dict.fromkeys(OTHERS, True) | {"continued": kept, "averaged": kept and questions}
