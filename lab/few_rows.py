@@ -77,6 +77,10 @@ XQUAD = {
     for setting in ("zh", "ar")
 }
 WEAK = ["data.source.train=120", "data.source.dev=12"]
+# Questions with a source adapter trained in the run, as `init` writes it, in place of `english-qa`.
+MIDDLE = ["data.source.train=400", "data.source.dev=40"]
+TRAINED = ["data.source={language: en, files: [tydiqa/en.json]}", "source.adapters=[]", "source.training.learning_rate=1.0e-4"]
+TEST = ["data.target.test=300"]
 TITLES = [
     "name=titles",
     "data.target.files=[summ_extra/chinese_simplified.jsonl]",
@@ -102,6 +106,13 @@ SETTINGS = {
     "ko100": ("tydiqa-ko", 100, [*MORE, *QUESTIONS, "data.target.test=600"]),
     "sw200": ("tydiqa-sw", 200, [*MORE, *QUESTIONS]),
     "su100": ("nusax-su", 100, [*MORE, *WEAK, "target.on=source"]),
+    "sw-300": ("tydiqa-sw", 60, [*FEW, *QUESTIONS, *TEST]),
+    "sw100-300": ("tydiqa-sw", 100, [*MORE, *QUESTIONS, *TEST]),
+    "sw200-300": ("tydiqa-sw", 200, [*MORE, *QUESTIONS, *TEST]),
+    "ko-weak": ("tydiqa-ko", 60, [*FEW, *QUESTIONS, *TEST, *TRAINED, *WEAK]),
+    "sw100-weak": ("tydiqa-sw", 100, [*MORE, *QUESTIONS, *TEST, *TRAINED, *WEAK]),
+    "ko-middle": ("tydiqa-ko", 60, [*FEW, *QUESTIONS, *TEST, *TRAINED, *MIDDLE]),
+    "sw200-middle": ("tydiqa-sw", 200, [*MORE, *QUESTIONS, *TEST, *TRAINED, *MIDDLE]),
 }
 
 
