@@ -46,6 +46,15 @@ EXPECTED = ", GRASP's result expected"  # the one before that
 # Rows of a draw, those of them to judge by; there is room for six draws, for three of 200 rows.
 SIZES = {60: (45, 15), 100: (75, 25), 200: (150, 50)}
 EPOCHS, EPOCHS_OF_OTHERS = (2,), (3,)  # where all rows teach
+LANGUAGES = {
+    "sw": "Swahili",
+    "ko": "Korean",
+    "zh": "Chinese",
+    "ar": "Arabic",
+    "su": "Sundanese",
+    "min": "Minangkabau",
+    "titles": "Chinese titles",
+}
 RECORDS = Path(__file__).parent / "results/few-rows"
 ON_RECORD = {"zh": "xquad", "su": "mean-su"}  # where a setting has another name there
 CONFIRMING = ("ko", "ko100", "zh", "ar", "min", "min100")
@@ -79,7 +88,11 @@ XQUAD = {
 WEAK = ["data.source.train=120", "data.source.dev=12"]
 # Questions with a source adapter trained in the run, as `init` writes it, in place of `english-qa`.
 MIDDLE = ["data.source.train=400", "data.source.dev=40"]
-TRAINED = ["data.source={language: en, files: [tydiqa/en.json]}", "source.adapters=[]", "source.training.learning_rate=1.0e-4"]
+TRAINED = [
+    "data.source={language: en, files: [tydiqa/en.json]}",
+    "source.adapters=[]",
+    "source.training.learning_rate=1.0e-4",
+]
 TEST = ["data.target.test=300"]
 TITLES = [
     "name=titles",
@@ -249,34 +262,37 @@ def table(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def beside(draws: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """What comes of all rows, beside the same draws with dev rows; each draw, over the test rows, and over the draws."""
+    """What comes of all rows, beside the same draws with dev rows where those are on record; each draw, over the test rows, and
+    over the draws of a language, of a kind of task, and of all. A star: shown by a draw's own test rows."""
     everywhere: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
     for setting, group in groupby(draws, key=lambda draw: str(draw["setting"])):
         pairs: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
+        language = next(name for start, name in LANGUAGES.items() if setting.startswith(start))
+        kind = "labels" if setting.startswith(("su", "min")) else "titles" if setting == "titles" else "questions"
         for draw in group:
             file = RECORDS / f"{ON_RECORD.get(setting, setting)}-{draw['draw']}.json"
-            on_record = json.loads(file.read_bytes())
-            before, usual = handed_over(on_record)["delivered"], on_record["systems"]["continued"]
+            on_record = json.loads(file.read_bytes()) if file.exists() else None
             for epochs, now in ((key, value) for key, value in draw.items() if key.startswith("epochs")):
-                found = {f"{name}, before": (now[name], before) for name in ("averaged", "continued")}
-                found |= {
+                found = {
                     f"{name}, continued": (of, now["continued"]) for name, of in now.items() if name != "continued"
                 }
-                found["averaged, continued before"] = (now["averaged"], usual)
-                kind = "questions" if setting.startswith(("ko", "zh")) else "other tasks"
+                if on_record is not None:
+                    before, usual = handed_over(on_record)["delivered"], on_record["systems"]["continued"]
+                    found |= {f"{name}, before": (now[name], before) for name in ("averaged", "continued")}
+                    found["averaged, continued before"] = (now["averaged"], usual)
                 counts = epochs == f"epochs {(EPOCHS if kind == 'questions' else EPOCHS_OF_OTHERS)[0]}"
                 for what, pair in found.items():
                     pairs.setdefault(f"{epochs}: {what}", []).append(pair)
-                    everywhere.setdefault(f"{kind}, {epochs}: {what}", []).append(pair)
-                    if counts and what.startswith("averaged"):
-                        everywhere.setdefault(f"all, as `init` has it: {what}", []).append(pair)
+                    for of in (kind, language, "all") if counts else ():
+                        everywhere.setdefault(f"{of}: {what}", []).append(pair)
         articles = draws[[draw["setting"] for draw in draws].index(setting)]["articles"]
         for what, both in pairs.items():
             scores = [[each[side]["test_scores"] for each in both] for side in (0, 1)]
-            gaps = " ".join(f"{fmean(ours) - fmean(theirs):+.1f}" for ours, theirs in zip(*scores, strict=True))
+            verdicts = [shown(*pair, articles) for pair in zip(*scores, strict=True)]
+            gaps = " ".join(f"{each.difference:+.1f}{'*' * (each.verdict in ('better', 'worse'))}" for each in verdicts)
             rows = shown(*scores, articles)
             yield f"{setting}, {what}: {gaps}; over the test rows {rows.low:+.1f} to {rows.high:+.1f}"
-    for what, both in everywhere.items():
+    for what, both in sorted(everywhere.items()):
         gains = [
             interval([fmean(ours[key]) - fmean(theirs[key]) for ours, theirs in both], digits)
             for key, digits in (("test_scores", 1), ("test_losses", 3))
