@@ -7,7 +7,8 @@
 All rows of a draw teach. Records without `every` in their names had dev rows, and the jobs `draw` and `elsewhere` of commit
 f5e5252f. Settings `sw` and `su` draw 45 rows, what 60 are after their test quarter; `sw100`, `ko100` and `su100` draw 75, what
 100 are. `sw200`, `su200` and `min200` draw 150, what 200 are. `su400`, `su200` and `min200` have 400 English rows, the other
-settings of labels 120. `titles` asks for the titles of Chinese abstracts, with 144 English rows of headlines.
+settings of labels 120. Questions have `english-qa`, but with `-weak` an adapter of 120 English rows, with `-middle` one of 400;
+these and the `-300` test on 300 rows. `titles` asks for the titles of Chinese abstracts, with 144 English rows of headlines.
 Draws of a setting share the source adapter and the test rows; their other rows are disjoint.
 `ko`, `ko100`, `zh`, `ar`, `min` and `min100` are to confirm: each of their draws has a training seed of its own.
 Needs GRASP_LORA_DATA.
@@ -29,12 +30,12 @@ from scipy.stats import t as student
 from grasp_lora.data.encode import Example
 from grasp_lora.data.splits import Splits
 from grasp_lora.engine.check import check
+from grasp_lora.engine.deliver import mean_of
 from grasp_lora.engine.results import Adapter, main_metric
 from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import Steps
 from grasp_lora.engine.store import Store
 from grasp_lora.evaluation.statistics import PairedComparison, compare_with_baselines
-from grasp_lora.method.merging import MergeSettings
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.storage.claims import Workplace, working_in
 from grasp_lora.storage.writing import write_json
@@ -207,11 +208,6 @@ def on_xquad(setting: str) -> tuple[Example, ...]:
     other = Session(load_recipe(name, [*changes, *XQUAD[setting]])[0], Path.cwd())
     check(other)
     return tuple(row for row in other.splits.test if row.where.startswith("xquad"))
-
-
-def mean_of(steps: Steps, *both: Adapter) -> Adapter:
-    """The mean of `continued` and what comes of the merge, exactly, also where a run makes none."""
-    return steps.merge("averaged", both, ("continued", "grasp"), MergeSettings("exact"))
 
 
 def table(draws: Sequence[dict[str, Any]]) -> Iterator[str]:

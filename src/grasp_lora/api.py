@@ -68,7 +68,7 @@ def run(
     *,
     allow_code: bool = False,
 ) -> RunResult:
-    """Do the main job of a recipe: adapters, merge, learn the ratio, final run, evaluation, report.
+    """Do the main job of a recipe: adapters, merge, learn the ratio if it is asked for, final run, scores, report.
 
     A run that was stopped goes on; of one that is finished no step is done again.
 

@@ -267,6 +267,7 @@ def test_what_the_recipe_asks_for_is_counted(check: Check) -> None:
         (("controller.preset=spread", "controller.rounds.every=11"), RecipeError, "so no round follows a step"),
         (("controller.rounds.pool=both", "data.target.dev=0"), RecipeError,
          "probes both, but data.target.dev is 0; give it examples"),
+        (("data.target.dev=0", "data.target.micro_dev=0"), RecipeError, "there are none: set data.target.dev, to 16 for"),
         (("controller.training.patience=1", "data.target.dev=0"), RecipeError,
          "controller.training.patience is 1, but data.target.dev is 0; give it examples, or set that to null"),
         (("merge={rule: lorahub, weights: [0, 0]}",), RecipeError, "merge.weights is [0.0, 0.0]; give 2"),

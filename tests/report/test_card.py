@@ -76,8 +76,7 @@ def test_the_card_says_what_the_adapter_is_and_holds_no_path(run: Run, folder: P
 @pytest.mark.parametrize(
     ("name", "given", "parents", "sides"),
     [
-        ("continued", 0, ["source"], ["source", "target"]),
-        ("continued", 2, ["first", "second"], ["target"]),
+        ("averaged", 0, ["source", "target"], ["source", "target"]),
         ("grasp", 2, ["first", "second", "target"], ["target"]),
         ("grasp", 3, ["first", "second", "third"], ["target"]),
     ],
@@ -92,7 +91,7 @@ def test_the_card_names_what_the_adapter_was_made_of_and_trained_on_alone(
     codes = {"source": "en", "target": "de"}
     corpora = {side: {"language": code, "hub": f"owner/{code}", "files": []} for side, code in codes.items()}
     run = with_recipe(run, data=corpora, source={"adapters": ["owner/first", "owner/second"] if given else []})
-    more = dict.fromkeys(["continued", *["source_2"] * bool(given)], run.metrics.systems["source"])
+    more = dict.fromkeys(["averaged", *["source_2"] * bool(given)], run.metrics.systems["source"])
     systems = {**run.metrics.systems, **more}
     predictions = dict.fromkeys(systems, run.predictions["source"])
     run = with_metrics(with_delivered(replace(run, predictions=predictions), name=name), systems=systems)
@@ -109,13 +108,15 @@ def test_the_card_names_what_the_adapter_was_made_of_and_trained_on_alone(
 
 
 MERGED = "a source and a target adapter were merged"
+CONTINUED = "a source adapter was trained further on the target rows"
 ON_SOURCE = "a target adapter was trained on top of a source adapter and added to it"
 
 
 @pytest.mark.parametrize(
     ("name", "ratio", "discarded", "made"),
     [
-        ("continued", 0.4, "", "a source adapter was trained further on the target rows"),
+        ("averaged", 0.4, "", f"{CONTINUED}, and the mean of it and of GRASP's result was taken"),
+        ("averaged", 0.4, "final", f"{CONTINUED}, and the mean of it and of GRASP's result was taken"),
         ("grasp", 0.4, "", f"{MERGED}, a share of that was pruned, and the rest was fine-tuned"),
         ("grasp", 0.4, "final", f"{MERGED}, a share of that was pruned, and the fine-tuning was discarded"),
         ("grasp", 0.0, "", f"{MERGED}, nothing was pruned, and the whole was fine-tuned"),
@@ -127,8 +128,8 @@ def test_every_sentence_of_the_card_is_true_of_what_is_handed_over(
     run: Run, folder: Path, tmp_path: Path, name: str, ratio: float, discarded: str, made: str, on_source: bool,
 ) -> None:  # fmt: skip
     run = with_recipe(with_discarded(run, *filter(None, [discarded])), final={"deliver": "best"})
-    run = with_estimate(replace(run, target_alone=not on_source), ratio=ratio)
-    systems = {**run.metrics.systems, "continued": run.metrics.systems["source"]}
+    run = with_estimate(with_recipe(run, target={"on": "source" if on_source else None}), ratio=ratio)
+    systems = {**run.metrics.systems, "averaged": run.metrics.systems["source"]}
     run = replace(run, predictions=dict.fromkeys(systems, run.predictions["source"]))
     run = with_metrics(with_delivered(run, name=name, title="this one"), systems=systems)
     text = card(run, folder, tmp_path)
@@ -136,7 +137,9 @@ def test_every_sentence_of_the_card_is_true_of_what_is_handed_over(
     assert first.partition("2601.06702): ")[2] == f"{made.replace(MERGED, ON_SOURCE) if on_source else made}."
     gone = bool(discarded)
     assert text.count("no step lowered the dev loss, so this training was discarded") == gone
-    assert ("It is: this one, not trained further (no step lowered the dev loss)." in text) == gone
+    assert ("It is: this one, not trained further (no step lowered the dev loss)." in text) == (
+        gone and name == "grasp"
+    )
     assert ("Prune ratio: " in text) == (name == "grasp")
     assert not re.search(r"[Ii]t was (trained and|made|pruned)|trained on (prompts|the weights|a model)", text)
     assert ModelCard(text).data.to_dict()["language"] == ["de", "en"]

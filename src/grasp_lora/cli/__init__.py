@@ -25,7 +25,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="""Adapt a language model to a language with little data: merge a LoRA adapter of a rich language with one of
-yours, prune the merge by a learned ratio where that pays, train it, and say how well it answers (GRASP LoRA, arXiv 2601.06702).
+yours, prune the merge if the recipe asks, train it, and say how well it answers (GRASP LoRA, arXiv 2601.06702).
 
 Start with [bold]grasp-lora demo[/bold], then [bold]grasp-lora init my-data.csv --language sw[/bold] for your own examples.""",
 )

@@ -20,7 +20,7 @@ def run(
     output: OutputOption = None,
     verbose: VerboseOption = False,
 ) -> None:
-    """Do the whole job: adapters, merge, learn the ratio, final run, evaluation, report.
+    """Do the whole job: adapters, merge, learn the ratio if it is asked for, final run, scores, report.
 
     Run it again on the same folder to go on after an interruption: completed stages are skipped.
     """

@@ -169,9 +169,11 @@ def _check_processes(recipe: Recipe) -> None:
 
 def lack_of_rounds(session: Session, stage: ControllerStage) -> str | None:
     """Say why a controller run on the session's rows would learn nothing of training, or None if it does."""
-    rows, training = len(session.splits.train), stage.training
+    rows, training, splits = len(session.splits.train), stage.training, session.splits
+    if not splits.dev and not splits.micro_dev:
+        return "a controller probes rows that are held out, and there are none: set data.target.dev, to 16 for instance"
     for split in stage.splits:
-        if not getattr(session.splits, split):
+        if not getattr(splits, split):
             probes = split in stage.rounds.splits
             needed_by = (
                 f"preset {stage.preset} probes {stage.rounds.pool}"

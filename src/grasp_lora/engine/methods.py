@@ -150,7 +150,7 @@ def _delivered(steps: Steps) -> Outcome:
         made.ratio if name == "grasp" else None,
         chosen_on=steps.recipe.controller.rounds.pool if made.learned and name == "grasp" else None,
         left_out=(f"is GRASP's result. {made.left_out}",) if best and made.continued is None else (),
-        taken=deliver.titles_with(made.parents.on, steps.recipe.final.prune_ratio)[name],
+        taken=deliver.titles_with(steps.recipe.target.on, steps.recipe.final.prune_ratio)[name],
     )
 
 
@@ -164,7 +164,7 @@ def _paper_controller(recipe: Recipe) -> ControllerStage:
     every = paper.rounds.every if stage.rounds.every == "epoch" else min(paper.rounds.every, stage.rounds.every)
     bounds = {key: getattr(stage.policy, key) for key in ("ratio_min", "ratio_max", "ratio_init")}
     rounds = replace(paper.rounds, every=every)
-    return replace(stage, policy=replace(paper.policy, **bounds), rounds=rounds, rule=paper.rule)
+    return replace(stage, preset="paper", policy=replace(paper.policy, **bounds), rounds=rounds, rule=paper.rule)
 
 
 def _paper_final(recipe: Recipe) -> FinalStage:
@@ -261,8 +261,7 @@ def most_trained(names: Collection[str], session: Session, ratios: int = 0) -> t
     if recipe.target.on is None:
         trains = (trains - {"apart"}) | ({"target"} if "apart" in trains else set())  # one and the same
     epochs = {
-        "target": 0 if recipe.target.adapter else own,
-        "apart": 0 if recipe.target.adapter else own,
+        **dict.fromkeys(("target", "apart"), 0 if recipe.target.adapter else own),
         "controller": recipe.controller.training.epochs,
         "paper controller": recipe.controller.training.epochs,
         "grid": ratios * final,

@@ -153,7 +153,6 @@ def main_job(steps: Steps, info: RunInfo) -> Run:
             language=steps.session.language,
         ),
         cost=_cost(adapters, measured),
-        target_alone=parents.on is None,
     )
 
 
@@ -167,7 +166,7 @@ def _measure(steps: Steps, name: str, system: Adapter, number: int, total: int) 
 def _delivered(steps: Steps, made: Made, measured: Mapping[str, Measured]) -> Delivered:
     """What is handed over, and whether any adapter is shown to have learned something."""
     name, why = deliver.expected(steps, made.systems, made.left_out)
-    titles = deliver.titles_with(made.parents.on, steps.recipe.final.prune_ratio)
+    titles = deliver.titles_with(steps.recipe.target.on, steps.recipe.final.prune_ratio)
     losses = {name: system.test.result.losses for name, system in measured.items() if system.test}
     return deliver.warned(Delivered(name, titles[name], why), losses, losses.pop(deliver.ALONE, ()), titles)
 

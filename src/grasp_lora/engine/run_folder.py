@@ -202,7 +202,6 @@ class Run:
         prompts: of the test rows, in their order: files of one name in two folders give the same ids.
         metrics: what each system is worth, what is handed over and why.
         cost: seconds of each step, by its name.
-        target_alone: whether the target adapter does something by itself.
     """
 
     info: RunInfo
@@ -214,7 +213,11 @@ class Run:
     prompts: Sequence[str]
     metrics: Metrics
     cost: Mapping[str, float]
-    target_alone: bool
+
+    @property
+    def target_alone(self) -> bool:
+        """Whether the target adapter does something by itself."""
+        return self.recipe.target.on is None
 
     @property
     def estimate(self) -> RatioEstimate:

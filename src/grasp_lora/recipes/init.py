@@ -34,9 +34,7 @@ from grasp_lora.text.languages import language_code
 
 SOURCE_COLUMN = "--source-column"
 MOST_SOURCE = 1000  # an epoch of them takes minutes on two CPU cores
-MOST_TRAIN = (
-    600  # an example of them is trained on six or nine times in a run: more take longer than a first run should
-)
+MOST_TRAIN = 600  # trained on six or nine times each in a run: more take longer than a first run should
 FEWEST = 30
 FEWEST_SOURCE = 20
 GLUED = 4  # one prompt of so many runs on into its answer: `check` warns where half of the training rows do
@@ -200,6 +198,7 @@ def _render(
         target=target,
         sizes=splits,
         spare=sizes.spare,
+        most_train=MOST_TRAIN,
         sources=sources,
         source_records=sum(len(corpus.records) for corpus in sources),
         source_dev=source_dev,
@@ -260,8 +259,8 @@ def choose_sizes(target: Corpus, sources: Sequence[Corpus]) -> Sizes:
     records = target.usable(most)
     if len(records) < FEWEST:
         raise DataError(
-            f"{target.name} has {len(records)} examples; at least {FEWEST} are needed for train and test (400 for held-out "
-            "splits as large as the paper's)"
+            f"{target.name} has {len(records)} examples; at least {FEWEST} are needed for train and test (400 for a "
+            "test set as large as the paper's)"
         )
     source_records = [record for corpus in sources for record in corpus.usable(most)]
     joined = join_groups(keys_with_turns((*records, *source_records)))
@@ -280,8 +279,7 @@ def choose_sizes(target: Corpus, sources: Sequence[Corpus]) -> Sizes:
                     f"the source has {len(source_records)} examples, of which {fewest} share no question, context or article "
                     f"with held-out target examples; at least {FEWEST_SOURCE} are needed: give more source data"
                 )
-            splits = _with_the_rest(groups, sizes)
-            return Sizes(splits, len(records) - sum(splits.values()), fewest, any(len(counts) < 2 for counts in left))
+            return Sizes(sizes, len(records) - sum(sizes.values()), fewest, any(len(counts) < 2 for counts in left))
     raise DataError(
         f"splits take whole groups of one text, group, id or title, and the {len(records)} examples of {target.name} form "
         f"{len(groups)}, the largest of {max(map(len, groups.values()))}; add examples of other texts"
@@ -292,16 +290,6 @@ def _sizes(examples: int) -> dict[str, int]:
     """A quarter for the test, up to the paper's size; all else is for training: no row says when to stop."""
     test = min(PAPER_SIZES["test"], math.ceil(examples / 4))
     return {"test": test, "train": min(MOST_TRAIN, examples - test)}
-
-
-def _with_the_rest(groups: Mapping[str, Sequence[Record]], sizes: dict[str, int]) -> dict[str, int]:
-    """Let training have as much of what is left as whole groups can give in any order."""
-    rest = sum(map(len, groups.values())) - sum(sizes.values())
-    for share in (1.0, 0.75, 0.5, 0.25):
-        larger = sizes | {"train": min(MOST_TRAIN, sizes["train"] + int(rest * share))}
-        if all(_held_out(groups, larger, order) is not None for order in range(ORDERS)):
-            return larger
-    return sizes
 
 
 def _held_out(groups: Mapping[str, Sequence[Record]], sizes: Mapping[str, int], order: int) -> set[str] | None:

@@ -31,6 +31,7 @@ from grasp_lora.text.display import escaped
 from grasp_lora.text.languages import language_code
 from grasp_lora.text.names import last_part
 
+SIDES = ("source", "target")
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 TAGS = ["lora", "grasp-lora", "adapter-merging", "pruning", "cross-lingual-transfer"]
 
@@ -45,7 +46,6 @@ def write_model_card(run: Run, folder: Path, adapter_folder: Path) -> Path:
     """
     report, generation = run.data.report, run.recipe.generation
     name, sources = run.metrics.delivered.name, len(run.recipe.source.adapters)  # which come first
-    sides = ("source",) if name == "continued" else ("source", "target")
     borrowed = {"source": run.info.parents[:sources], "target": run.info.parents[sources:]}
     trained_on = [*["source"] * (not borrowed["source"]), "target"]
     corpora = [corpus for side in trained_on if (corpus := getattr(run.recipe.data, side))]
@@ -57,13 +57,11 @@ def write_model_card(run: Run, folder: Path, adapter_folder: Path) -> Path:
         "made": made_of(name, run),
         "is": (view["verdict"] or "").replace("Take this adapter", "It is"),
         "pruned": name == "grasp",
-        "parts": sides,
-        "discarded": [
-            TRAINED.get(part, TRAINED[FINAL_FOLDER]) for part in dict.fromkeys([*sides, name]) if discarded(run, part)
-        ],
+        "parts": SIDES,
+        "discarded": [TRAINED[part] for part in (*SIDES, FINAL_FOLDER) if discarded(run, part)],
         "base": _base(run, backbone),
         "base_model_name": backbone,
-        "parents": _parents(run, folder, backbone, sides, borrowed),
+        "parents": _parents(run, folder, backbone, borrowed),
         "files": _data_names(corpora),
         "languages": languages_of(corpora) if corpora else "",
         "sizes": sizes_of(run, [split for split in SPLITS if split == "test" or sides_of[split] in trained_on]),
@@ -83,18 +81,16 @@ def write_model_card(run: Run, folder: Path, adapter_folder: Path) -> Path:
     return adapter_folder / CARD_FILE
 
 
-def _parents(
-    run: Run, folder: Path, backbone: str, sides: Sequence[str], borrowed: dict[str, Any]
-) -> list[tuple[str, str, str]]:
+def _parents(run: Run, folder: Path, backbone: str, borrowed: dict[str, Any]) -> list[tuple[str, str, str]]:
     """What the adapter was made of: part, name and hash."""
     quantised = f", quantised as {run.info.quantise}" if run.info.quantise else ""
     parents = [("Backbone", f"{backbone}{quantised}", run.info.backbone.fingerprint)]
-    for side in sides:
+    for side in SIDES:
         weights = folder / side / WEIGHTS_FILE
         if not borrowed[side] and weights.is_file():
             parents.append((f"{side.capitalize()} adapter", f"the run's folder {side}", f"sha256:{sha256_of(weights)}"))
     return parents + [
-        ("Given adapter", adapter.name, f"sha256:{adapter.sha256}") for side in sides for adapter in borrowed[side]
+        ("Given adapter", adapter.name, f"sha256:{adapter.sha256}") for side in SIDES for adapter in borrowed[side]
     ]
 
 

@@ -339,7 +339,8 @@ def losses_table(run: Run) -> TextTable:
         best = [_number(min(dev)[0], 3), f"{min(dev)[1]:.0f}"] if dev else ["–", "–"]
         rows.append([Cell(text) for text in (title, f"{history[-1]['step']:.0f}", train[0], train[-1], *best)])
     heads = ["Training", "Steps", "First train loss", "Last train loss", "Best dev loss", "at step"]
-    return TextTable("Losses of each training", heads, rows)
+    shown = len(heads) if any(row[-1].text != "–" for row in rows) else len(heads) - 2  # no dev set, no column of it
+    return TextTable("Losses of each training", heads[:shown], [row[:shown] for row in rows])
 
 
 def kept_share(entries: Iterable[Mapping[str, Any]]) -> float:
