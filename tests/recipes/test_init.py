@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +75,9 @@ def start(tmp_path: Path, tiny_backbone_folder: Path, monkeypatch: pytest.Monkey
     return call
 
 
-def sizes_of(file: Path) -> dict[str, int]:
+def sizes_of(file: Path, changes: Sequence[str] = ()) -> dict[str, int]:
     """The sizes of the splits."""
-    splits = Session(*load_recipe(file)).splits
+    splits = Session(*load_recipe(file, changes)).splits
     names = ("source_train", "source_dev", "train", "dev", "micro_dev", "test")
     return {name: len(getattr(splits, name)) for name in names}
 
@@ -131,6 +131,17 @@ def test_what_is_not_held_out_is_for_training(count: int, train: int, test: int,
     target = recipe.data.target
     assert (target.dev, target.micro_dev, target.test) == (0, 0, test)
     assert target.train == (None if train + test == count else train)
+
+
+def test_no_row_stays_unused_where_a_few_texts_have_most_rows(start: Callable[..., Path]) -> None:
+    """As of a book: some texts have many questions. A dev set can be asked for later."""
+    data = squad(0)["data"]
+    for text, count in enumerate([25, 20, 15, 10, 5, 3, 2, 2, 1, 1, 1]):
+        data += squad(count, f"t{text}", per_article=count)["data"]
+    file = start(write(Path("t.json"), {"data": data}), (str(write(Path("s.json"), squad(60, "s"))),))
+    sizes = sizes_of(file)
+    assert sizes["train"] + sizes["test"] == 85
+    assert sizes_of(file, ["data.target.dev=16"])["dev"] >= 16
 
 
 def test_with_dev_rows_a_ratio_can_be_learned(start: Callable[..., Path]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 
 import plotly.graph_objects as go
@@ -39,6 +40,7 @@ from grasp_lora.report.tables import (
     compare_handed_over,
     confusion,
     kept_share,
+    losses_table,
     percent,
     scores_table,
 )
@@ -293,6 +295,15 @@ def test_without_a_dev_set_there_is_no_column_of_its_losses(run: Run) -> None:
     without = {name: replace(score, dev_loss=None) for name, score in run.metrics.systems.items()}
     shown = [scores_table(each).columns for each in (run, with_metrics(run, systems=without))]
     assert [column for column in shown[0] if column not in shown[1]] == ["Dev loss\u00a0↓"]
+
+
+def test_trainings_without_a_dev_set_have_no_columns_of_its_losses() -> None:
+    steps = [{"step": 1.0, "loss": 2.0}, {"step": 2.0, "loss": 1.0, "dev_loss": 1.5}]
+    with_dev = losses_table(SimpleNamespace(history={"target": steps, "final": steps[:1]}))
+    without = losses_table(SimpleNamespace(history={"target": steps[:1]}))
+    assert [cell.text for cell in with_dev.rows[1]] == ["Final run", "1", "2.000", "2.000", "–", "–"]
+    assert list(without.columns) == list(with_dev.columns)[:4]
+    assert [cell.text for cell in without.rows[0]] == ["Target", "1", "2.000", "2.000"]
 
 
 def test_every_one_of_several_sources_has_its_row(run: Run, tmp_path: Path) -> None:

@@ -57,7 +57,6 @@ def write_model_card(run: Run, folder: Path, adapter_folder: Path) -> Path:
         "made": made_of(name, run),
         "is": (view["verdict"] or "").replace("Take this adapter", "It is"),
         "pruned": name == "grasp",
-        "parts": SIDES,
         "discarded": [TRAINED[part] for part in (*SIDES, FINAL_FOLDER) if discarded(run, part)],
         "base": _base(run, backbone),
         "base_model_name": backbone,
