@@ -85,6 +85,7 @@ def view_of(run: Run, folder: Path) -> dict[str, Any]:
         "predict": 'grasp-lora predict adapter "..."' if in_chat else delivered.predict_command(),
         "predict_texts": delivered.command_for_texts(run),
         "facts": _facts(run),
+        "prunes": not tables.is_unpruned(run),
         "ratio": percent(metrics.prune_ratio, 1),
         "learned": run.learned is not None,
         "rule": estimate.rule,

@@ -152,7 +152,6 @@ def scores_table(run: Run) -> TextTable:
     titles, systems = titles_of(run), run.metrics.systems
     used = {key for system in systems.values() for key in system.metrics}
     keys = [key for key in METRIC_NAMES if key in used] + sorted(used - METRIC_NAMES.keys())
-    share = 0.0 if is_unpruned(run) else 1 - kept_share(run.sparsity)  # zeros of an untrained factor are not pruned
     dev = [score.dev_loss for score in systems.values()]
     looked_at = any(loss is not None for loss in dev)
     columns: list[list[Cell]] = [[Cell(titles[name], name == run.metrics.delivered.name) for name in systems]]
@@ -162,10 +161,13 @@ def scores_table(run: Run) -> TextTable:
     columns += [
         column_of([score.test_loss for score in systems.values()], 3, min),
         *([column_of(dev, 3, min)] if looked_at else []),
-        [Cell(percent(share, 1) if share and name == "grasp" else percent(0)) for name in systems],
     ]
+    if prunes := not is_unpruned(run):
+        pruned = run.metrics.prune_ratio > 0  # else zeros are those of an untrained factor
+        share = percent(1 - kept_share(run.sparsity), 1) if pruned else percent(0)
+        columns.append([Cell(share if name == "grasp" else percent(0)) for name in systems])
     names = [f"{METRIC_NAMES.get(key, key)}\u00a0↑" for key in keys]
-    heads = ["System", *names, "Test loss\u00a0↓", *["Dev loss\u00a0↓"] * looked_at, "Pruned"]
+    heads = ["System", *names, "Test loss\u00a0↓", *["Dev loss\u00a0↓"] * looked_at, *["Pruned"] * prunes]
     return TextTable("Scores on the test set", heads, [list(row) for row in zip(*columns, strict=True)])
 
 
@@ -351,11 +353,9 @@ def kept_share(entries: Iterable[Mapping[str, Any]]) -> float:
 
 def sparsity_note(run: Run) -> str:
     """What the shares of kept weights say together."""
-    pruned = 1 - kept_share(run.sparsity)
     if run.metrics.prune_ratio == 0:
-        zeros = f" {percent(pruned, 2)} of the weights are zero: they were so in the adapters that were merged."
-        return "Nothing was pruned." + (zeros if pruned else "")
-    note = f"Measured over all factors, {percent(pruned, 2)} of the weights are zero."
+        return "Nothing was pruned."
+    note = f"Measured over all factors, {percent(1 - kept_share(run.sparsity), 2)} of the weights are zero."
     if run.recipe.merge.rule == "paper_apart":
         note += (
             " These are the weights of the adapters that were kept apart; fewer are zero in their sum, which is saved."
