@@ -29,7 +29,6 @@ from few_rows import table as table_of_draws
 from torch import Tensor
 
 from grasp_lora.engine.results import Adapter
-from grasp_lora.engine.run import make
 from grasp_lora.engine.steps import Steps
 from grasp_lora.engine.store import key_of
 from grasp_lora.method.lora import AdapterWeights
@@ -54,13 +53,12 @@ KEYS = {"test_scores": 1, "test_losses": 3}  # and their decimals
 def draw_of(setting: str, draw: int, folder: Path, work: Workplace) -> None:
     """Train the merge and the source adapter further in three orders, average the three of each, and measure all."""
     steps = steps_of(setting, draw, folder, work)
-    made = make(steps)
     record: dict[str, Any] = {"setting": setting, "draw": draw, "systems": {}}
     for length in LENGTHS:
         kinds: dict[str, list[Adapter]] = {kind: [] for kind in KINDS}
         for seed in SEEDS:
             other = in_order(steps, seed, patience=1 if length == LENGTHS[0] else None)
-            kinds["grasp"].append(other.finetune(made.parents.merged, 0.0))
+            kinds["grasp"].append(other.finetune(steps.parents().merged, 0.0))
             kinds["continued"].append(other.continued())
         for kind, orders in kinds.items():
             for number, adapter in enumerate(orders if length == LENGTHS[0] else orders[:1], 1):
@@ -72,10 +70,9 @@ def draw_of(setting: str, draw: int, folder: Path, work: Workplace) -> None:
 def patient(setting: str, draw: int, folder: Path, work: Workplace) -> None:
     """Train once more, for all epochs, what the first look at the dev rows ended; the adapter of the lowest dev loss is kept."""
     steps = steps_of(setting, draw, folder, work)
-    made = make(steps)
     record: dict[str, Any] = {"setting": setting, "draw": draw, "systems": {}}
     for seed, kind in product(SEEDS, KINDS):
-        start = made.parents.merged if kind == "grasp" else steps.source()
+        start = steps.parents().merged if kind == "grasp" else steps.source()
         stopped = in_order(steps, seed).finetune(start, 0.0)
         if stopped.made is None or stopped.made.result.best_step:
             continue

@@ -19,6 +19,8 @@ from grasp_lora.engine.run_folder import Delivered
 from grasp_lora.engine.steps import Steps
 from grasp_lora.errors import DivergedError, GraspError
 from grasp_lora.models.adapter_files import read_adapter
+from grasp_lora.report.card import write_model_card
+from grasp_lora.report.pages import write_report
 
 ROWS = 20
 BEST = "final.deliver=best"
@@ -40,6 +42,7 @@ class TestRule:
             ("best", ("continued", "grasp", "averaged"), "averaged", "adapters made like it answered best"),
             ("best", ("grasp",), "grasp", "lowered no dev loss"),
             ("grasp", ("continued", "grasp"), "grasp", "final.deliver"),
+            ("continued", ("continued",), "continued", "this one training"),
         ],
     )
     def test_what_is_handed_over_is_fixed_beforehand(
@@ -129,6 +132,25 @@ class TestRun:
             assert torch.allclose(mean[name], (continued[name] + grasp[name]) / 2, atol=1e-7)
             assert not torch.allclose(continued[name], grasp[name], atol=1e-5)
         assert run_tiny(BEST, "data.target.dev=0", folder="without").metrics.delivered.name == "averaged"
+
+    def test_where_the_usual_way_is_asked_for_nothing_else_is_trained(self, tiny_workspace: Path) -> None:
+        recorder = Recorder()
+        result = run_tiny("final.deliver=continued", "final.prune_ratio=0", progress=recorder)
+        assert recorder.trained == ["source", "final-0.00"]
+        assert list(result.metrics.systems) == ["zero_shot", "source", "continued"]
+        assert weights_in("run/adapter") == weights_in("run/continued")
+        assert not {"target", "merged", "final"} & {file.name for file in Path("run").iterdir()}
+        pages = write_report(result, Path("run")), write_model_card(result, Path("run"), Path("run/adapter"))
+        report, card = (page.read_text("utf-8") for page in pages)
+        for page in (report.partition("<body>")[2].partition("<h2>The recipe")[0], card.partition("## Recipe")[0]):
+            assert "Source, continued" in page
+            assert "prune" not in page.lower()
+            assert "merge" not in page.replace("- adapter-merging", "").replace("adapter-pruning", "").replace(
+                "best also merges", ""
+            )
+        more = run_tiny("final.deliver=best", "final.prune_ratio=0", progress=recorder).metrics
+        assert recorder.trained == ["source", "final-0.00", "target", "final-0.00"]
+        assert more.systems["continued"] == result.metrics.systems["continued"]
 
     def test_a_source_that_cannot_be_continued_is_left_out_in_words(
         self, begun: Path, monkeypatch: pytest.MonkeyPatch

@@ -86,7 +86,7 @@ def _run(recipe: str, overrides: list[str], output: Path | None, allow_code: boo
     if warning := words.warning_of(record):
         say(warning, style="bold yellow")
     learned = not result.delivered.nothing_learned and not is_unpruned(record)
-    if metrics.delivered.name != "grasp":
+    if metrics.delivered.name != "grasp" and FINAL_FOLDER in record.adapters:
         say(f"{final_text(record)} lies in {folder / FINAL_FOLDER}{':' if learned else ''}")
     if learned:
         say(result.ratio.summary)

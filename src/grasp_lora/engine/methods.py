@@ -141,7 +141,7 @@ def _grasp(in_paper: bool) -> Callable[[Steps], Outcome]:
 
 def _delivered(steps: Steps) -> Outcome:
     """What a run hands over, for the cost of all that it trains."""
-    made, best = make(steps), steps.recipe.final.deliver == "best"
+    made, best = make(steps), steps.recipe.final.deliver != "grasp"
     systems = made.systems
     name, _ = deliver.expected(steps, systems, made.left_out)
     trained = _trail(*systems.values(), *[made.continued] if made.continued else []) if best else ()
@@ -255,8 +255,10 @@ def most_trained(names: Collection[str], session: Session, ratios: int = 0) -> t
     trains = {part for name in names for part in TRAININGS.get(name, ())}
     if recipe.final.prune_ratio is not None:
         trains -= {"controller"}
-    if "continued" not in names and recipe.final.deliver != "best":
+    if "continued" not in names and recipe.final.deliver == "grasp":
         trains -= {"continued"}
+    if list(names) == ["delivered"] and recipe.final.deliver == "continued":
+        trains = {"source", "continued"}
     final, own = recipe.final.training.epochs, recipe.target.training.epochs
     if recipe.target.on is None:
         trains = (trains - {"apart"}) | ({"target"} if "apart" in trains else set())  # one and the same

@@ -280,6 +280,8 @@ def _plan(session: Session) -> Iterator[Finding]:
 def _systems(recipe: Recipe) -> int:
     """How many systems a run measures at most: the backbone alone, the merge, GRASP's result, and the adapters before them."""
     sources = max(1, len(recipe.source.adapters))
+    if recipe.final.deliver == "continued":
+        return 2 + sources
     rivals = 2 * (recipe.final.deliver == "best")  # `continued`, and its mean with GRASP's result
     return 3 + sources + (recipe.target.on != "source") + rivals
 

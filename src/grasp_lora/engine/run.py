@@ -29,7 +29,7 @@ from grasp_lora.engine.run_folder import (
     check_place,
 )
 from grasp_lora.engine.session import Session
-from grasp_lora.engine.steps import Parents, Steps
+from grasp_lora.engine.steps import Parents, Steps, names_of
 from grasp_lora.engine.store import Store
 from grasp_lora.storage.claims import working_in
 from grasp_lora.storage.processes import join, on_first_process
@@ -66,7 +66,8 @@ class Made:
     """What a run has made before it measures.
 
     Args:
-        parents: the adapters that were merged.
+        sources: the source adapters.
+        parents: the adapters that were merged; None where the recipe asks for `continued` alone, as is GRASP's result.
         learned: the controller run; None where the recipe gives the ratio.
         ratio: prune ratio of GRASP's result, a fraction in [0, 1].
         grasp: that result.
@@ -75,10 +76,11 @@ class Made:
         averaged: the mean of both; None where there is no `continued`.
     """
 
-    parents: Parents
+    sources: tuple[Adapter, ...]
+    parents: Parents | None
     learned: Finished[Learned] | None
     ratio: float
-    grasp: Adapter
+    grasp: Adapter | None
     continued: Adapter | None
     left_out: str
     averaged: Adapter | None
@@ -89,30 +91,36 @@ class Made:
 
         A target adapter that was trained on the source adapter is left out: it does nothing alone, and their sum is the merge.
         """
-        parents, continued = self.parents, None if self.left_out else self.continued
-        optional = {"continued": continued, "grasp": self.grasp, "averaged": self.averaged}
-        return {
-            **{name: adapter for name, adapter in parents.named.items() if name != "target" or parents.on is None},
-            "merged": parents.merged,
-            **{name: adapter for name, adapter in optional.items() if adapter is not None},
+        parents = self.parents
+        found = {
+            **dict(zip(names_of(len(self.sources)), self.sources, strict=True)),
+            "target": parents.target if parents and parents.on is None else None,
+            "merged": parents.merged if parents else None,
+            "continued": None if self.left_out else self.continued,
+            "grasp": self.grasp,
+            "averaged": self.averaged,
         }
+        return {name: adapter for name, adapter in found.items() if adapter is not None}
 
 
 def make(steps: Steps) -> Made:
     """Train and merge, learn the ratio, make GRASP's result, continue the source adapter as is usual, and take their mean."""
-    final, parents = steps.recipe.final, steps.parents()
+    final, sources = steps.recipe.final, steps.sources()
+    if final.deliver == "continued":
+        return Made(sources, None, None, 0.0, None, steps.continued(), "", None)
+    parents = steps.parents()
     learned = steps.learn_ratio(parents.merged) if final.prune_ratio is None else None
     ratio = learned.result.estimate.ratio if learned else float(final.prune_ratio or 0.0)
     grasp = steps.finetune(parents.merged.after(*[learned] if learned else []), ratio)
     continued, left_out = deliver.continue_source(steps) if final.deliver == "best" else (None, "")
     averaged = deliver.mean_of(steps, continued, grasp) if continued and not left_out else None
-    return Made(parents, learned, ratio, grasp, continued, left_out, averaged)
+    return Made(sources, parents, learned, ratio, grasp, continued, left_out, averaged)
 
 
 def main_job(steps: Steps, info: RunInfo) -> Run:
     """Learn the ratio, make GRASP's result and its rivals, measure them, and say which of them is handed over."""
     made = make(steps)
-    parents, learned, rivals = made.parents, made.learned, made.systems
+    learned, rivals = made.learned, made.systems
     systems = {deliver.ALONE: steps.alone(), **rivals}
     measured = {
         name: _measure(steps, name, system, number, len(systems))
@@ -121,13 +129,14 @@ def main_job(steps: Steps, info: RunInfo) -> Run:
     delivered = _delivered(steps, made, measured)
 
     adapters = {
-        **parents.named,
-        MERGED_FOLDER: parents.merged,
-        FINAL_FOLDER: made.grasp,
+        **dict(zip(names_of(len(made.sources)), made.sources, strict=True)),
         ADAPTER_FOLDER: rivals[delivered.name],
     }
+    if made.parents and made.grasp:
+        adapters |= {"target": made.parents.target, MERGED_FOLDER: made.parents.merged, FINAL_FOLDER: made.grasp}
     if made.continued is not None:
         adapters[CONTINUED_FOLDER] = made.continued
+    last = next(adapter.made for name in (FINAL_FOLDER, CONTINUED_FOLDER) if (adapter := adapters.get(name)))
 
     test = steps.splits.test
     estimate = learned.result.estimate if learned else None
@@ -147,8 +156,8 @@ def main_job(steps: Steps, info: RunInfo) -> Run:
             prune_ratio=made.ratio,
             prune_ratio_interval=(estimate.low, estimate.high) if estimate else None,
             nothing_learned_about_ratio=estimate is not None and estimate.nothing_learned,
-            best_step=made.grasp.made.result.best_step if made.grasp.made else 0,
-            signatures={name: score.signature for name, score in measured["grasp"].metrics.items()},
+            best_step=last.result.best_step if last else 0,
+            signatures={name: score.signature for name, score in measured[delivered.name].metrics.items()},
             test_examples=len(test),
             language=steps.session.language,
         ),

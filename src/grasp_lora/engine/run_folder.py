@@ -177,7 +177,8 @@ class SystemScores:
 
 @dataclass(frozen=True)
 class Metrics:
-    """metrics.json; the interval is None where the ratio was given. `best_step` is that of the final run."""
+    """metrics.json; the interval is None where the ratio was given. `best_step` is that of the final run, or of `continued`
+    where there is none."""
 
     systems: Mapping[str, SystemScores]
     delivered: Delivered
@@ -234,8 +235,8 @@ class Run:
 
     @property
     def sparsity(self) -> list[dict[str, Any]]:
-        """Kept weights of GRASP's result, per module, factor and origin."""
-        made = self.adapters[FINAL_FOLDER].made
+        """Kept weights of GRASP's result, per module, factor and origin; none where the recipe asks for `continued` alone."""
+        made = self.adapters[FINAL_FOLDER].made if FINAL_FOLDER in self.adapters else None
         return made.result.kept if made else []
 
     def write(self, session: Session, folder: Path) -> None:
@@ -254,7 +255,8 @@ class Run:
         for name, rows in self.history.items():
             (folder / name).mkdir(exist_ok=True)
             write_jsonl(folder / name / HISTORY_FILE, rows)
-        write_json(folder / FINAL_FOLDER / SPARSITY_FILE, self.sparsity)
+        if FINAL_FOLDER in self.adapters:
+            write_json(folder / FINAL_FOLDER / SPARSITY_FILE, self.sparsity)
         if self.learned:
             write_json(folder / CONTROLLER_FOLDER / RATIO_FILE, asdict(self.learned.result.estimate))
             write_jsonl(folder / CONTROLLER_FOLDER / "rounds.jsonl", self.learned.result.rounds)

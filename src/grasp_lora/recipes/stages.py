@@ -171,7 +171,7 @@ class ControllerStage(Controller):
         return self.rounds.round_steps(self.training.steps(train_examples), self.spacing(train_examples))
 
 
-Deliver = Literal["best", "grasp"]
+Deliver = Literal["best", "grasp", "continued"]
 
 
 @dataclass(frozen=True)
@@ -182,8 +182,8 @@ class FinalStage:
         mode: `hold` one mask, or `reselect` after every optimizer step by the score `gradient_of_delta` (the paper's final run).
         prune_ratio: use this fraction, in [0, 1], instead of learning one; the controller run is then left out.
         training: how it is trained.
-        deliver: what the run hands over: `best`, the mean of this run's result and of the source adapter continued; or `grasp`,
-            this run's result in any case.
+        deliver: what the run hands over: `best`, the mean of this run's result and of the source adapter continued; `grasp`,
+            this run's result in any case; or `continued`, where nothing else is trained on the target rows.
     """
 
     mode: Literal["hold", "reselect"] = "hold"

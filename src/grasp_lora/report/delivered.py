@@ -35,7 +35,7 @@ NOTHING_LEARNED = "No adapter is shown to be better than the backbone alone."
 
 def is_chosen(run: Run) -> bool:
     """Whether the run says what is handed over; else the recipe asks for GRASP's result."""
-    return run.recipe.final.deliver == "best"
+    return run.recipe.final.deliver != "grasp"
 
 
 def verdict(run: Run, compared: Mapping[str, Difference]) -> str:
@@ -106,6 +106,8 @@ def _is_higher(each: Difference) -> bool:
 
 def headline(run: Run, compared: Mapping[str, Difference]) -> str:
     """What was learned about the ratio, and what GRASP's result scores beside what is handed over, else beside a rival."""
+    if run.recipe.final.deliver == "continued":
+        return ""
     chosen, ratio = is_chosen(run), run.metrics.prune_ratio
     prune = "It prunes" if chosen else "Prune"  # the verdict is what says what to do
     sentences = [f"{prune} {percent(ratio)} of the merged adapter (given, not learned)."]

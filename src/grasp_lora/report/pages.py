@@ -22,7 +22,7 @@ from grasp_lora.data.splits import SPLITS
 from grasp_lora.engine.comparison import Comparison
 from grasp_lora.engine.methods import METHODS
 from grasp_lora.engine.results import TEST_LOSS
-from grasp_lora.engine.run_folder import COMPARE_FOLDER, DISCARDED, REPORT_FILE, Run
+from grasp_lora.engine.run_folder import COMPARE_FOLDER, DISCARDED, FINAL_FOLDER, REPORT_FILE, Run
 from grasp_lora.recipes.text import RECIPE_FILE
 from grasp_lora.report import delivered, tables
 from grasp_lora.report.examples import examples_of, label_note
@@ -76,7 +76,8 @@ def view_of(run: Run, folder: Path) -> dict[str, Any]:
         "name": run.info.name,
         "verdict": delivered.verdict(run, compared) if chosen else None,
         "why_delivered": metrics.delivered.why if chosen else None,
-        "apart": metrics.delivered.name != "grasp",  # so that the result of the final run is another adapter
+        # The result of the final run is another adapter, where there is one.
+        "apart": metrics.delivered.name != "grasp" and FINAL_FOLDER in run.adapters,
         "final": tables.final_text(run),
         "warning": delivered.warning_of(run),
         "headline": delivered.headline(run, compared),

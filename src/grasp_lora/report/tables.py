@@ -113,7 +113,7 @@ def _signed(value: float, digits: int = 1) -> str:
 
 def is_unpruned(run: Run) -> bool:
     """Whether the recipe says that nothing is pruned."""
-    return run.recipe.final.prune_ratio == 0
+    return run.recipe.final.prune_ratio == 0  # so it is where it merges nothing
 
 
 def final_text(run: Run) -> str:
