@@ -106,6 +106,17 @@ class Recipe(BaseModel):
         return sections
 
     @model_validator(mode="after")
+    def _continued_alone_merges_nothing(self) -> Self:
+        """Refuse what would be left unused."""
+        if self.final.deliver == "continued" and (self.final.prune_ratio != 0 or self.target.adapter):
+            unused = "the ratio (final.prune_ratio)" if self.final.prune_ratio != 0 else "target.adapter"
+            raise ValueError(
+                f"final.deliver is 'continued', which merges and prunes nothing, so {unused} would not be used; set final.deliver "
+                f"to best as well, or {'final.prune_ratio to 0' if unused.startswith('the') else 'remove target.adapter'}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _target_on_source_is_added_up(self) -> Self:
         """Refuse another merge than the sum, whose second part the target adapter is trained as, and one that is given."""
         contrary = {
