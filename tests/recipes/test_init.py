@@ -180,6 +180,16 @@ def test_questions_adapt_all_linear_layers_at_rates_of_their_own(
             assert stage.training.learning_rate == rates[1]
 
 
+def test_where_no_gain_of_a_merge_was_shown_the_usual_way_is_asked_for(start: Callable[..., Path]) -> None:
+    rows = {
+        "best": [{"context": f"text {i} says", "question": f"{i}?", "answer": f"text {i}"} for i in range(60)],
+        "continued": completion(60),
+    }
+    for name, made in rows.items():
+        final = load_recipe(start(write(Path(f"{name}.jsonl"), made), (), Path(f"{name}.yaml")))[0].final
+        assert (final.deliver, final.prune_ratio) == (name, 0)
+
+
 @pytest.mark.parametrize("part", ["context", "system", "history"])
 def test_a_prompt_that_would_lose_a_part_is_not_guessed(start: Callable[..., Path], part: str) -> None:
     Path("t.csv").write_text(f"question,{part},response\n" + "a,b,c\n" * 60, encoding="utf-8")

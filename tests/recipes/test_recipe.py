@@ -270,10 +270,8 @@ MISTAKES = {
     "patience of a run at many ratios": ("controller: {training: {patience: 1}}", r"training\.patience is 1, but this policy"),
     "a merge on the source": ("target: {on: source}\nmerge: {rule: svd}", r"target\.on is 'source', .* remove merge\.rule"),
     "a choice": ("final: {deliver: both}", r"final\.deliver: input should be 'best', 'grasp' or 'continued' \(it is 'both'\)"),
-    "a ratio of no merge": ("final: {deliver: continued}", r"so the ratio .* would not be used; set final\.deliver to best as well"),
-    "an adapter of no merge": (
-        "final: {deliver: continued, prune_ratio: 0}\ntarget: {adapter: a}", r"so target\.adapter would not be used; set"
-    ),
+    "a ratio of no merge": ("final: {deliver: continued}", r"which merges nothing; .* \(they are None and None\)"),
+    "an adapter of no merge": ("final: {deliver: continued, prune_ratio: 0}\ntarget: {adapter: a}", r"\(they are 0\.0 and a\)"),
     "code in a preset": ("controller: {preset: 'json:loads'}", r"controller\.preset is 'json:loads'; allowed: spread"),
     "endless": ("final: {training: {epochs: 1.0e+9}}", r"epochs is 1000000000\.0; it must be above 0 and at most 10000"),
     "out of range": ("final: {training: {epochs: -1}}", r"final\.training: epochs is -1\.0; it must be above 0"),

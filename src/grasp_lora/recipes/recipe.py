@@ -109,10 +109,9 @@ class Recipe(BaseModel):
     def _continued_alone_merges_nothing(self) -> Self:
         """Refuse what would be left unused."""
         if self.final.deliver == "continued" and (self.final.prune_ratio != 0 or self.target.adapter):
-            unused = "the ratio (final.prune_ratio)" if self.final.prune_ratio != 0 else "target.adapter"
             raise ValueError(
-                f"final.deliver is 'continued', which merges and prunes nothing, so {unused} would not be used; set final.deliver "
-                f"to best as well, or {'final.prune_ratio to 0' if unused.startswith('the') else 'remove target.adapter'}"
+                "final.deliver is 'continued', which merges nothing; set it to best, or give a final.prune_ratio of 0 and no "
+                f"target.adapter (they are {self.final.prune_ratio} and {self.target.adapter})"
             )
         return self
 
