@@ -83,8 +83,15 @@ def test_what_cannot_be_judged_is_refused(judged: Callable[..., Judgement]) -> N
     with pytest.raises(DataError, match=r"labels\.jsonl is data for the task classification"):
         judged("run/source", rows="labels.jsonl")
     write_rows(rows_of(ROWS)[:1])
-    with pytest.raises(DataError, match="has 1 row; at least 2 are needed"):
+    with pytest.raises(DataError, match="has 1 rows to judge by; at least 2 are needed"):
         judged("run/source")
+    shutil.copytree("run/source", "silent")  # which does not say how it is asked
+    Path("silent/grasp_lora.json").unlink()
+    questions = [{"id": str(i), "question": f"{i}?", "answers": [], "is_impossible": True} for i in range(3)]
+    squad = {"data": [{"title": "t", "paragraphs": [{"context": "a text", "qas": questions}]}]}
+    Path("impossible.json").write_text(json.dumps(squad), encoding="utf-8")
+    with pytest.raises(DataError, match=r"impossible\.json has 0 rows to judge by"):
+        judged("silent", rows="impossible.json")
 
 
 def test_of_equals_none_is_called_the_best(judged: Callable[..., Judgement]) -> None:

@@ -233,6 +233,7 @@ def test_settings_that_cannot_give_what_they_ask_for_are_warned_of(check: Check,
         assert finding.level == "warning"
         assert finding.text.startswith(text)
     given = ("source.adapters=[run/source]", "data.source=null")
+    assert check(given[0])["cost"].text.startswith("at most 30 training examples")  # none of the source's
     found = check(*given)
     assert found["adapter"].text == "run/source: 4 modules, ranks 2"
     assert found["cost"].text.startswith("at most 30 training examples")

@@ -2,6 +2,7 @@
 
 With `final.deliver: best` it is the mean of GRASP's result and of `continued`, the source adapter trained on the target rows as
 is usual. The mean costs no training. Where training lowered no dev loss of `continued`, it is GRASP's result.
+With `continued` nothing but that is trained.
 
 These were best in draws of few rows (`lab/results/few-rows.md`). Rules by which dev losses or answers put another adapter in the
 place of that one were measured, and left: they gained nothing (`lab/log.md`).

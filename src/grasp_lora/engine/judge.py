@@ -195,7 +195,10 @@ def _corpus(file: str | Path, form: Answers | None, columns: Mapping[str, str] |
     name = str(file)
     option = "--column" if columns else None
     renamed = columns or (form.columns if form else None)
-    return read_corpus(name, resolve_file(name), Path(), form.task if form else None, renamed, sheet, option=option)
+    corpus = read_corpus(name, resolve_file(name), Path(), form.task if form else None, renamed, sheet, option=option)
+    if len(corpus.records) < 2:  # an answer is needed in each
+        raise DataError(f"{name} has {len(corpus.records)} rows to judge by; at least 2 are needed")
+    return corpus
 
 
 def _contestants(read: Mapping[str, LoadedAdapter]) -> list[Contestant]:
@@ -242,8 +245,6 @@ def _judged(
 ) -> Judgement:
     """Let each contestant answer the rows."""
     records = corpus.records
-    if len(records) < 2:
-        raise DataError(f"{corpus.name} has {len(records)} row; at least 2 are needed to judge by")
     groups = join_groups(keys_with_turns(records))
     names = [groups[next(iter(record.keys))] for record in records]
     metrics, labels = task_fields(corpus.task).metrics, _labels(corpus, contestants)

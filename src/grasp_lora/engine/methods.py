@@ -270,7 +270,7 @@ def most_trained(names: Collection[str], session: Session, ratios: int = 0) -> t
         "paper grid": ratios * final,
     }
     seeded = sum(epochs.get(part, final) for part in trains - {"source", "joint"}) * len(splits.train)
-    source = recipe.source.training.epochs * len(splits.source_train)
+    source = 0 if recipe.source.adapters else recipe.source.training.epochs * len(splits.source_train)
     rows = max(1, round(own)) * len(splits.train)  # of the target; as many of the source
     joint = rows + min(rows, len(splits.source_train)) if "joint" in trains else 0
     return round(source if "source" in trains else 0), round(seeded + joint)

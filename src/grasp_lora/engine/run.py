@@ -128,14 +128,12 @@ def main_job(steps: Steps, info: RunInfo) -> Run:
     }
     delivered = _delivered(steps, made, measured)
 
-    adapters = {
-        **dict(zip(names_of(len(made.sources)), made.sources, strict=True)),
-        ADAPTER_FOLDER: rivals[delivered.name],
-    }
+    adapters = dict(zip(names_of(len(made.sources)), made.sources, strict=True))
     if made.parents and made.grasp:
         adapters |= {"target": made.parents.target, MERGED_FOLDER: made.parents.merged, FINAL_FOLDER: made.grasp}
     if made.continued is not None:
         adapters[CONTINUED_FOLDER] = made.continued
+    adapters[ADAPTER_FOLDER] = rivals[delivered.name]
     last = next(adapter.made for name in (FINAL_FOLDER, CONTINUED_FOLDER) if (adapter := adapters.get(name)))
 
     test = steps.splits.test

@@ -5,7 +5,7 @@ learning rate that falls each epoch, and checkpoints that count only when they a
 over all its examples, also under gradient accumulation. What else happens in a training are callbacks, in this order:
 
     _Watch            progress, and an end where the loss is not finite
-    GradientCheck     an end where a gradient is not finite
+    GradientCheck     an end where no weight of the adapter has a gradient
     PrunedTraining    or GraspController: the masks
     BestOnDev         the dev loss, the best adapter, early stopping
     Saving            checkpoints, and the stop that a signal asks for
