@@ -66,7 +66,7 @@ def expected(steps: Steps, systems: Mapping[str, Adapter], left_out: str = "") -
     if asked == "continued":
         return (
             asked,
-            "The recipe asks for this one training (final.deliver); best also merges, for about three times the time.",
+            "The recipe asks for this one training on your rows (final.deliver); best also merges, with three.",
         )
     if asked == "grasp":
         return asked, "The recipe asks for it (final.deliver)."
