@@ -153,7 +153,7 @@ MUTATIONS = (
     ),
     Mutation(
         "controller: the baseline under the mask of the last step",
-        "masks.commit(search.current_ratio, self.order)",
+        "self.masks.commit(self.search.current_ratio, self._order)",
         "pass",
         (CONTROLLER,),
         "rewards against a ratio that is not in force",

@@ -389,8 +389,8 @@ def test_candidate_losses_are_those_of_the_pruned_model(model, weights, tmp_path
     row = read_rows(tmp_path / "rounds.jsonl")[0]
     assert measure(keep.pruned) == pytest.approx(row["baseline_losses"], abs=1e-5)
     for candidate, losses in zip(row["candidates"], row["candidate_losses"], strict=True):
-        masks = controller.masks.keep_masks(candidate, rankings[1])  # the first is that of the beginning
-        pruned = {key: torch.where(masks[key], value, 0.0) for key, value in keep.dense.items()}
+        controller.masks.commit(candidate, rankings[1])  # the first is that of the beginning
+        pruned = {key: torch.where(controller.masks.keep[key], value, 0.0) for key, value in keep.dense.items()}
         assert measure(pruned) == pytest.approx(losses, abs=1e-5)
 
 

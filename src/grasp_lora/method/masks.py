@@ -253,25 +253,6 @@ class Groups:
         return places >= pruned.index_select(0, self._size_of)
 
 
-@dataclass(frozen=True)
-class Ranking:
-    """The order of importance of all weights, from which masks at every ratio are made.
-
-    Args:
-        places: place of each weight within its group, 0 for the least important, all modules in a row, [weights].
-        groups: who competes with whom.
-        shapes: shape of each factor, in their order in `places`.
-    """
-
-    places: Tensor
-    groups: Groups
-    shapes: Mapping[WeightKey, torch.Size]
-
-    def by_factor(self) -> dict[WeightKey, Tensor]:
-        """Return the places of each factor, shaped as it."""
-        return views(self.places, self.shapes)
-
-
 def views(flat: Tensor, shapes: Mapping[WeightKey, torch.Size]) -> dict[WeightKey, Tensor]:
     """Parts of a flat tensor, shaped as factors; what is written to one is written to the other."""
     parts = torch.split(flat, [shape.numel() for shape in shapes.values()])
@@ -383,29 +364,28 @@ class MaskSet:
         return [int(weight.detach().contiguous().view(torch.uint8).sum()) for weight in self.weights.values()]
 
     @torch.no_grad()
-    def rank(self) -> Ranking:
-        """Score all weights as they are now, stashed ones with their stashed values, and rank them within their groups."""
-        scores = self._scores()
-        in_order = in_a_row([scores[key] for key in self.weights], self._device)
-        return Ranking(self._groups.places(in_order), self._groups, self._shapes)
+    def rank(self) -> Tensor:
+        """Score all weights as they are now, stashed ones with their stashed values, and rank them within their groups.
 
-    def ranking_of(self, places: Mapping[WeightKey, Tensor]) -> Ranking:
-        """The ranking whose places these are: those of a checkpoint."""
-        return Ranking(in_a_row([places[key] for key in self.weights], self._device), self._groups, self._shapes)
-
-    def keep_masks(self, prune_ratio: float, ranking: Ranking | None = None) -> dict[WeightKey, Tensor]:
-        """Build the keep masks at a ratio: in each group the floor(ratio * n) least important weights are False.
-
-        Args:
-            prune_ratio: fraction in [0, 1].
-            ranking: of `rank()`, to build several masks from one scoring.
+        Returns:
+            The place of each weight within its group, 0 for the least important, all factors in a row; int32, [weights]. Masks at
+            several ratios that are made from one such order nest.
         """
-        return self._views(self._keep_at(prune_ratio, ranking))
+        return self._groups.places(self.in_order(self._scores()))
+
+    def in_order(self, tensors: Mapping[WeightKey, Tensor]) -> Tensor:
+        """Tensors shaped as the factors, in a row in the order of the weights, [weights]."""
+        return in_a_row([tensors[key] for key in self.weights], self._device)
 
     @torch.no_grad()
-    def commit(self, prune_ratio: float, ranking: Ranking | None = None) -> None:
-        """Prune at a ratio for good: revive what the new mask keeps, stash and zero what it does not."""
-        for number, (block, keep) in enumerate(zip(self._blocks, self._keep_at(prune_ratio, ranking), strict=True)):
+    def commit(self, prune_ratio: float, places: Tensor | None = None) -> None:
+        """Prune at a ratio for good: revive what the new mask keeps, stash and zero what it does not.
+
+        Args:
+            prune_ratio: fraction in [0, 1]: in each group the floor(ratio * n) least important weights go.
+            places: of `rank`; None ranks the weights as they are now.
+        """
+        for number, (block, keep) in enumerate(zip(self._blocks, self._keep_at(prune_ratio, places), strict=True)):
             dense = block.dense()
             block.prune(dense, keep)
             block.stash = dense.masked_fill_(keep, 0.0)
@@ -444,10 +424,10 @@ class MaskSet:
                 block.write(gradients)
 
     @contextmanager
-    def probe(self, prune_ratio: float, ranking: Ranking | None = None) -> Iterator[None]:
-        """Prune at a candidate ratio inside the context; afterwards every weight is bit for bit what it was."""
+    def probe(self, prune_ratio: float, places: Tensor | None = None) -> Iterator[None]:
+        """Prune at a candidate ratio inside the context, as `commit` does; afterwards every weight is bit for bit what it was."""
         with torch.no_grad():
-            masks = self._keep_at(prune_ratio, ranking)
+            masks = self._keep_at(prune_ratio, places)
             saved = [block.read().clone() for block in self._blocks]
         try:
             with torch.no_grad():
@@ -492,7 +472,8 @@ class MaskSet:
         return self._blocks[0].values.device
 
     @cached_property
-    def _shapes(self) -> dict[WeightKey, torch.Size]:
+    def shapes(self) -> dict[WeightKey, torch.Size]:
+        """The shape of each factor, in the order of the weights."""
         return {key: weight.shape for key, weight in self.weights.items()}
 
     def _views(self, flat: Sequence[Tensor]) -> dict[WeightKey, Tensor]:
@@ -500,10 +481,9 @@ class MaskSet:
         parts = zip(flat, self._blocks, strict=True)
         return {key: view for tensor, block in parts for key, view in views(tensor, block.shapes).items()}
 
-    def _keep_at(self, prune_ratio: float, ranking: Ranking | None = None) -> Sequence[Tensor]:
+    def _keep_at(self, prune_ratio: float, places: Tensor | None = None) -> Sequence[Tensor]:
         """The keep masks at a ratio in a row, one a block."""
-        ranking = ranking or self.rank()
-        keep = self._groups.keep(ranking.places, prune_ratio)
+        keep = self._groups.keep(self.rank() if places is None else places, prune_ratio)
         if len(self._blocks) == 1:
             return [keep]
         parts = torch.split(keep, [block.size for block in self._blocks])
@@ -511,7 +491,7 @@ class MaskSet:
 
     @cached_property
     def _groups(self) -> Groups:
-        return Groups(self.pairs, self._shapes, self._device)
+        return Groups(self.pairs, self.shapes, self._device)
 
     def _scores(self) -> dict[WeightKey, Tensor]:
         scores, dense = {}, self.dense()

@@ -9,8 +9,9 @@ Every few optimizer steps `GraspController` runs a round (`run_round`, one scree
     commit      the current ratio moves and its mask comes on, until the next step where each has one of its own; what it takes is
                 stashed for a lower ratio
 
-Two regimes say under which mask the steps between rounds train. `Held` (the paper): that of the current ratio. `EachStep` (preset
-`spread`, the default): each step under a ratio of its own, so that no ratio is favoured by what the network has healed around.
+Two regimes say under which mask the steps between rounds train. `held` (the paper): that of the current ratio; each round ranks
+the weights anew. `each_step` (preset `spread`, the default): each step under a ratio of its own, so that no ratio is favoured by
+what the network has healed around; the weights are ranked once, before training, so that all masks nest.
 
 It works in any transformers `Trainer` or TRL `SFTTrainer` whose model is a PEFT LoRA model. It decides nothing: ratios come from
 the search (`method.search`), masks from the mask set (`method.masks`).
@@ -35,7 +36,7 @@ from transformers.trainer_utils import has_length
 from grasp_lora.data.encode import check_encoding, encoding_of
 from grasp_lora.errors import GraspError
 from grasp_lora.method.lora import Segment
-from grasp_lora.method.masks import MaskSet, MaskSettings, Ranking, named, of_prefix, reset_moments
+from grasp_lora.method.masks import MaskSettings, named, of_prefix, reset_moments, views
 from grasp_lora.method.rules import RatioEstimate, Round
 from grasp_lora.method.search import WITH_DEV, Controller, RatioSearch, RoundRecord, plain_policy, preset, ratio_rule
 from grasp_lora.storage.checkpoints import State
@@ -51,73 +52,6 @@ logger = logging.getLogger(__name__)
 ROUNDS_FILE = "rounds.jsonl"
 TIMINGS_FILE = "timings.jsonl"
 PLACES = "places."  # begins the names of the tensors in a checkpoint that hold the order of importance
-
-
-class Held:
-    """The mask of the current ratio is on between rounds; each round ranks the weights anew.
-
-    Attributes:
-        order: the order of importance of the whole run, where there is one.
-    """
-
-    order: Ranking | None = None
-
-    def begin(self, masks: MaskSet) -> None:
-        """Take up a training that starts at its beginning."""
-
-    def before_step(self, masks: MaskSet, search: RatioSearch, step: int) -> None:
-        """Put on the mask under which optimizer step `step` (from 0) trains: it is on already."""
-
-    def rest(self, masks: MaskSet, search: RatioSearch) -> None:
-        """Put on the mask of the current ratio, for a round, an evaluation or a checkpoint, and at the end: it is on already."""
-
-    def measure_baseline(self, model: torch.nn.Module, masks: MaskSet, probes: ProbeSet) -> tuple[list[float], Ranking]:
-        """Measure the losses under the mask that is on, and rank the weights as they are now, for the masks of the round."""
-        losses = calibrate(model, masks, probes) or probes.losses(model)
-        return losses, masks.rank()
-
-    def is_baseline(self, ratio: float, current_ratio: float) -> bool:
-        """Whether a candidate's mask is the one of the baseline: never, since that may be of an older order."""
-        return False
-
-    def commit(self, masks: MaskSet, ratio: float, order: Ranking, optimizer: torch.optim.Optimizer | None) -> None:
-        """Prune at a new current ratio, and let the optimizer forget what it knew of newly masked weights."""
-        masks.commit(ratio, order)
-        if optimizer is not None:
-            reset_moments(optimizer, masks.weights, masks.newly_masked)
-
-
-class EachStep(Held):
-    """A mask for each step. The weights are ranked once, before training, so that all masks nest."""
-
-    order: Ranking  # None until `begin`, or until a checkpoint gives it back
-
-    def begin(self, masks: MaskSet) -> None:
-        """Rank the weights once."""
-        self.order = masks.rank()
-
-    def before_step(self, masks: MaskSet, search: RatioSearch, step: int) -> None:
-        """Prune at the ratio of the step."""
-        masks.commit(search.training_ratio(step), self.order)
-
-    def rest(self, masks: MaskSet, search: RatioSearch) -> None:
-        """Prune at the current ratio in place of the last step's."""
-        masks.commit(search.current_ratio, self.order)
-
-    def measure_baseline(self, model: torch.nn.Module, masks: MaskSet, probes: ProbeSet) -> tuple[list[float], Ranking]:
-        """Measure; the order is that of the run."""
-        return probes.losses(model), self.order
-
-    def is_baseline(self, ratio: float, current_ratio: float) -> bool:
-        """Equal ratios have equal masks."""
-        return ratio == current_ratio
-
-    def commit(self, masks: MaskSet, ratio: float, order: Ranking, optimizer: torch.optim.Optimizer | None) -> None:
-        """Prune; a weight that comes and goes keeps its moments."""
-        masks.commit(ratio, order)
-
-
-REGIMES: dict[str, type[Held]] = {"held": Held, "each_step": EachStep}
 
 
 class GraspController(PrunedTraining):
@@ -211,7 +145,10 @@ class GraspController(PrunedTraining):
 
     def _start_anew(self) -> None:
         self.search = RatioSearch(self.settings.policy, ratio_rule(self.settings.rule))
-        self.regime = REGIMES[self.settings.policy.regime]()
+        self._each_step = self.settings.policy.regime == "each_step"
+        self._order: torch.Tensor | None = (
+            None  # of importance, of the whole run, where each step has a mask of its own
+        )
         self.prune_ratio = self.search.current_ratio
         self._rows: dict[str, list[dict[str, Any]]] = {ROUNDS_FILE: [], TIMINGS_FILE: []}
 
@@ -230,11 +167,15 @@ class GraspController(PrunedTraining):
         compared = self.settings.compares_rounds
         whole, places = (self.micro_dev.whole, self.micro_dev.places(number)) if compared else (few, None)
 
-        self.regime.rest(masks, search)
-        baseline, order = self.regime.measure_baseline(model, masks, whole)
+        self._rest()
+        if self._each_step:
+            baseline, order = whole.losses(model), self._order
+        else:
+            baseline, order = calibrate(model, masks, whole) or whole.losses(model), masks.rank()
         candidates, before = search.ask(), search.current_ratio
         of_turn = baseline if places is None else [baseline[place] for place in places]
-        losses = {ratio: of_turn for ratio in candidates if self.regime.is_baseline(ratio, before)}
+        # Equal ratios have equal masks where all are of one order; else the mask that is on may be of an older one.
+        losses = {before: of_turn} if self._each_step else {}
         for ratio in candidates:
             if ratio not in losses:  # candidates coincide where bounds clamp them
                 with masks.probe(ratio, order):
@@ -243,7 +184,9 @@ class GraspController(PrunedTraining):
         measured = Round(before, tuple(candidates), tuple(baseline), tuple(map(tuple, by_candidate)), places)
         decision = search.tell(measured)
         if decision.committed:
-            self.regime.commit(masks, decision.ratio, order, optimizer)
+            masks.commit(decision.ratio, order)
+            if optimizer is not None and not self._each_step:  # there a weight that comes and goes keeps its moments
+                reset_moments(optimizer, masks.weights, masks.newly_masked)
             # The base class's name for the current ratio; `masks.ratio` is what is on now.
             self.prune_ratio = decision.ratio
         return decision.to_json(measured, search.mean, search.std, masks.sparsity())
@@ -265,8 +208,8 @@ class GraspController(PrunedTraining):
         if self._masks is not None:  # a training of this controller's has begun before
             self._start_anew()
         super().on_train_begin(args, state, control, **kwargs)
-        if not state.global_step:
-            self.regime.begin(self.masks)
+        if self._each_step and not state.global_step:
+            self._order = self.masks.rank()
         self._write_records(state)  # without the rounds that a resume has cut off
         self._round_end = time.perf_counter()
 
@@ -276,7 +219,8 @@ class GraspController(PrunedTraining):
         """Put on the mask of the step; a round before training comes first."""
         if state.global_step == 0 and not self.search.history and self._round_follows(state):
             self._round(state, control, kwargs["model"], None)
-        self.regime.before_step(self.masks, self.search, state.global_step)
+        if self._each_step:
+            self.masks.commit(self.search.training_ratio(state.global_step), self._order)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Run a round when it is due; stop when patience has run out."""
@@ -286,13 +230,13 @@ class GraspController(PrunedTraining):
             control.should_training_stop = True
         # Asked for by the Trainer; `Saving` of `finetune` comes later and saves under the mask of the step, which resumes alike.
         if control.should_evaluate or control.should_save:
-            self.regime.rest(self.masks, self.search)
+            self._rest()
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave the adapter as it should be evaluated and saved, and as it stays where training ends here."""
-        self.regime.rest(self.masks, self.search)
+        self._rest()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -305,6 +249,11 @@ class GraspController(PrunedTraining):
                 "the weights are those of %s; %d later rounds do not count", state.best_model_checkpoint, later
             )
             self._write_records(state)
+
+    def _rest(self) -> None:
+        """Put on the mask of the current ratio: before a round, an evaluation or a checkpoint, and at the end."""
+        if self._each_step:  # else it is on
+            self.masks.commit(self.search.current_ratio, self._order)
 
     @property
     def _settled(self) -> bool:
@@ -356,8 +305,8 @@ class GraspController(PrunedTraining):
     def state(self) -> State:
         """Return masks, settings and rounds; the search follows from the rounds."""
         values, tensors = super().state()
-        if self.regime.order is not None:
-            tensors |= named(PLACES, self.regime.order.by_factor())
+        if self._order is not None:
+            tensors |= named(PLACES, views(self._order, self.masks.shapes))
         return values | {"rows": self._rows}, tensors
 
     def restore(self, values: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
@@ -381,7 +330,7 @@ class GraspController(PrunedTraining):
                     f"{decision.ratio}; resume with the versions and on the kind of machine it began with, or start anew"
                 )
         if places := of_prefix(PLACES, tensors):
-            self.regime.order = self.masks.ranking_of(places)
+            self._order = self.masks.in_order(places)
         self.prune_ratio = self.search.current_ratio
 
     @property
