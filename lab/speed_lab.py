@@ -22,7 +22,7 @@ from grasp_lora.models.adapters import attached, fresh_adapter
 from grasp_lora.models.live import adapter_weights, segments_of
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.recipes.stages import ControllerStage, FinalStage
-from grasp_lora.training.controller import GraspController, RoundRecord
+from grasp_lora.training.controller import GraspController
 from grasp_lora.training.probes import ProbeSet, probes_of
 from grasp_lora.training.pruned import PrunedTraining
 from grasp_lora.training.trainer import finetune
@@ -38,7 +38,7 @@ class TimedController(GraspController):
     rounds = 0
     seconds = 0.0
 
-    def run_round(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> RoundRecord:
+    def run_round(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
         """Run a round and time it."""
         started = self.now()
         record = super().run_round(model, optimizer)

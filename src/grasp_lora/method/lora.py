@@ -4,7 +4,6 @@ A LoRA module adds scaling * B @ A to a frozen weight, A [rank, d_in], B [d_out,
 transposed (fan_in_fan_out, GPT-2's Conv1D) have the same two factors; only whoever adds the delta to the weight transposes.
 """
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -125,8 +124,7 @@ def added_up(factor: Tensor, adapters: int, dimension: int) -> Tensor:
     return torch.stack(factor.chunk(adapters, dimension)).sum(0)
 
 
-@dataclass(frozen=True)
-class AdapterWeights(Mapping[str, LoraPair]):
+class AdapterWeights(dict[str, LoraPair]):
     """A whole adapter: module name in the backbone -> its LoRA pair.
 
     >>> pair = LoraPair(torch.ones(2, 4), torch.ones(3, 2), scaling=0.5)
@@ -134,17 +132,6 @@ class AdapterWeights(Mapping[str, LoraPair]):
     1.0
     """
 
-    pairs: Mapping[str, LoraPair]
-
-    def __getitem__(self, module: str) -> LoraPair:
-        return self.pairs[module]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.pairs)
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
     def together(self) -> "AdapterWeights":
         """Return the ordinary adapter that acts as this one; see `LoraPair.together`."""
-        return AdapterWeights({name: pair.together() for name, pair in self.pairs.items()})
+        return AdapterWeights({name: pair.together() for name, pair in self.items()})

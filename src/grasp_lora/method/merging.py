@@ -117,7 +117,7 @@ def _components_svd(
 
 def _apart(parts: list[Part], rule: "MergeRule", settings: "MergeSettings", draws: torch.Generator) -> LoraPair:
     # Not balanced: what acts is the product of the sums, which another balance of each adapter would change.
-    shares = [(part.pair, *_unscaled_roots(part)) for part in parts]
+    shares = [(part.pair, *_signed_roots(part.weight)) for part in parts]
     return LoraPair(
         torch.cat([on_A * pair.A for pair, on_A, _ in shares], dim=0),
         torch.cat([on_B * pair.B for pair, _, on_B in shares], dim=1),
@@ -149,14 +149,6 @@ def _signed_roots(share: float) -> tuple[float, float]:
     return math.copysign(abs(share) ** 0.5, share), abs(share) ** 0.5
 
 
-def _roots(part: Part) -> tuple[float, float]:
-    return _signed_roots(part.weight * part.pair.scaling)
-
-
-def _unscaled_roots(part: Part) -> tuple[float, float]:
-    return _signed_roots(part.weight)
-
-
 def _lorahub(part: Part) -> tuple[float, float]:
     share = part.weight * part.pair.scaling**0.5
     return share, share
@@ -164,7 +156,7 @@ def _lorahub(part: Part) -> tuple[float, float]:
 
 COMPONENTS = Space(_components)
 COMPONENTS_SVD = Space(_components_svd, takes_rank=True)
-FACTOR_SPACE = factors(_roots)
+FACTOR_SPACE = factors(lambda part: _signed_roots(part.weight * part.pair.scaling))
 APART = Space(_apart, equal_ranks=True)
 
 
@@ -199,7 +191,7 @@ MERGE_RULES: dict[str, MergeRule] = {
     "paper_sum": MergeRule("(sum of sqrt(w_i s_i) B_i)(sum of sqrt(w_i s_i) A_i)"),
     "paper_sum_unscaled": MergeRule(
         "(sum of sqrt(w_i) B_i)(sum of sqrt(w_i) A_i); alpha / r is left out as in the released code",
-        factors(_unscaled_roots),
+        factors(lambda part: _signed_roots(part.weight)),
     ),
     "paper_apart": MergeRule(
         "the same as a function where weights are the same (here 1 each by default), but each adapter is trained and masked "

@@ -20,7 +20,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from grasp_lora.errors import ProbeError, RecipeError
 from grasp_lora.method.rules import RULES, RatioEstimate, Round, Rule
@@ -132,23 +132,6 @@ class Rounds:
         return [step for step in range(steps + 1) if self.round_follows(step, steps, spacing)]
 
 
-class RoundRecord(TypedDict):
-    """A round as plain values: what it measured, what followed, and what was learned."""
-
-    candidates: list[float]
-    baseline_losses: list[float]
-    candidate_losses: list[list[float]]
-    places: list[int] | None
-    rewards: list[float]
-    policy_mean: float
-    policy_std: float
-    committed: bool
-    clipped: bool
-    ratio_before: float
-    ratio: float
-    measured_sparsity: float
-
-
 @dataclass(frozen=True)
 class Decision:
     """What follows from a round.
@@ -165,7 +148,7 @@ class Decision:
     ratio: float
     clipped: bool = False
 
-    def to_json(self, measured: Round, mean: float, std: float, sparsity: float) -> RoundRecord:
+    def to_json(self, measured: Round, mean: float, std: float, sparsity: float) -> dict[str, Any]:
         """Return what a line of `rounds.jsonl` says of a round.
 
         Args:
@@ -221,6 +204,7 @@ class RatioSearch:
             RecipeError: the policy decides no ratio within its bounds.
         """
         self._check(measured)
+        before = self.mean, self.std
         self.history.append(measured)
         self.mean, self.std = self.policy.learn(self, measured)
         decision = self.policy.decide(self, measured)
@@ -228,6 +212,7 @@ class RatioSearch:
         if not isinstance(decision, Decision) or not low <= decision.ratio <= high:
             number = len(self.history)
             self.history.pop()
+            self.mean, self.std = before
             raise RecipeError(
                 f"policy {type(self.policy).__name__} decided {quoted(getattr(decision, 'ratio', decision))} after round "
                 f"{number}; decide must return a Decision whose ratio lies in [{low}, {high}]; policy.clamp sees to it"
@@ -467,21 +452,7 @@ class Spread(RatioPolicy):
     def _ratio(self, purpose: str, number: int) -> float:
         """The ratio with a number in the even sequence of a purpose, which begins where the seed says."""
         offset = random.Random(f"{self.seed}/{purpose}").random()
-        return even_ratio(number, self.ratio_min, self.ratio_max, offset)
-
-
-def even_ratio(number: int, low: float, high: float, offset: float = 0.5) -> float:
-    """Return a ratio of a sequence whose every stretch covers the whole range evenly: multiples of the golden ratio.
-
-    Args:
-        number: place in the sequence, >= 0.
-        low, high: bounds of the ratio, fractions in [0, 1].
-        offset: where the sequence begins, in [0, 1).
-
-    >>> [round(even_ratio(step, 0.0, 0.8), 3) for step in range(4)]
-    [0.4, 0.094, 0.589, 0.283]
-    """
-    return low + (high - low) * ((offset + number * GOLDEN) % 1.0)
+        return self.ratio_min + (self.ratio_max - self.ratio_min) * ((offset + number * GOLDEN) % 1.0)
 
 
 POLICIES: dict[str, type[RatioPolicy]] = {

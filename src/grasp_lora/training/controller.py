@@ -38,7 +38,7 @@ from grasp_lora.errors import GraspError
 from grasp_lora.method.lora import Segment
 from grasp_lora.method.masks import MaskSettings, named, of_prefix, reset_moments, views
 from grasp_lora.method.rules import RatioEstimate, Round
-from grasp_lora.method.search import WITH_DEV, Controller, RatioSearch, RoundRecord, plain_policy, preset, ratio_rule
+from grasp_lora.method.search import WITH_DEV, Controller, RatioSearch, plain_policy, preset, ratio_rule
 from grasp_lora.storage.checkpoints import State
 from grasp_lora.storage.writing import write_jsonl
 from grasp_lora.training.probes import ProbeSet, ProbesInTurn, calibrate, encoded_rows, probes_of
@@ -146,15 +146,13 @@ class GraspController(PrunedTraining):
     def _start_anew(self) -> None:
         self.search = RatioSearch(self.settings.policy, ratio_rule(self.settings.rule))
         self._each_step = self.settings.policy.regime == "each_step"
-        self._order: torch.Tensor | None = (
-            None  # of importance, of the whole run, where each step has a mask of its own
-        )
+        self._order: torch.Tensor | None = None  # that of the whole run, where each step has a mask of its own
         self.prune_ratio = self.search.current_ratio
         self._rows: dict[str, list[dict[str, Any]]] = {ROUNDS_FILE: [], TIMINGS_FILE: []}
 
     # One round
 
-    def run_round(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> RoundRecord:
+    def run_round(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
         """Probe the candidates, tell the search, commit what it decides.
 
         Raises:
@@ -351,7 +349,7 @@ class GraspController(PrunedTraining):
         )
 
 
-def scalars_of(measured: RoundRecord) -> dict[str, float]:
+def scalars_of(measured: Mapping[str, Any]) -> dict[str, float]:
     """Return a round's scalars, as trackers take them."""
     return {
         "grasp/prune_ratio": measured["ratio"],

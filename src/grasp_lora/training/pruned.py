@@ -88,25 +88,18 @@ class GradientCheck(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check once, see `check_gradients`."""
-        if not self._checked:
-            check_gradients(kwargs["model"])
-            self._checked = True
+        """Check once that some LoRA weight has a gradient that is not zero.
 
+        An adapter that is zero throughout, pruned to nothing, passes: its exact gradient is zero.
 
-def check_gradients(model: torch.nn.Module) -> None:
-    """Check after a backward pass, before gradients are masked, that some LoRA weight has a gradient that is not zero.
-
-    An adapter that is zero throughout, pruned to nothing, passes: its exact gradient is zero.
-
-    Raises:
-        GraspError: there is none, so nothing would be trained; the message names the likely causes.
-    """
-    factors = live_factors(model).values()
-    if any(factor.grad is not None and factor.grad.any() for factor in factors):
-        return
-    if not any(factor.requires_grad for factor in factors) or any(factor.detach().any() for factor in factors):
-        raise no_gradients(model)
+        Raises:
+            GraspError: there is none, so nothing would be trained; the message names the likely causes.
+        """
+        factors = live_factors(kwargs["model"]).values()
+        seen = self._checked or any(factor.grad is not None and factor.grad.any() for factor in factors)
+        if not seen and any(factor.detach().any() for factor in factors):
+            raise no_gradients(kwargs["model"])
+        self._checked = True
 
 
 def no_gradients(model: torch.nn.Module) -> GraspError:

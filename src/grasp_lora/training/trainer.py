@@ -26,7 +26,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -64,15 +64,6 @@ logger = logging.getLogger(__name__)
 WEIGHTS = "weights.safetensors"  # of a checkpoint: every trained parameter as it is
 
 
-class LossRow(TypedDict):
-    """One line of `history.jsonl`: a training loss, the mean since the last such row, or a dev loss."""
-
-    step: int
-    epoch: float
-    loss: NotRequired[float]
-    dev_loss: NotRequired[float]
-
-
 @dataclass(frozen=True)
 class FineTuneResult:
     """What one fine-tune did.
@@ -81,13 +72,14 @@ class FineTuneResult:
         steps: optimizer steps taken.
         best_step: the step whose adapter the model holds now, 0 for the untrained one.
         dev_loss: dev loss at `best_step`, None where no dev rows were looked at.
-        history: losses, in the order of steps.
+        history: the lines of `history.jsonl`, in the order of steps: step, epoch, and a training loss, the mean since the last
+            such line (`loss`), or a dev loss (`dev_loss`).
     """
 
     steps: int
     best_step: int
     dev_loss: float | None
-    history: list[LossRow] = field(default_factory=list)
+    history: list[dict[str, float]] = field(default_factory=list)
 
 
 def finetune(
@@ -178,7 +170,7 @@ def finetune(
             f"the adapter's weights are no longer finite at step {steps}; "
             f"lower the learning rate (now {settings.learning_rate})"
         )
-    history: list[LossRow] = [
+    history: list[dict[str, float]] = [
         {"step": int(row["step"]), "epoch": row["epoch"], "loss": row["loss"]}
         for row in trainer.state.log_history
         if "loss" in row
@@ -323,7 +315,7 @@ class BestOnDev(SavedInCheckpoints):
         self.evaluate_steps = evaluate_steps
         self.best_loss = math.inf
         self.best_step = 0
-        self.history: list[LossRow] = []
+        self.history: list[dict[str, float]] = []
         self._best: dict[str, Tensor] = {}
         self._bad = 0
 
