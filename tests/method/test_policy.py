@@ -314,7 +314,7 @@ def test_a_policy_that_decides_no_ratio_within_its_bounds_is_named(decided, show
     search = RatioSearch(Decided(what=decided), RULES["smooth_fit"])
     with pytest.raises(RecipeError, match=rf"policy Decided decided {shown} after round 1; .* lies in \[0\.1, 0\.8\]"):
         search.tell(a_round(search))
-    assert search.current_ratio == 0.4
+    assert (search.mean, search.std, search.current_ratio, search.history) == (*search.policy.start, 0.4, [])
 
 
 @pytest.mark.parametrize(
