@@ -3,7 +3,6 @@
 Colours are names of CSS variables, which the page resolves, so that one file suits light and dark.
 """
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -31,14 +30,6 @@ def figures_of(run: Run) -> dict[str, Figure]:
         **{f"history-{name}": _history(run.history.get(name, [])) for name in TRAINED},
     }
     return {name: figure for name, figure in figures.items() if figure is not None}
-
-
-def script_json(value: Any) -> Any:
-    """Return JSON that is safe inside a script element: no tag can end it, and no line separator can break it."""
-    from markupsafe import Markup
-
-    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
 
 
 @cache

@@ -26,7 +26,7 @@ from grasp_lora.engine.run_folder import COMPARE_FOLDER, DISCARDED, FINAL_FOLDER
 from grasp_lora.recipes.text import RECIPE_FILE
 from grasp_lora.report import delivered, tables
 from grasp_lora.report.examples import examples_of, label_note
-from grasp_lora.report.figures import figures_of, plotly_js, script_json
+from grasp_lora.report.figures import figures_of, plotly_js
 from grasp_lora.report.tables import METRIC_NAMES, percent
 from grasp_lora.storage.writing import write_whole
 from grasp_lora.text.display import escaped, one_line
@@ -307,7 +307,8 @@ def _templates() -> Any:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["script_json"] = script_json
+    # For `tojson`, whose own setting sorts the keys; a browser reads no NaN.
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     environment.filters["md"] = _markdown
     return environment
 
