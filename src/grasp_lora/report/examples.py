@@ -55,13 +55,12 @@ def examples_of(run: Run) -> Examples:
     """Return at most `MOST_SHOWN` test examples, those first whose answers differ most by the leading metric."""
     titles = titles_of(run)
     answers = {titles[name]: rows for name, rows in run.predictions.items()}
-    return differing(answers, run.prompts, run.data.ids["test"], titles.get(run.metrics.delivered.name))
+    return differing(answers, run.prompts, titles.get(run.metrics.delivered.name))
 
 
 def differing(
     answers: Mapping[str, Sequence[Prediction]],
     prompts: Sequence[str],
-    ids: Sequence[str],
     chosen: str | None = None,
     metric: str | None = None,
 ) -> Examples:
@@ -69,12 +68,11 @@ def differing(
 
     Args:
         answers: title of each system -> its answers, in the order of the prompts.
-        prompts, ids: of each example.
         chosen: title of the system that is printed bold.
         metric: that says how much they differ; None for the leading one of those that are finite.
     """
     metric = metric or leading_metric([row for rows in answers.values() for row in rows])
-    order = sorted(range(len(ids)), key=lambda place: _likeness([rows[place] for rows in answers.values()], metric))
+    order = sorted(range(len(prompts)), key=lambda place: _likeness([rows[place] for rows in answers.values()], metric))
     shown = []
     for place in order[:MOST_SHOWN]:
         rows = {title: predictions[place] for title, predictions in answers.items()}
@@ -82,11 +80,11 @@ def differing(
             Answer(title, title == chosen, _cut(row.prediction), *marked(row.scores.get(metric or ""), metric))
             for title, row in rows.items()
         ]
-        references = [_cut(text) for text in next(iter(rows.values())).references]
-        prompt = _cut(prompts[place], PROMPT_CHARACTERS_SHOWN)
-        shown.append(Question(place + 1, ids[place], prompt, references, of_systems))
+        first = next(iter(rows.values()))
+        prompt, references = _cut(prompts[place], PROMPT_CHARACTERS_SHOWN), list(map(_cut, first.references))
+        shown.append(Question(place + 1, first.id, prompt, references, of_systems))
     name = METRIC_NAMES.get(metric, metric) if metric else None
-    return Examples(shown, len(ids), name, marked(0.0, metric)[0] is not None)
+    return Examples(shown, len(prompts), name, marked(0.0, metric)[0] is not None)
 
 
 def label_note(run: Run) -> list[str]:

@@ -33,14 +33,13 @@ def figures_of(run: Run) -> dict[str, Figure]:
 
 
 @cache
-def plotly_js() -> Any:
+def plotly_js() -> str:
     """Return the plotly library, to be written into a script element."""
-    from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 
-    source = get_plotlyjs()
+    source: str = get_plotlyjs()
     assert "</script" not in source.lower(), "the plotly library would end its own script element"
-    return Markup(source)
+    return source
 
 
 def _figure(traces: list[Trace], x: str, y: str, **layout: Any) -> Figure:

@@ -76,7 +76,7 @@ def print_judgement(judgement: Judgement, console: Console) -> None:
     for line in (sentence(judgement), how(judgement)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     pair = {name: judgement.answers[name] for name in judgement.ranking[:2]}
-    for question in differing(pair, judgement.prompts, _ids(judgement), metric=judgement.metric).shown[:SHOWN]:
+    for question in differing(pair, judgement.prompts, metric=judgement.metric).shown[:SHOWN]:
         console.print(
             f"row {question.number}, expected: {_short(question.references[0])}", markup=False, soft_wrap=True
         )
@@ -106,10 +106,6 @@ def _rows(judgement: Judgement) -> list[dict[str, Any]]:
 
 def _answer(row: Prediction) -> dict[str, Any]:
     return {"answer": row.prediction, "loss": row.loss, "scores": dict(row.scores)}
-
-
-def _ids(judgement: Judgement) -> list[str]:
-    return [row.id for row in next(iter(judgement.answers.values()))]
 
 
 def _name(metric: str) -> str:

@@ -73,7 +73,7 @@ def view_of(run: Run, folder: Path) -> dict[str, Any]:
         "version": version("grasp-lora"),
         "paper": PAPER,
         "info": run.info,
-        "name": run.info.name,
+        "estimate": estimate,
         "verdict": delivered.verdict(run, compared) if chosen else None,
         "why_delivered": metrics.delivered.why if chosen else None,
         # The result of the final run is another adapter, where there is one.
@@ -89,15 +89,12 @@ def view_of(run: Run, folder: Path) -> dict[str, Any]:
         "prunes": not tables.is_unpruned(run),
         "ratio": percent(metrics.prune_ratio, 1),
         "learned": run.learned is not None,
-        "rule": estimate.rule,
         "rounds": len(run.learned.result.rounds) if run.learned else 0,
         "each_step": run.recipe.controller.policy.regime == "each_step",
-        "fitted": bool(estimate.curve),
         "probed_on": _probed_on(run),
         "interval": [percent(bound, 1) for bound in (estimate.low, estimate.high)],
         "confidence": percent(estimate.confidence),
         "interval_note": _interval_note(run),
-        "nothing_learned": estimate.nothing_learned,
         "language": run.recipe.data.target.language.replace("_", "-"),  # as HTML has it
         "scores": tables.scores_table(run),
         "signatures": {METRIC_NAMES.get(key, key): text for key, text in metrics.signatures.items()},
@@ -181,13 +178,6 @@ def public_name(name: str) -> str:
 # A comparison
 
 
-def wide(console: Console) -> Console:
-    """The console to print a table on. Without a terminal rich would take 80 columns."""
-    if console.is_terminal:
-        return console
-    return Console(file=console.file, width=FULL_WIDTH, quiet=console.quiet, emoji=False)
-
-
 def print_table(table: tables.TextTable, console: Console) -> None:
     """Print a table, the best of each column bold."""
     printed = Table()
@@ -196,7 +186,9 @@ def print_table(table: tables.TextTable, console: Console) -> None:
     for row in table.rows:
         # A row that is short, since its text goes over several columns, is filled up.
         printed.add_row(*(Text(cell.text, style="bold" if cell.best else "") for cell in row))
-    wide(console).print(printed)
+    if not console.is_terminal:  # where rich would take 80 columns
+        console = Console(file=console.file, width=FULL_WIDTH, quiet=console.quiet, emoji=False)
+    console.print(printed)
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
@@ -223,9 +215,7 @@ def _view_of_comparison(comparison: Comparison) -> dict[str, Any]:
     intervals = [interval for row in comparison.rows for interval in row.against.values()]
     return {
         "version": version("grasp-lora"),
-        "name": comparison.name,
         "content": comparison,
-        "reference": comparison.reference_title,
         "choices": _choices(comparison),
         "scores": tables.comparison_scores(comparison),
         "cost": tables.comparison_cost(comparison),
@@ -234,7 +224,6 @@ def _view_of_comparison(comparison: Comparison) -> dict[str, Any]:
         "drawn": _drawn(comparison),
         "planned": [row.title for row in comparison.finished if any(each.verdict for each in row.against.values())],
         "confidence": f"{intervals[0].confidence:.0%}" if intervals else "95%",
-        "machines": len(comparison.made_with),
         "scale": tables.scale_note(metric for metric in comparison.metrics if metric != TEST_LOSS),
         "stopping": _stopping(comparison),
         "command": command_of(comparison),

@@ -210,14 +210,9 @@ class Difference:
 
 
 def compare_handed_over(run: Run) -> dict[str, Difference]:
-    """What is handed over against every other system: the one family of comparisons of a run, corrected for each other."""
+    """What is handed over against every other system by the leading metric; the intervals hold for all of them together."""
     ours = run.metrics.delivered.name
-    return _differences(run, ours, [name for name in run.metrics.systems if name != ours])
-
-
-def _differences(run: Run, ours: str, rivals: Sequence[str]) -> dict[str, Difference]:
-    """One system against others by the leading metric; the intervals hold for all of them together."""
-    names = [ours, *rivals]
+    names = [ours, *(name for name in run.metrics.systems if name != ours)]
     scores = {name: run.metrics.systems[name].metrics for name in names}
     finite = [key for key in scores[ours] if all(_is_number(scores[name].get(key)) for name in names)]
     if not finite or len(names) < 2:
