@@ -52,7 +52,7 @@ class TestTemplates:
 
 class TestEncoding:
     def encoder(self, tokenizer: PreTrainedTokenizerFast, **changes: object) -> Encoder:
-        defaults = {"task": "qa", "language": "en", "template": resolve_template("qa", "en"), "max_tokens": 500}
+        defaults = {"task": "qa", "template": resolve_template("qa", "en"), "max_tokens": 500}
         return Encoder(tokenizer, **{**defaults, **changes})
 
     def record(self, context: str = "the sky", answer: str = "sky", **changes: object) -> Record:
@@ -266,7 +266,7 @@ class TestEncodeRows:
         (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
         target = CorpusSettings("ar", files={"pool": ("x.jsonl",)}, test=1, dev=1, micro_dev=1)
         splits = build_splits(DataSettings("completion", target, chat_template=chat), chat_tokenizer, 0, tmp_path)
-        built = {e.id: dataclasses.replace(e, language="") for name in SPLITS for e in getattr(splits, name)}
+        built = {e.id: e for name in SPLITS for e in getattr(splits, name)}
         assert {e.id: e for e in encode_rows(rows, chat_tokenizer)} == built
         assert len(built) == 5
 

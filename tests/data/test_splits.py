@@ -57,7 +57,7 @@ def ids(examples: tuple[Example, ...]) -> list[str]:
 
 
 def example(identity: str, group: str = "", prompt: str = "") -> Example:
-    return Example(identity, prompt or identity, "c", ("c",), "ar", group or identity, (1,), (2,))
+    return Example(identity, prompt or identity, "c", ("c",), group or identity, (1,), (2,))
 
 
 def splits_of(**named: list[Example]) -> Splits:
@@ -300,7 +300,7 @@ class TestBuildSplits:
         assert len(splits.source_train) == 120 - 12 - 2 * len(held_out)
         assert source.unused == 0
         assert splits.report.target.unused == 100 - 47
-        assert {e.language for e in splits.source_dev} == {"en"}
+        assert all(e.prompt.startswith("Context: en article") for e in splits.source_dev)
         assert splits.train[0].prompt.startswith("السياق: ar article")
         report = splits.report.to_json()
         assert json.loads(json.dumps(report)) == report

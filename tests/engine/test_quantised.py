@@ -29,9 +29,7 @@ from grasp_lora.models.model_settings import QUANTISERS, BackboneSettings, Gener
 from grasp_lora.training.probes import ProbeSet
 
 NEAR = {"nf4": 0.3, "int8": 0.02}  # relative distance of the logits from those of the full model
-EXAMPLES = [
-    Example(f"e{n}", "p", "c", ("c",), "de", "", tuple(range(5 + n, 30)), tuple(range(40, 44 + n))) for n in range(4)
-]
+EXAMPLES = [Example(f"e{n}", "p", "c", ("c",), "", tuple(range(5 + n, 30)), tuple(range(40, 44 + n))) for n in range(4)]
 
 
 MISSING = importlib.util.find_spec("bitsandbytes") is None

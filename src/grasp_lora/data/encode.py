@@ -39,7 +39,6 @@ class Example:
         id: id of the record.
         prompt, completion: texts that were tokenised.
         references: gold answers or summaries, untemplated.
-        language: code of its corpus.
         group: name of the component of records that share an id, a text or an article.
         prompt_ids, completion_ids: token ids; completion_ids end with EOS, or what the chat template ends a turn with.
         marks: see `Record.marks`.
@@ -50,7 +49,6 @@ class Example:
     prompt: str
     completion: str
     references: tuple[str, ...]
-    language: str
     group: str
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
@@ -227,7 +225,6 @@ class Encoder:
     Args:
         tokenizer: with an EOS token, and a chat template where `chat` is set.
         task: a key of TASKS.
-        language: code of the corpus.
         template: as `resolve_template` gives it.
         max_tokens: prompt, completion and EOS together.
         max_document_tokens: the task's document is cut to so many tokens; None to cut nothing.
@@ -239,7 +236,6 @@ class Encoder:
 
     tokenizer: "PreTrainedTokenizerBase"
     task: str
-    language: str
     template: Template
     max_tokens: int
     max_document_tokens: int | None = None
@@ -275,7 +271,6 @@ class Encoder:
                 prompt=prompts[i].replace(_BREAK, ""),
                 completion=completions[i].replace(_BREAK, ""),
                 references=record.references,
-                language=self.language,
                 group=groups[i],
                 prompt_ids=tuple(before),
                 completion_ids=tuple(after),
@@ -408,7 +403,7 @@ def encode_rows(rows: Sequence[Mapping[str, object]], tokenizer: "PreTrainedToke
     pool = make_pool([Table("the list of rows", identified)], "completion", {"id": "id"})
     groups = join_groups(keys_with_turns(pool.records))
     template = resolve_template("completion", ANY_LANGUAGE)
-    plain = Encoder(tokenizer, "completion", "", template, max_tokens=sys.maxsize, data_is_text=False)
+    plain = Encoder(tokenizer, "completion", template, max_tokens=sys.maxsize, data_is_text=False)
     examples: dict[str, Example | None] = {}
     for encoder in (plain, replace(plain, chat=True)):
         records = [record for record in pool.records if bool(record.messages) == encoder.chat]

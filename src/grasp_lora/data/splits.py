@@ -174,9 +174,7 @@ def build_splits(
         limits = settings.max_tokens, settings.max_document_tokens
         prompt, completion = settings.templates(corpus)
         template = resolve_template(settings.task, corpus.language, prompt, completion, chat)
-        encoders[role] = encoder = Encoder(
-            tokenizer, settings.task, corpus.language, template, *limits, chat, ends_turns=talks
-        )
+        encoders[role] = encoder = Encoder(tokenizer, settings.task, template, *limits, chat, ends_turns=talks)
         # Splits that the user made on both sides are checked, not changed.
         barred = set() if corpus.explicit and settings.target.explicit else held_out
         tallies[role] = tally = Tally(corpus.language)

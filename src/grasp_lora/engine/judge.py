@@ -318,9 +318,7 @@ def _encoder(contestant: Contestant, corpus: Corpus, language: str, loaded: Back
     check_tokenizer(tokenizer, chat=in_chat)
     worded = language if built_in_template(corpus.task, language) else FALLBACK_LANGUAGE
     template = resolve_template(corpus.task, worded, form.prompt, form.completion, in_chat)
-    return Encoder(
-        tokenizer, corpus.task, language, template, sys.maxsize, form.max_document_tokens, in_chat, ends_turns=talks
-    )
+    return Encoder(tokenizer, corpus.task, template, sys.maxsize, form.max_document_tokens, in_chat, ends_turns=talks)
 
 
 def _check_rows(contestant: Contestant, examples: Sequence[Example], corpus: Corpus) -> None:

@@ -92,11 +92,11 @@ class Asked:
         cut = None if talks else self.form.max_document_tokens
         template_of_rows = PLAIN if talks else template
         ends_turns = talks and template.prompt.endswith("\n")  # as in its training
-        return Encoder(self.tokenizer, task, "", template_of_rows, sys.maxsize, cut, self.chat, ends_turns=ends_turns)
+        return Encoder(self.tokenizer, task, template_of_rows, sys.maxsize, cut, self.chat, ends_turns=ends_turns)
 
     def _answer(self, ids: Sequence[Sequence[int]]) -> list[str]:
         labels = encode_labels(self.form.labels, self._encoder())
-        ends = [Encoder(self.tokenizer, "completion", "", PLAIN, sys.maxsize, chat=True).end] if self.chat else []
+        ends = [Encoder(self.tokenizer, "completion", PLAIN, sys.maxsize, chat=True).end] if self.chat else []
         answers = answer(self.model, self.tokenizer, ids, self.settings, ends=ends, labels=labels)
         return [text for text, _ in answers]
 
