@@ -23,24 +23,18 @@ def join_groups(key_sets: Iterable[frozenset[str]]) -> dict[str, str]:
     >>> names["text:b"], names["text:c"]
     ('a', 'c')
     """
-    parent: dict[str, str] = {}
+    from scipy.cluster.hierarchy import DisjointSet  # takes a moment: not at the top
 
-    def find(key: str) -> str:
-        parent.setdefault(key, key)
-        while parent[key] != key:
-            parent[key] = parent[parent[key]]
-            key = parent[key]
-        return key
-
+    joined = DisjointSet()
     for keys in key_sets:
-        first, *rest = keys
-        root = find(first)
-        for key in rest:
-            parent[find(key)] = root
+        first = next(iter(keys))
+        for key in keys:
+            joined.add(key)
+            joined.merge(first, key)
     names: dict[str, str] = {}
-    for key in sorted(key for key in parent if key.startswith("text:")):
-        names.setdefault(find(key), key.removeprefix("text:"))
-    return {key: names[find(key)] for key in parent}
+    for key in sorted(key for key in joined if key.startswith("text:")):
+        names.setdefault(joined[key], key.removeprefix("text:"))
+    return {key: names[joined[key]] for key in joined}
 
 
 def by_group(records: Iterable[Record], groups: Mapping[str, str]) -> dict[str, list[Record]]:
