@@ -94,6 +94,12 @@ def test_without_a_model_it_is_unavailable_and_not_0():
     lack_of_bertscore("ar", BertScoreSettings({"zh": "no/model"}))
 
 
+def test_codes_of_two_and_of_three_letters_name_one_language(encoder):
+    result = compute(BertScoreSettings({"zho": str(encoder)}), ["去北京"], [["去北京"]], "zh")
+    assert result.value == 100
+    assert compute(BertScoreSettings({"zh": str(encoder), "zh-TW": "no/model"}), ["x"], [["x"]], "zh-TW").value == 100
+
+
 def test_signature_names_the_model_as_the_recipe_does(encoder):
     settings = BertScoreSettings({"zh": encoder.name})
     result = compute(settings, ["x", "y"], [["x"], ["y", "z"]], base=encoder.parent)

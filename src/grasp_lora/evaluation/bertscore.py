@@ -3,6 +3,7 @@
 What a language lacks for it, such as "no model for sw", is said in the tables, and never a 0.
 """
 
+import unicodedata
 from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -11,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from grasp_lora.errors import RecipeError
-from grasp_lora.evaluation.short_answers import MetricScore, Outputs, score_of_similarities
+from grasp_lora.evaluation.short_answers import MetricScore, Outputs, sign
 from grasp_lora.storage.reading import expanded, is_folder, reading
+from grasp_lora.text.languages import language_code
 from grasp_lora.text.names import needs, without_place
+
+_DECIMALS = 4  # of a percentage: what float32 leaves over batches of different shapes
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,11 @@ class BertScoreSettings:
 
     models: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def by_code(self) -> dict[str, str]:
+        """The models by `language_code`, since `zho` names the language of `zh`; a code that stands there itself comes first."""
+        return {language_code(language): place for language, place in self.models.items()} | self.models
+
 
 @dataclass(frozen=True)
 class _Encoder:
@@ -38,15 +47,15 @@ class _Encoder:
     layer: str  # such as 9/12
     device: str
 
-    def compare(self, predictions: list[str], references: list[str]) -> list[float]:
-        """F of each pair, a fraction."""
+    def compare(self, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], float]:
+        """F of each pair of a prediction and a reference, a fraction."""
         from bert_score.utils import bert_cos_score_idf
 
         weights: dict[int, float] = defaultdict(lambda: 1.0)
         weights[self.tokenizer.sep_token_id] = weights[self.tokenizer.cls_token_id] = 0.0
+        predictions, references = map(list, zip(*pairs, strict=True))
         scores = bert_cos_score_idf(self.model, references, predictions, self.tokenizer, weights, device=self.device)
-        values: list[float] = scores[:, 2].tolist()
-        return values
+        return dict(zip(pairs, scores[:, 2].tolist(), strict=True))
 
 
 def bertscore(outputs: Outputs, settings: BertScoreSettings | None = None, *, base: Path = Path()) -> MetricScore:
@@ -61,15 +70,18 @@ def bertscore(outputs: Outputs, settings: BertScoreSettings | None = None, *, ba
 
     Source: Zhang et al. 2020; bert-score.
     """
-    settings = settings or BertScoreSettings()
-    code = outputs.language_code
-    encoder = _load(settings.models[code], base)
-    return score_of_similarities(
-        "bertscore",
-        outputs,
-        encoder.compare,
+    place = (settings or BertScoreSettings()).by_code[outputs.language_code]
+    encoder = _load(place, base)
+    answers = list(zip(outputs.predictions, outputs.references, strict=True))
+    pairs = [(text, good) for text, texts in answers for good in texts if not _is_blank(text) and not _is_blank(good)]
+    values = encoder.compare(pairs) if pairs else {}
+    best = [max(values.get((text, good), 0.0) for good in texts) for text, texts in answers]
+    per_example = tuple(round(min(100.0, 100.0 * value), _DECIMALS) for value in best)
+    signature = sign(
+        nrefs=outputs.reference_count,
+        refs="best",
         measure="f",
-        model=without_place(settings.models[code]),
+        model=without_place(place),
         layer=encoder.layer,
         idf="no",
         rescaled="no",
@@ -77,6 +89,11 @@ def bertscore(outputs: Outputs, settings: BertScoreSettings | None = None, *, ba
         bert_score=version("bert-score"),
         transformers=version("transformers"),
     )
+    return MetricScore("bertscore", sum(per_example) / len(per_example), signature, per_example)
+
+
+def _is_blank(text: str) -> bool:
+    return all(unicodedata.category(character)[0] in "CZ" for character in text)
 
 
 def lack_of_bertscore(language: str, settings: BertScoreSettings | None = None, *, base: Path = Path()) -> str | None:
@@ -86,9 +103,9 @@ def lack_of_bertscore(language: str, settings: BertScoreSettings | None = None, 
         language: its code, see `language_code`.
         settings, base: see `bertscore`.
     """
-    if settings is None or language not in settings.models:
+    if settings is None or language not in settings.by_code:
         return f"no model for {language}"
-    _load(settings.models[language], base)
+    _load(settings.by_code[language], base)
     return None
 
 

@@ -10,7 +10,6 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING
 
 from grasp_lora.text.characters import DOTTED, INVISIBLE, JOINERS, lowered, space_words, split_unspaced
@@ -18,8 +17,6 @@ from grasp_lora.text.languages import language_code
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_DECIMALS = 4  # of a percentage: what float32 leaves over batches of different shapes
 
 # What MLQA counts as an article, as a pattern on text without punctuation; None: no articles. The Arabic one
 # has no word boundary, so it also cuts "ال" out of the middle of a word: the official rule has that effect.
@@ -112,36 +109,8 @@ def score_of_fractions(name: str, outputs: Outputs, fractions: Sequence[float], 
     for value in fractions:
         total += value
     per_example = tuple(100.0 * value for value in fractions)
-    return MetricScore(name, 100.0 * total / len(fractions), _best_of(outputs, parts), per_example)
-
-
-def score_of_similarities(
-    name: str, outputs: Outputs, compare: Callable[[list[str], list[str]], Sequence[float]], **parts: str
-) -> MetricScore:
-    """Score the mean similarity of each prediction to its best reference; `parts` end the signature.
-
-    Args:
-        compare: from texts and as many others to the similarity of each pair, at most 1; it gets no blank texts, which score 0.
-    """
-    counts = [len(references) for references in outputs.references]
-    predictions = [text for text, count in zip(outputs.predictions, counts, strict=True) for _ in range(count)]
-    pairs = list(zip(predictions, (text for texts in outputs.references for text in texts), strict=True))
-    similarities = [0.0] * len(pairs)
-    if rows := [row for row, pair in enumerate(pairs) if not any(map(_is_blank, pair))]:
-        values = compare([pairs[row][0] for row in rows], [pairs[row][1] for row in rows])
-        for row, value in zip(rows, values, strict=True):
-            similarities[row] = value
-    left = iter(similarities)
-    best = tuple(round(min(100.0, 100.0 * max(islice(left, count))), _DECIMALS) for count in counts)
-    return MetricScore(name, sum(best) / len(best), _best_of(outputs, parts), best)
-
-
-def _best_of(outputs: Outputs, parts: dict[str, str]) -> str:
-    return sign(nrefs=outputs.reference_count, refs="best", **parts)
-
-
-def _is_blank(text: str) -> bool:
-    return all(unicodedata.category(character)[0] in "CZ" for character in text)
+    signature = sign(nrefs=outputs.reference_count, refs="best", **parts)
+    return MetricScore(name, 100.0 * total / len(fractions), signature, per_example)
 
 
 def accuracy(outputs: Outputs) -> MetricScore:
