@@ -132,11 +132,7 @@ def _imported(name: str) -> Metric:
         function = imported("metric", name, METRICS)
         if not callable(function) and not isinstance(function, Metric):
             raise ValueError(f"{name} is a {type(function).__name__}; it must be a function of Outputs, or a Metric")
-    return (
-        function
-        if isinstance(function, Metric)
-        else Metric(function, (function.__doc__ or name).strip().splitlines()[0])
-    )
+    return function if isinstance(function, Metric) else Metric(function, name)
 
 
 def _compute(name: str, metric: Metric, outputs: Outputs) -> MetricScore:
