@@ -58,15 +58,10 @@ def compare(
         from grasp_lora.cli.on_ray import share
         from grasp_lora.report.bars import TerminalProgress
         from grasp_lora.report.pages import COMPARISON_TABLES_FILE, print_comparison
-    settings: dict[str, Any] = {"reference": reference, "folds": folds}
-    if methods is not None:
-        settings["methods"] = tuple(_parts(methods))
-    if seeds is not None:
-        settings["seeds"] = tuple(_parts(seeds))
-    if grid is not None:
-        settings["grid"] = tuple(_parts(grid))
-    arguments = {
-        "recipe": recipe, "overrides": overrides or [], "folder": output, "allow_code": allow_code, **settings
+    lists = {"methods": methods, "seeds": seeds, "grid": grid}
+    arguments: dict[str, Any] = {
+        "recipe": recipe, "overrides": overrides or [], "folder": output, "allow_code": allow_code, "reference": reference,
+        "folds": folds, **{name: _parts(text) for name, text in lists.items() if text is not None},
     }  # fmt: skip
     if on not in (None, "ray") or (on is None and (address is not None or gpus_per_worker or workers is not None)):
         raise RecipeError(
@@ -90,5 +85,5 @@ def compare(
         raise GraspError(f"{len(failed)} of {len(comparison.rows)} methods failed: {'; '.join(failed)}")
 
 
-def _parts(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+def _parts(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())

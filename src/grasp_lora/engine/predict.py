@@ -343,19 +343,13 @@ def _with_stand_ins(paragraph: object) -> object:
     return {**paragraph, "qas": qas}  # type: ignore[dict-item]
 
 
-def _cells(rows: Rows) -> list[list[object]]:
-    """The names of all columns, then the cells of each row; lists and objects as JSON texts."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    table = [[row.get(name) for name in names] for row in rows]
-    return [
-        [*names],
-        *([_as_json(cell) if isinstance(cell, list | dict) else cell for cell in cells] for cells in table),
-    ]
-
-
 def _as_csv(rows: Rows) -> bytes:
+    """The columns of all rows; lists and objects as JSON texts."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(_cells(rows))
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: _as_json(cell) if isinstance(cell, list | dict) else cell for name, cell in row.items()})
     return text.getvalue().encode("utf-8-sig")  # without its mark Excel takes UTF-8 for another encoding
 
 

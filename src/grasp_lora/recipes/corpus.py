@@ -88,11 +88,6 @@ class Corpus:
         return max((self._bytes(record) for record in self.records), default=0) // BYTES
 
     @property
-    def most_tokens(self) -> int:
-        """A limit that leaves out no example of ordinary length."""
-        return min(MOST_TOKENS, self.roomy_tokens)
-
-    @property
     def roomy_tokens(self) -> int:
         """A limit that leaves out nothing, whatever the script: two bytes a token."""
         return max(FEWEST_TOKENS, 64 * math.ceil(self.longest_tokens * BYTES / 2 / 64))

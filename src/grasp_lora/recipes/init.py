@@ -21,7 +21,7 @@ from grasp_lora.data.tasks import FALLBACK_LANGUAGE, TEMPLATES, built_in_templat
 from grasp_lora.errors import AdapterError, DataError, RecipeError
 from grasp_lora.models.adapter_files import CONFIG_FILE, read_backbone
 from grasp_lora.models.model_settings import EMBEDDED_ADAPTER, EMBEDDED_NAME
-from grasp_lora.recipes.corpus import CUT_DOCUMENT, Corpus, parse_columns, read_corpus, relative
+from grasp_lora.recipes.corpus import CUT_DOCUMENT, MOST_TOKENS, Corpus, parse_columns, read_corpus, relative
 from grasp_lora.recipes.load import backbone_of_run, validate
 from grasp_lora.recipes.recipe import schema_text
 from grasp_lora.recipes.text import SCHEMA_FILE, SCHEMA_LINE, parse
@@ -241,12 +241,12 @@ def _backbone_of(adapters: Sequence[str]) -> str:
 
 def token_limit(target: Corpus, sources: Sequence[Corpus]) -> int:
     """The limit of tokens for both languages: it leaves out what is very long, unless too little would be left."""
-    corpora = (target, *sources)
-    most = max(corpus.most_tokens for corpus in corpora)
+    roomy = max(corpus.roomy_tokens for corpus in (target, *sources))
+    most = min(MOST_TOKENS, roomy)
     left = sum(len(corpus.usable(most)) for corpus in sources)
     if len(target.usable(most)) >= FEWEST and (not sources or left >= FEWEST_SOURCE):
         return most
-    return max(corpus.roomy_tokens for corpus in corpora)
+    return roomy
 
 
 def choose_sizes(target: Corpus, sources: Sequence[Corpus]) -> Sizes:
