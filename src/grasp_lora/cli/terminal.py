@@ -34,13 +34,7 @@ def loading(what: str = "loading") -> Iterator[None]:
 
 
 def say(text: str | Text, style: str | None = None, *, copied: bool = False) -> None:
-    """Print one line as it is, in a terminal broken between words.
-
-    Args:
-        text: it may hold anything; one with styles of its own is one line already.
-        style: of all of it.
-        copied: it holds a command, which no line break may cut.
-    """
+    """Print one line as it is, in a terminal broken between words; no line break cuts a command, which is `copied`."""
     line = one_line(text) if isinstance(text, str) else text
     console.print(line, style=style, markup=False, highlight=False, soft_wrap=copied or not console.is_terminal)
 

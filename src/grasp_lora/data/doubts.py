@@ -18,8 +18,7 @@ def likely_slips(labels: Iterable[tuple[str, str]]) -> dict[str, str]:
     >>> likely_slips([*[("ankesë", "line 2")] * 9, ("ankese", "line 31"), ("tjetër", "line 40")])
     {'ankese': 'ankese in line 31: did you mean ankesë, which 9 rows have?'}
 
-    Args:
-        labels: of each row its label and its place. Labels that differ in digits alone are meant so.
+    Labels that differ in digits alone are meant so.
     """
     places: dict[str, list[str]] = {}
     for label, where in labels:

@@ -33,25 +33,15 @@ _BREAK = "\x00"  # which records never hold
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenised example; the model is fed prompt_ids + completion_ids and learns completion_ids.
-
-    Args:
-        id: id of the record.
-        prompt, completion: texts that were tokenised.
-        references: gold answers or summaries, untemplated.
-        group: name of the component of records that share an id, a text or an article.
-        prompt_ids, completion_ids: token ids; completion_ids end with EOS, or what the chat template ends a turn with.
-        marks: see `Record.marks`.
-        where: see `Record.where`.
-    """
+    """One tokenised record; the model is fed prompt_ids + completion_ids and learns completion_ids."""
 
     id: str
     prompt: str
     completion: str
-    references: tuple[str, ...]
-    group: str
+    references: tuple[str, ...]  # gold answers or summaries, untemplated
+    group: str  # name of the component of records that share an id, a text or an article
     prompt_ids: tuple[int, ...]
-    completion_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]  # they end with EOS, or what the chat template ends a turn with
     marks: tuple[str, ...] = ()
     where: str = field(default="", compare=False)
 
@@ -101,13 +91,8 @@ def render_chat(
 ) -> list[str]:
     """Return conversations in the tokenizer's chat template, up to where the assistant's answer begins.
 
-    The template runs in the sandbox of transformers. One that prints the current date (Llama 3.2's, for one) gets a fixed one:
-    else prompts would be others tomorrow.
-
-    Args:
-        tokenizer: with a chat template.
-        conversations: turns with `role` and `content`.
-        names: of the conversations, for messages.
+    Errors call the conversations by their names. The template runs in the sandbox of transformers. One that prints the current
+    date (Llama 3.2's, for one) gets a fixed one: else prompts would be others tomorrow.
     """
     check_tokenizer(tokenizer, chat=True)
     prompts = []
@@ -138,11 +123,7 @@ def _rendered(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Message], na
 
 
 def end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """Return the token that the chat template writes after an answer of the assistant; the EOS token where it writes none.
-
-    Args:
-        tokenizer: with an EOS token.
-    """
+    """Return the token that the chat template writes after an answer of the assistant; the EOS token where it writes none."""
     answer = "an answer of the assistant"
     talk = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": answer}]
     try:
@@ -422,9 +403,7 @@ def encoding_of(tokenizer: Any) -> tuple[object, object]:
 def check_encoding(encoding: tuple[object, object] | None, trained_by: Any) -> None:
     """Check that a trainer's tokenizer, or processor, encodes as rows were encoded; TRL may change it as it makes the trainer.
 
-    Args:
-        encoding: of the rows; None where nothing is known.
-        trained_by: the trainer's; None where it has none.
+    Nothing is checked where one of the two is None.
     """
     if encoding is None or trained_by is None:
         return

@@ -48,15 +48,11 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of one file or data set, and its name for messages and made-up ids.
-
-    Args:
-        of_cells: whether a value is what a cell holds, a text or a number, so that it is no list.
-    """
+    """Rows of one file or data set, and its name for messages and made-up ids."""
 
     name: str
     rows: list[Row]
-    of_cells: bool = False
+    of_cells: bool = False  # a value is what a cell holds, a text or a number, and no list
 
     @property
     def columns(self) -> list[str]:
@@ -65,12 +61,9 @@ class Table:
 
 
 def read_file(name: str, path: Path, sheet: str | None = None) -> Table:
-    """Read a file; SQuAD data has a row for each article.
+    """Read a file, which messages call by its name; SQuAD data has a row for each article.
 
-    Args:
-        name: what the file is called in messages.
-        path: where it is.
-        sheet: of a workbook; None for the first that is not hidden.
+    Of a workbook it reads `sheet`, or else the first sheet that is not hidden.
 
     Raises:
         DataError: the file is missing or malformed, or has no such sheet.

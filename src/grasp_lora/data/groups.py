@@ -48,8 +48,7 @@ def by_group(records: Iterable[Record], groups: Mapping[str, str]) -> dict[str, 
 def keys_with_turns(records: Iterable[Record]) -> Iterator[frozenset[str]]:
     """Yield the keys of each record, and for rows of one conversation a key of both, so that `join_groups` joins them.
 
-    Args:
-        records: of all pools, since a conversation may stand in the files of two splits.
+    The records are those of all pools, since a conversation may stand in the files of two splits.
     """
     all_records = list(records)
     yield from (record.keys for record in all_records)

@@ -104,53 +104,31 @@ class Record:
 
 @dataclass(frozen=True)
 class Pool:
-    """Records that may go to any split, and what was done to their rows.
-
-    Args:
-        records: at least one.
-        characters_mapped, characters_removed: control characters.
-        unanswerable: rows without an answer.
-        answers_trimmed: answers with white space around them, which was removed.
-    """
+    """Records that may go to any split, at least one, and what was done to their rows."""
 
     records: tuple[Record, ...]
-    characters_mapped: int = 0
-    characters_removed: int = 0
-    unanswerable: int = 0
-    answers_trimmed: int = 0
+    characters_mapped: int = 0  # control characters
+    characters_removed: int = 0  # control characters
+    unanswerable: int = 0  # rows without an answer
+    answers_trimmed: int = 0  # of the white space around them
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How rows say what a task needs.
+    """How rows say what a task needs."""
 
-    Args:
-        name: for messages.
-        task: the only one it fits; None for any.
-        marks: columns by which rows of it are known.
-        columns: field -> column, where they differ.
-        rows: makes rows with those columns; None where they have them.
-        trims: whether white space around answers is removed.
-    """
-
-    name: str = "generic"
-    task: str | None = None
-    marks: frozenset[str] = frozenset()
-    columns: Columns | None = None
-    rows: Callable[[Table], Iterator[Row]] | None = None
-    trims: bool = True
+    name: str = "generic"  # for messages
+    task: str | None = None  # the only one it fits; None for any
+    marks: frozenset[str] = frozenset()  # columns by which rows of it are known
+    columns: Columns | None = None  # where fields and columns differ
+    rows: Callable[[Table], Iterator[Row]] | None = None  # makes rows with those columns; None where they have them
+    trims: bool = True  # whether white space around answers is removed
 
 
 def make_pool(
     tables: Iterable[Table], task: str, columns: Columns | None = None, *, skip_unanswered: bool = False
 ) -> Pool:
-    """Turn the tables of one language into one pool.
-
-    Args:
-        tables: at least one row each.
-        task: a key of TASKS.
-        columns: field -> column, where they differ.
-        skip_unanswered: leave out rows without an answer, and count them.
+    """Turn the tables of one language into one pool; `skip_unanswered` leaves out rows without an answer, and counts them.
 
     Raises:
         DataError: a table has no rows, a row is malformed or has no answer, or an id stands twice.
@@ -240,11 +218,9 @@ def same_label(label: str) -> str:
 
 
 def check_labels(labels: Iterable[str], where: str) -> tuple[str, ...]:
-    """Return labels in the order of the alphabet, if they can be chosen from.
+    """Return labels in the order of the alphabet, each once, if they can be chosen from.
 
-    Args:
-        labels: some may stand there more than once.
-        where: what they are, for messages, such as `data.labels`.
+    Messages say `where` they are, such as `data.labels`.
     """
     different = tuple(sorted(set(labels)))
     alike: dict[str, str] = {}
@@ -347,14 +323,7 @@ def text_of(value: object, label: str) -> str:
 def _record(
     values: Mapping[str, object], task: str, columns: Columns, position: str, has_ids: bool
 ) -> Record | str | None:
-    """Read a row with a column for each field of the task, and optional ones.
-
-    Args:
-        values: by column.
-        task: a key of TASKS.
-        columns: field -> column, where they differ.
-        position: its id, where the file has none.
-        has_ids: whether the file has.
+    """Read a row with a column for each field of the task, and optional ones; its id is `position` where the file has none.
 
     Returns:
         The record; for a row without an answer what it lacks, or None if it says so itself.

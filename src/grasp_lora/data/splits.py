@@ -38,34 +38,24 @@ FEW_GROUPS = 4
 SPREAD = 8
 LEAST_PORTION = 256
 
-Counts = dict[str, int | None]
+Counts = dict[str, int | None]  # examples per split, in the order of filling; None takes the rest
 Member = TypeVar("Member")
 
 
 @dataclass(frozen=True)
 class DataReport:
-    """What became of the data.
-
-    Args:
-        task: as it was set.
-        chat_template: whether prompts stand in the tokenizer's chat template.
-        prompt: template of the target's prompts.
-        numbers_as_ids: whole numbers that are ids of several pools at once: often they only count the rows of each file.
-        target, source: what became of their records.
-        labels: of a classification, how often each stands in the target's splits.
-        completion: of a classification, the template of the target's answers.
-        end_of_turn: the token that ends an answer in a chat, where that is not the tokenizer's EOS.
-    """
+    """What became of the data."""
 
     task: str
-    chat_template: bool
-    prompt: str
+    chat_template: bool  # whether prompts stand in the tokenizer's chat template
+    prompt: str  # template of the target's prompts
+    # Whole numbers that are ids of several pools at once: often they only count the rows of each file.
     numbers_as_ids: int
     target: Tally
     source: Tally | None
-    labels: dict[str, dict[str, int]] | None = None
-    completion: str | None = None
-    end_of_turn: str | None = None
+    labels: dict[str, dict[str, int]] | None = None  # of a classification, how often each stands in the target's splits
+    completion: str | None = None  # of a classification, the template of the target's answers
+    end_of_turn: str | None = None  # what ends an answer in a chat, where that is not the tokenizer's EOS
 
     def to_json(self) -> dict[str, object]:
         """Return it as data.json holds it."""
@@ -74,11 +64,7 @@ class DataReport:
 
 @dataclass(frozen=True)
 class Splits:
-    """Disjoint splits; the source's may be empty, dev is empty in dev-free mode.
-
-    Args:
-        labels: the labels that a classification chooses from, each with its tokens as an answer, the end included.
-    """
+    """Disjoint splits; the source's may be empty, dev is empty in dev-free mode."""
 
     source_train: tuple[Example, ...]
     source_dev: tuple[Example, ...]
@@ -87,6 +73,7 @@ class Splits:
     micro_dev: tuple[Example, ...]
     test: tuple[Example, ...]
     report: DataReport
+    # What a classification chooses from: label -> its tokens as an answer, the end included.
     labels: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
@@ -104,30 +91,19 @@ def group_size(examples: Sequence[Example]) -> float:
 
 @dataclass(frozen=True)
 class Share:
-    """A pool and the splits it serves.
-
-    Args:
-        pool: records to split.
-        counts: examples per split, in the order of filling; None takes the rest.
-        capped: splits that may hold fewer than their count, but not none.
-    """
+    """A pool and the splits it serves."""
 
     pool: Pool
     counts: Counts
-    capped: Collection[str] = ()
+    capped: Collection[str] = ()  # splits that may hold fewer than their count, but not none
 
 
 @dataclass(frozen=True)
 class Fold:
-    """One of the parts of a cross-validation, the one that is tested on.
+    """One of the parts of a cross-validation, the one that is tested on."""
 
-    Args:
-        number: from 1 to `of`.
-        of: how many there are, at least 2.
-    """
-
-    number: int
-    of: int
+    number: int  # from 1
+    of: int  # at least 2
 
 
 def build_splits(
@@ -141,14 +117,9 @@ def build_splits(
     """Read, filter, tokenise and split the data; the result is proved disjoint.
 
     The same settings, files and seed give the same splits. Target splits are filled in the order test, dev,
-    micro-dev, train; source examples whose group touches a held-out target split are left out.
-
-    Args:
-        settings: task, files and limits.
-        tokenizer: with an EOS token.
-        seed: of the splits, that of the recipe.
-        base: folder of the recipe, for relative paths; None for the working folder.
-        fold: of a cross-validation: the target's pool is cut into so many parts, and this one is the test set.
+    micro-dev, train; source examples whose group touches a held-out target split are left out. With `fold` the target's pool is
+    cut into parts, and that part is the test set. Relative paths start at `base`, the recipe's folder, or else the working
+    folder.
 
     Raises:
         DataError: files are missing or malformed, there are too few examples or groups, or given splits overlap.
@@ -315,16 +286,9 @@ def fill(
     tally: Tally,
     label: str,
 ) -> dict[str, list[Example]]:
-    """Tokenise a pool group by group in a random order until its splits are full.
+    """Tokenise a pool group by group in a random order, without the barred ones, until its splits are full.
 
-    Args:
-        share: what to split, and into what.
-        groups: key -> group, of `join_groups`.
-        barred: groups to leave out.
-        encoder: tokenises the records.
-        generator: chooses the order of groups and records.
-        tally: told what becomes of the records.
-        label: name of the corpus, for messages.
+    `groups` comes of `join_groups`; `label` is the name of the corpus, for messages.
     """
     pool, counts = share.pool, share.counts
     tally.read += len(pool.records)
@@ -386,12 +350,8 @@ def labels_of(members: Mapping[str, Sequence[Record]]) -> dict[str, str]:
 def stratified(order: Sequence[str], members: Mapping[str, Sequence[Record]]) -> list[str]:
     """Spread the groups of each label evenly over an order, so that any stretch of it has about the share of each label.
 
-    A group stands where its middle would, if its label alone filled the whole order. A label of one group comes last, which is
-    in training: elsewhere nothing would be learned of it.
-
-    Args:
-        order: names of groups; those of one label keep their order.
-        members: the records of each group.
+    A group stands where its middle would, if its label alone filled the whole order. Groups of one label keep their order. A
+    label of one group comes last, which is in training: elsewhere nothing would be learned of it.
     """
     labels = labels_of({name: members[name] for name in order})
     sizes: Counter[str] = Counter()
@@ -497,9 +457,7 @@ def check_disjoint(splits: Splits) -> None:
 def count_labels(named: Sequence[str], splits: Mapping[str, Sequence[Example]]) -> dict[str, dict[str, int]]:
     """Return each label that can be chosen, and how often it stands in each split; the source's may have others.
 
-    Args:
-        named: the recipe's labels; none to take those of the split `train`.
-        splits: examples by split.
+    Where the recipe has named none, those of the split `train` can be.
     """
     counts_of = {name: Counter(example.references[0] for example in examples) for name, examples in splits.items()}
     where = "data.labels" if named else "the training rows of the target"

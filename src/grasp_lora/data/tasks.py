@@ -13,21 +13,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Task:
-    """Field names and metrics of a task.
+    """Field names and metrics of a task."""
 
-    Args:
-        inputs: fields that a prompt template may name.
-        answer: field that the model learns to write; only a completion template may name it.
-        metrics: what it is judged by unless the recipe says otherwise.
-        document: the input that may be cut when it is too long, or None.
-        chooses: whether the answer is one of a few labels. They are then scored, and none is written; see `data.labels`.
-    """
-
-    inputs: tuple[str, ...]
-    answer: str
-    metrics: tuple[str, ...]
-    document: str | None = None
-    chooses: bool = False
+    inputs: tuple[str, ...]  # fields that a prompt template may name
+    answer: str  # field that the model learns to write; only a completion template may name it
+    metrics: tuple[str, ...]  # what it is judged by unless the recipe says otherwise
+    document: str | None = None  # the input that may be cut when it is too long
+    chooses: bool = False  # the answer is one of a few labels, which are scored; none is written; see `data.labels`
 
 
 TASKS: dict[str, Task] = {

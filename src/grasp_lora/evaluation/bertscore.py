@@ -61,12 +61,8 @@ class _Encoder:
 def bertscore(outputs: Outputs, settings: BertScoreSettings | None = None, *, base: Path = Path()) -> MetricScore:
     """Score the BERTScore-F1 of each prediction against its best reference, without idf weights.
 
-    A blank text scores 0, where bert-score fails. Texts longer than the model's context are cut off.
-
-    Args:
-        outputs: what to score, in a language that has a model.
-        settings: the models; None: there are none.
-        base: folder that relative folders start from.
+    A blank text scores 0, where bert-score fails. Texts longer than the model's context are cut off. The language has a model;
+    the folder of one may be relative to `base`.
 
     Source: Zhang et al. 2020; bert-score.
     """
@@ -97,12 +93,7 @@ def _is_blank(text: str) -> bool:
 
 
 def lack_of_bertscore(language: str, settings: BertScoreSettings | None = None, *, base: Path = Path()) -> str | None:
-    """Say what a language lacks, or load its model, so that what does not fit shows before hours of training.
-
-    Args:
-        language: its code, see `language_code`.
-        settings, base: see `bertscore`.
-    """
+    """Say what a `language_code` lacks, or load its model, so that what does not fit shows before hours of training."""
     if settings is None or language not in settings.by_code:
         return f"no model for {language}"
     _load(settings.by_code[language], base)

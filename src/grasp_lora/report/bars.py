@@ -34,11 +34,9 @@ _TITLES = {  # by the beginning of the step's name
 
 
 class TerminalProgress(Progress):
-    """Shows what is being done, step, loss, current ratio and time left.
+    """Shows what is being done, step, loss, current ratio and time left, and the first `answers` of each system as they come.
 
-    Args:
-        console: where to; a live bar only if it is a terminal, or a notebook with ipywidgets.
-        answers: how many answers of each system are printed as they come.
+    There is a live bar only in a terminal, or a notebook with ipywidgets.
     """
 
     def __init__(self, console: Console, answers: int = 0) -> None:

@@ -39,10 +39,7 @@ TAGS = ["lora", "grasp-lora", "adapter-merging", "pruning", "cross-lingual-trans
 def write_model_card(run: Run, folder: Path, adapter_folder: Path) -> Path:
     """Write README.md into an adapter folder: what it is, what it was made of, what it scores, how to load and ask it.
 
-    Args:
-        run: what made it.
-        folder: of the run, whose adapters are named with their hashes.
-        adapter_folder: the PEFT folder of what is handed over.
+    The adapters in the folder of the run are named with their hashes.
     """
     report, generation = run.data.report, run.recipe.generation
     name, sources = run.metrics.delivered.name, len(run.recipe.source.adapters)  # which come first

@@ -41,8 +41,7 @@ def is_chosen(run: Run) -> bool:
 def verdict(run: Run, compared: Mapping[str, Difference]) -> str:
     """Say which adapter to take, and whether the test rows show another one to be better.
 
-    Args:
-        compared: what is handed over with every other system, as in all that follows here.
+    `compared` is of `compare_handed_over`, as in all that follows here.
     """
     delivered = run.metrics.delivered
     taken = delivered.title

@@ -33,16 +33,11 @@ GRIDS = ("grid", "grid_paper")  # the first of them that was run is what speed-u
 
 
 class Cell(NamedTuple):
-    """A table cell.
-
-    Args:
-        best: marks the best of its column, in a first cell the system that is handed over.
-        span: columns of a text that is no value.
-    """
+    """A table cell."""
 
     text: str
-    best: bool = False
-    span: int = 1
+    best: bool = False  # of its column; in a first cell it marks the system that is handed over
+    span: int = 1  # columns of a text that is no value
 
 
 class TextTable(NamedTuple):
@@ -183,20 +178,13 @@ def column_of(
 
 @dataclass(frozen=True)
 class Difference:
-    """One system against another on the same test rows.
-
-    Args:
-        metric: the leading one.
-        ours, theirs: its scores.
-        score: how sure their difference is; None where there are no finite values by row.
-        loss: the same of the test losses.
-    """
+    """One system against another on the same test rows, by the leading metric."""
 
     metric: str
     ours: float
     theirs: float
-    score: PairedComparison | None
-    loss: PairedComparison | None
+    score: PairedComparison | None  # None where there are no finite values by row
+    loss: PairedComparison | None  # the same of the test losses
 
     @property
     def name(self) -> str:

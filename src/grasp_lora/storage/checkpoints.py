@@ -43,9 +43,7 @@ def checkpoint_at(folder: Path, step: int) -> Path:
 def complete(checkpoint: Path, seconds: float) -> None:
     """Make a checkpoint count: put its files on the disk, write its manifest, and remove all but the newest two.
 
-    Args:
-        checkpoint: folder with all its files.
-        seconds: time that the training has taken so far.
+    The training has taken `seconds` up to it.
 
     Raises:
         OSError: it cannot be written; earlier checkpoints stay.

@@ -71,11 +71,7 @@ def remove_lock(path: Path) -> None:
 
 
 class Workplace:
-    """A folder of which this process becomes the only writer, and where the work is when a signal comes.
-
-    Args:
-        folder: of an experiment; may be missing.
-    """
+    """The folder of an experiment, of which this process becomes the only writer, and where the work is when a signal comes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -86,8 +82,7 @@ class Workplace:
     def begin(self, *, shared: bool = False) -> None:
         """Make the folder and be its only writer; of several processes the first one is, for all.
 
-        Args:
-            shared: be one of those who share the work instead, each step of which has one writer.
+        With `shared` be one of those who share the work, each step of which has one writer.
 
         Raises:
             GraspError: the folder cannot be made, or another process writes there.
@@ -115,9 +110,6 @@ def new_folder(output: Path) -> Iterator[Path]:
     """Give the draft of a folder for a result; at the end of the context it appears, whole or not at all.
 
     Of processes that write the same folder at once one does, and the others are refused. What a killed one left is removed.
-
-    Args:
-        output: not there yet, or an empty folder.
 
     Raises:
         RecipeError: it holds something or cannot be made or written, or another process writes it.

@@ -30,11 +30,7 @@ def peak_memory() -> int | None:
 
 @contextmanager
 def enough_memory(work: str, advice: str) -> Iterator[None]:
-    """Turn a lack of memory into one line; other errors pass.
-
-    Args:
-        work: what is done here, such as "the training".
-        advice: what takes less memory.
+    """Turn a lack of memory for some work, such as "the training", into one line with advice; other errors pass.
 
     Raises:
         GraspError: memory does not suffice.

@@ -115,13 +115,8 @@ class Interruption:
         self._place = place
         self._then = then
         self._deferred = False
-        self._signal: str | None = None
+        self.asked_by: str | None = None  # the signal that has asked for a stop
         self._since = 0.0
-
-    @property
-    def asked_by(self) -> str | None:
-        """The signal that has asked for a stop, None as long as there was none."""
-        return self._signal
 
     @contextmanager
     def handled(self) -> Iterator[None]:
@@ -130,7 +125,7 @@ class Interruption:
         Raises:
             Interrupted: a signal has stopped the work.
         """
-        self._signal = None
+        self.asked_by = None
         before = {number: signal.getsignal(number) for number in SIGNALS}
         handled = [number for number in SIGNALS if before[number] not in (signal.SIG_IGN, None)]
         if threading.current_thread() is not threading.main_thread():
@@ -140,7 +135,7 @@ class Interruption:
                 signal.signal(number, self._handle)
             yield
         except _Stop:
-            raise Interrupted(f"stopped by {self._signal} {self._place()}; {self._then}") from None
+            raise Interrupted(f"stopped by {self.asked_by} {self._place()}; {self._then}") from None
         finally:
             for number in handled:
                 signal.signal(number, before[number])
@@ -161,13 +156,13 @@ class Interruption:
 
     def stop_if_asked(self) -> None:
         """Stop now if a signal has come; `handled` turns this into its error."""
-        if self._signal is not None:
+        if self.asked_by is not None:
             raise _Stop
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._signal is not None and time.monotonic() - self._since < ECHO:
+        if self.asked_by is not None and time.monotonic() - self._since < ECHO:
             return
-        again, self._signal, self._since = self._signal is not None, signal.Signals(number).name, time.monotonic()
+        again, self.asked_by, self._since = self.asked_by is not None, signal.Signals(number).name, time.monotonic()
         if again or world_size() == 1:  # torchrun passes a signal on, so that it comes twice
             for handled in SIGNALS:
                 if signal.getsignal(handled) == self._handle:

@@ -38,12 +38,8 @@ def reading(path: Path | str, kind: type[GraspError] = DataError) -> Iterator[No
     Traceback (most recent call last):
     grasp_lora.errors.DataError: a.json: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)
 
-    Args:
-        path: where it is, or what the user calls it.
-        kind: of the error.
-
     Raises:
-        GraspError: of that kind; one that was raised inside passes as it is, and so does a lack of memory.
+        GraspError: of the given kind; one that was raised inside passes as it is, and so does a lack of memory.
     """
     try:
         yield

@@ -19,13 +19,9 @@ _STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, err
 
 
 def write_whole(file: Path, content: str | bytes) -> None:
-    """Write a file so that at any moment it holds its old content or the new one.
+    """Write a file so that at any moment it holds its old content or the new one; a text is written as UTF-8.
 
     A symbolic link in its place, or in that of its draft, is replaced and never followed.
-
-    Args:
-        file: in an existing folder.
-        content: text is written as UTF-8.
 
     Raises:
         OSError: it cannot be written; the old content stays.
