@@ -57,12 +57,6 @@ def _band(name: str, x: Sequence[float], low: Sequence[float], high: Sequence[fl
     return _scatter(name, outline, fill="toself", fillcolor=color, line={"width": 0}, hoverinfo="skip")
 
 
-def _mark(ratio: float) -> dict[str, Any]:
-    """A dashed line at a ratio, from the foot of the figure to its top."""
-    line = {"width": 1.5, "dash": "dash", "color": "var(--mark)"}
-    return {"type": "line", "xref": "x", "yref": "paper", "x0": ratio, "x1": ratio, "y0": 0, "y1": 1, "line": line}
-
-
 def _curve(run: Run) -> Figure | None:
     """The fitted curve, and the differences that it was fitted to."""
     if run.learned is None:
@@ -87,15 +81,18 @@ def _curve(run: Run) -> Figure | None:
     if curve:
         line, hover = {"width": 2.5, "color": "var(--grasp)"}, "ratio %{x:.3f}<br>fit %{y:.4f}<extra></extra>"
         traces.append(_scatter("fitted loss", zip(ratios, fitted, strict=True), line=line, hovertemplate=hover))
-    strip = {"type": "rect", "xref": "x", "yref": "paper", "x0": estimate.low, "x1": estimate.high, "y0": 0, "y1": 1,
-             "fillcolor": "var(--mark-soft)", "line": {"width": 0}, "layer": "below"}  # fmt: skip
+    upright = {"xref": "x", "yref": "paper", "y0": 0, "y1": 1}  # from the foot of the figure to its top
+    strip = {"type": "rect", **upright, "x0": estimate.low, "x1": estimate.high, "fillcolor": "var(--mark-soft)",
+             "line": {"width": 0}, "layer": "below"}  # fmt: skip
+    dashed = {"width": 1.5, "dash": "dash", "color": "var(--mark)"}
+    mark = {"type": "line", **upright, "x0": ratio, "x1": ratio, "line": dashed}
     label = {  # inside, at the foot of the line: above it stands the legend
         "xref": "x", "yref": "paper", "x": ratio, "y": 0, "yanchor": "bottom", "showarrow": False,
         "xanchor": "left" if 2 * ratio < estimate.low + estimate.high else "right",
         "text": f" p* = {ratio:.3f} ", "font": {"color": "var(--mark)"},
     }  # fmt: skip
     y = f"Loss {'above minimum' if curve else 'minus baseline'} (nats per token)"
-    return _figure(traces, _RATIO, y, shapes=[strip, _mark(ratio)], annotations=[label])
+    return _figure(traces, _RATIO, y, shapes=[strip, mark], annotations=[label])
 
 
 def _differences(row: Mapping[str, Any], curve: Curve) -> list[tuple[float, float]]:
