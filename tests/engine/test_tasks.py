@@ -10,8 +10,10 @@ import torch
 from recorder import read, rows_of, run_tiny, session_of, steps_of
 
 from grasp_lora.data.encode import encode_labels
+from grasp_lora.engine.check import check
 from grasp_lora.engine.predict import asking
 from grasp_lora.engine.preflight import preflight
+from grasp_lora.errors import DataError
 from grasp_lora.evaluation.metrics import METRICS
 from grasp_lora.models.adapter_files import read_adapter
 from grasp_lora.models.adapters import attached
@@ -59,6 +61,19 @@ def test_a_classification_is_answered_by_the_likeliest_label(tiny_workspace) -> 
     with asking("run/final") as asked:
         assert encode_labels(asked.form.labels, asked._encoder()) == labels
         assert asked.texts([row.prompt for row in test]) == [row["prediction"] for row in rows]
+
+
+def test_only_written_answers_need_room_for_new_tokens(tiny_workspace) -> None:
+    whole = "generation.max_new_tokens=512"  # as many as the context holds
+    write("classification")
+    check(session_of(whole))
+    rows = [{"text": f"{i} " + "word " * 600, "label": LABELS[i % 3]} for i in range(40)]
+    Path("target.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(DataError, match=r"context holds 512; lower data\.max_tokens \(now 9999\)$"):
+        check(session_of("data.max_tokens=9999"))
+    write("translation")
+    with pytest.raises(DataError, match=r"answer of up to 512, .*, or generation\.max_new_tokens \(now 512\)$"):
+        check(session_of(whole, "data.task=translation"))
 
 
 def test_a_translation_is_scored_by_chrf_and_bleu(tiny_workspace) -> None:

@@ -126,18 +126,19 @@ def _check_files(session: Session) -> None:
 
 def _check_context(session: Session) -> None:
     """Check that the model can read every example, and that an answer fits after every test prompt."""
-    context, recipe = context_of(session.backbone.model), session.recipe
+    context, recipe, labels = context_of(session.backbone.model), session.recipe, session.splits.labels
     if context is None:
         return
-    new = max(recipe.generation.max_new_tokens, *map(len, session.splits.labels.values()), 0)
+    written = recipe.generation.max_new_tokens
+    new = max(map(len, labels.values()), default=written)  # a label is scored, not written
     for name in SPLITS:
         for example in getattr(session.splits, name):
             answer = max(len(example.completion_ids), new if name == "test" else 0)
             if len(example.prompt_ids) + answer > context:
                 raise DataError(
                     f"the {name} row {example.where} has {len(example.prompt_ids)} tokens and an answer of up to {answer}, "
-                    f"but the model's context holds {context}; lower data.max_tokens (now {recipe.data.max_tokens}), or "
-                    f"generation.max_new_tokens (now {recipe.generation.max_new_tokens})"
+                    f"but the model's context holds {context}; lower data.max_tokens (now {recipe.data.max_tokens})"
+                    + ("" if labels else f", or generation.max_new_tokens (now {written})")
                 )
 
 
