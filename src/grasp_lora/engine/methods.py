@@ -66,8 +66,7 @@ class Method:
 
 
 def _adaptive_merge(steps: Steps) -> Outcome:
-    parents = steps.parents(in_paper=True)
-    return Outcome(steps.finetune(parents.merged, 0.0), 0.0)
+    return Outcome(steps.finetune(steps.parents(in_paper=True).merged, 0.0), 0.0)
 
 
 def _by_rule(rule: str) -> Callable[[Steps], Outcome]:
@@ -75,19 +74,13 @@ def _by_rule(rule: str) -> Callable[[Steps], Outcome]:
 
     def run(steps: Steps) -> Outcome:
         parents = steps.parents(in_paper=True)
-        merged = steps.merge(rule, tuple(parents.named.values()), tuple(parents.named), MergeSettings(rule))
-        return Outcome(merged)
+        return Outcome(steps.merge(rule, tuple(parents.named.values()), tuple(parents.named), MergeSettings(rule)))
 
     return run
 
 
 def _lorahub(steps: Steps) -> Outcome:
-    parents = steps.parents(in_paper=True)
-    return Outcome(steps.search_merge_weights(parents), chosen_on="micro_dev")
-
-
-def _merged(steps: Steps) -> Outcome:
-    return Outcome(steps.parents().merged)
+    return Outcome(steps.search_merge_weights(steps.parents(in_paper=True)), chosen_on="micro_dev")
 
 
 def _grid(in_paper: bool) -> Callable[[Steps], Outcome]:
@@ -213,7 +206,7 @@ METHODS: dict[str, Method] = {
     "ties": Method("TIES", _by_rule("ties"), _needs_equal_ranks("ties"), paper=True),
     "dare_ties": Method("DARE-TIES", _by_rule("dare_ties"), _needs_equal_ranks("dare_ties"), paper=True),
     "lorahub": Method("LoRAHub", _lorahub, _needs_equal_ranks("lorahub"), paper=True),
-    "merged": Method("merged, not trained", _merged),
+    "merged": Method("merged, not trained", lambda steps: Outcome(steps.parents().merged)),
     "adaptive_merge": Method("adaptive LoRA merge", _adaptive_merge, paper=True),
     "grid_paper": Method("adaptive LoRA merge + pruning, grid", _grid(in_paper=True), _needs("dev"), paper=True),
     "grid": Method("grid of GRASP's final runs", _grid(in_paper=False), _needs("dev")),
