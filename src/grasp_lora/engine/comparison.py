@@ -216,7 +216,6 @@ def summary(session: Session, settings: ComparisonSettings, rows: Rows, folds: S
     """
     finished = {name: row for name, row in rows.items() if row.by_number}
     numbers = {number for row in finished.values() for number in row.by_number}
-    metrics = _metrics(session, finished)
     optional: dict[str, Any] = {}
     if folds:
         optional["folds"] = [FoldSizes(test=len(splits.test), train=len(splits.train)) for splits in folds]
@@ -224,13 +223,14 @@ def summary(session: Session, settings: ComparisonSettings, rows: Rows, folds: S
     tested = group_numbers(test)
     if len(set(tested)) < len(tested):
         optional["test_groups"] = len(set(tested))
-    comparisons = {metric: _comparisons(session, settings, finished, metric, tested) for metric in metrics}
     signatures = {
         metric: score.signature
         for row in finished.values()
         for outcome in row.by_number.values()
         for metric, score in _measured(outcome).metrics.items()
     }
+    metrics = [TEST_LOSS, *(name for name in session.metrics if name in signatures)]  # in the order of the recipe
+    comparisons = {metric: _comparisons(session, settings, finished, metric, tested) for metric in metrics}
     return Comparison(
         name=session.recipe.name,
         recipe_hash=session.recipe.fingerprint(),
@@ -253,14 +253,6 @@ def summary(session: Session, settings: ComparisonSettings, rows: Rows, folds: S
         made_with=_made_with(finished),
         **optional,
     )
-
-
-def _metrics(session: Session, rows: Mapping[str, Outcomes]) -> list[str]:
-    """Test loss first, then the scores in the order of the recipe, whatever that of the records is."""
-    measured = {
-        name for row in rows.values() for outcome in row.by_number.values() for name in _measured(outcome).metrics
-    }
-    return [TEST_LOSS, *(name for name in session.metrics if name in measured)]
 
 
 def _value(outcome: Outcome, metric: str) -> float | None:
@@ -364,9 +356,7 @@ def _mean_and_sd(values: Sequence[float | None]) -> MeanAndSd | None:
 def _cost(row: Outcomes) -> Cost:
     """Mean over the seeds: of all that the method needs, and of what it needs beyond the adapters that are merged."""
     trails = [outcome.adapter.trail for outcome in row.by_number.values()]
-    beyond = [
-        [step for step in outcome.adapter.trail if step.name not in PARENTS] for outcome in row.by_number.values()
-    ]
+    beyond = [[step for step in trail if step.name not in PARENTS] for trail in trails]
     return Cost(
         runs=fmean(sum(step.trains for step in steps) for steps in beyond),
         seconds=fmean(sum(step.seconds for step in steps) for steps in beyond),
@@ -407,16 +397,9 @@ def _of_the_paper(session: Session, rows: Mapping[str, Outcomes]) -> list[str]:
 
 
 def _made_with(rows: Mapping[str, Outcomes]) -> list[dict[str, str]]:
-    machines: list[dict[str, str]] = []
-    for step in _all_steps(rows):
-        if dict(step.made_with) not in machines:
-            machines.append(dict(step.made_with))
-    return machines
-
-
-def _all_steps(rows: Mapping[str, Outcomes]) -> list[Finished[Any]]:
     outcomes = [outcome for row in rows.values() for outcome in row.by_number.values()]
-    return [step for outcome in outcomes for step in (*outcome.adapter.trail, _tested(outcome))]
+    steps = [step for outcome in outcomes for step in (*outcome.adapter.trail, _tested(outcome))]
+    return list({frozenset(step.made_with.items()): dict(step.made_with) for step in steps}.values())
 
 
 def planned_against(reference: str, methods: Sequence[str]) -> list[str]:
