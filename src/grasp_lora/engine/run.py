@@ -149,7 +149,10 @@ def main_job(steps: Steps, info: RunInfo) -> Run:
         predictions={name: system.predictions(test) for name, system in measured.items()},
         prompts=[row.prompt for row in test],
         metrics=Metrics(
-            systems={name: SystemScores.of(system) for name, system in measured.items()},
+            systems={
+                name: SystemScores(system.dev_loss, system.test_loss, system.values)
+                for name, system in measured.items()
+            },
             delivered=delivered,
             prune_ratio=made.ratio,
             prune_ratio_interval=(estimate.low, estimate.high) if estimate else None,

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from grasp_lora.data.splits import SPLITS, group_numbers, hash_of
-from grasp_lora.engine.results import Adapter, Finished, Learned, Measured, Prediction, Trained, read_if_there
+from grasp_lora.engine.results import Adapter, Finished, Learned, Prediction, Trained, read_if_there
 from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import computed_with, given_adapter
 from grasp_lora.engine.store import ADAPTER, DONE
@@ -168,11 +168,6 @@ class SystemScores:
     dev_loss: float | None
     test_loss: float | None
     metrics: Mapping[str, float | None]
-
-    @classmethod
-    def of(cls, measured: Measured) -> "SystemScores":
-        """The scores of a system that was measured."""
-        return cls(measured.dev_loss, measured.test_loss, measured.values)
 
 
 @dataclass(frozen=True)
