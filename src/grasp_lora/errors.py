@@ -28,9 +28,5 @@ class DivergedError(GraspError):
     """A training whose loss or weights are no longer finite numbers."""
 
 
-class UntrainedError(GraspError):
-    """Adapters to start from that no training has changed."""
-
-
 class Interrupted(Exception):  # noqa: N818 - it is no mistake
     """A signal stopped the work at a point that it can go on from; the message says where."""

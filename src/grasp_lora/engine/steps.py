@@ -35,7 +35,7 @@ from grasp_lora.engine.results import (
 )
 from grasp_lora.engine.session import Session
 from grasp_lora.engine.store import ADAPTER, WORK, Store, key_of
-from grasp_lora.errors import GraspError, UntrainedError
+from grasp_lora.errors import GraspError
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.masks import survival
 from grasp_lora.method.merging import MergeSettings, merge, merge_rule
@@ -408,7 +408,7 @@ class Steps:
         if any(pair.acts for pair in weights.values()):
             return
         source, target = (stage.training.learning_rate for stage in (self.recipe.source, self.recipe.target))
-        raise UntrainedError(
+        raise GraspError(
             "the adapters to start from change nothing, as before training: no step lowered a dev loss (or a given one was never "
             f"trained); lower source.training.learning_rate (now {source:g}) and target.training.learning_rate (now {target:g})"
         )
@@ -441,8 +441,14 @@ class Steps:
 
     def tested(self, adapter: Adapter) -> Finished[Tested]:
         """The greedy answer to each test prompt, in a classification the likeliest label; and the losses of the right ones."""
-        rows = self.splits.test
-        inputs = self._measured(adapter, revision=REVISIONS["answers"], data=self._data("test"), **self._asked(rows))
+        rows, generation, labels = self.splits.test, self.recipe.generation, self.splits.labels
+        written = {
+            "max_new_tokens": generation.max_new_tokens,
+            "stop": generation.stop,
+            "ends": sorted({*self._ends(rows), *self.session.backbone.stop_ids}),
+        }
+        asked = {"labels": labels} if labels else written
+        inputs = self._measured(adapter, revision=REVISIONS["answers"], data=self._data("test"), **asked)
 
         def work(folder: Path) -> Tested:
             found = self._answers(adapter.weights, rows)
@@ -453,40 +459,22 @@ class Steps:
 
     def scores(self, answers: Finished[Tested]) -> Finished[Scores]:
         """What answers to the test prompts are worth by each metric."""
+        bertscore, references = self.recipe.bertscore, [row.references for row in self.splits.test]
+        models = {code: _by_name(place) for code, place in bertscore.models.items()}
         inputs = plain({
-            "answers": answers.key, "metrics": list(self.session.metrics), **self._scored()
+            "answers": answers.key,
+            "metrics": list(self.session.metrics),
+            "revision": REVISIONS["scores"],
+            "bertscore": asdict(bertscore) | {"models": models},
+            "language": self.session.language,
+            "references": hashlib.sha256(repr(references).encode()).hexdigest(),
         })  # fmt: skip
-        return self.store.step(
-            "scores",
-            inputs,
-            Scores,
-            lambda folder: Scores(metrics=dict(self.session.score(answers.result.answers))),
-        )
+        return self.store.step("scores", inputs, Scores, lambda folder: Scores(
+            metrics=dict(self.session.score(answers.result.answers))
+        ))  # fmt: skip
 
     def _ends(self, rows: Sequence[Example]) -> set[int]:
         return {row.completion_ids[-1] for row in rows}
-
-    def _asked(self, rows: Sequence[Example]) -> dict[str, Any]:
-        """What decides the answers to rows."""
-        if self.splits.labels:
-            return {"labels": self.splits.labels}
-        generation = self.recipe.generation
-        return {
-            "max_new_tokens": generation.max_new_tokens,
-            "stop": generation.stop,
-            "ends": sorted({*self._ends(rows), *self.session.backbone.stop_ids}),
-        }
-
-    def _scored(self) -> dict[str, Any]:
-        """What decides the scores of answers, its metrics aside."""
-        bertscore, references = self.recipe.bertscore, [row.references for row in self.splits.test]
-        return {
-            "revision": REVISIONS["scores"],
-            "bertscore": asdict(bertscore)
-            | {"models": {code: _by_name(place) for code, place in bertscore.models.items()}},
-            "language": self.session.language,
-            "references": hashlib.sha256(repr(references).encode()).hexdigest(),
-        }
 
     def _answers(self, weights: AdapterWeights, rows: Sequence[Example]) -> list[tuple[str, float]]:
         """The answer to each row, with the loss of the right one."""
