@@ -161,10 +161,8 @@ class _Work:
             except RecipeError:  # of a record or a setting: that concerns the whole comparison
                 raise
             except GraspError as error:
-                row.unavailable, row.failed = (
-                    f"failed {'in' if self.settings.folds else 'with'} {batch.title}: {error}",
-                    True,
-                )
+                row.failed = True
+                row.unavailable = f"failed {'in' if self.settings.folds else 'with'} {batch.title}: {error}"
                 row.by_number.clear()
             batch.to_do.remove(name)
 

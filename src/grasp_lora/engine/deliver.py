@@ -85,12 +85,8 @@ def titles_with(on: str | None, prune_ratio: float | None) -> dict[str, str]:
 
 def title_of(name: str, titles: Mapping[str, str] = TITLES) -> str:
     """Return what a system is, as a part of a sentence; the second of several sources says so."""
-    number = name.partition("_")[2]
-    return titles[_kind(name)] + (f" (number {number})" if number else "")
-
-
-def _kind(name: str) -> str:
-    return name.partition("_")[0]
+    kind, _, number = name.partition("_")
+    return titles[kind] + (f" (number {number})" if number else "")
 
 
 def warned(

@@ -172,7 +172,8 @@ def judge(
     read = {place: read_adapter(place) for place in places if place not in alone}
     if not read:
         raise AdapterError("there is no adapter to judge; give at least one PEFT folder or hub id")
-    form = next((adapter.info.answers for adapter in read.values() if _says_how(adapter)), None)
+    said = (adapter.info.answers for adapter in read.values())
+    form = next((answers for answers in said if answers is not None and answers.task is not None), None)
     corpus = _corpus(rows, form, columns, sheet)
     contestants, first = _contestants(read), next(iter(read))
     loaded = backbone_of(
@@ -184,10 +185,6 @@ def judge(
         contestants.append(Contestant(BACKBONE))
     contestants = [replace(each, form=_form(each.form, form, corpus)) for each in contestants]
     return _judged(corpus, language, contestants, loaded, chat, progress)
-
-
-def _says_how(adapter: LoadedAdapter) -> bool:
-    return adapter.info.answers is not None and adapter.info.answers.task is not None
 
 
 def _corpus(file: str | Path, form: Answers | None, columns: Mapping[str, str] | None, sheet: str | None) -> Corpus:
@@ -223,11 +220,8 @@ def _contestants(read: Mapping[str, LoadedAdapter]) -> list[Contestant]:
 
 def _form(said: Answers, other: Answers | None, corpus: Corpus) -> Answers:
     """How a contestant is asked, and how long its answers may be."""
-    form = (
-        said
-        if said.task is not None
-        else other or Answers(corpus.answer_tokens, () if corpus.several_lines else ("\n",))
-    )
+    usual = other or Answers(corpus.answer_tokens, () if corpus.several_lines else ("\n",))
+    form = usual if said.task is None else said
     if form.task not in (None, corpus.task):
         raise AdapterError(
             f"an adapter was trained for the task {form.task}, and the rows are of the task {corpus.task}"

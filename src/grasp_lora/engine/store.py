@@ -122,7 +122,8 @@ class Store:
                         self._work.place = f"at the step {name}"
                     before, started = on_first_process(lambda: _seconds_so_far(folder)), time.perf_counter()
                     try:
-                        with self._deferred(trains):  # until its result is there, too
+                        # A signal waits until the result of a training is there, too.
+                        with self._work.interruption.deferred() if trains and self._work else nullcontext():
                             with _curves_in(folder):
                                 result = work(folder)
                             seconds = round(before + time.perf_counter() - started, 3)
@@ -146,9 +147,6 @@ class Store:
             return None
         on_first_process(lambda: _tidy(folder))
         return Finished(name, key, folder, kind.read(folder), done.seconds, done.made_with, repeated=True)
-
-    def _deferred(self, trains: bool) -> Any:
-        return self._work.interruption.deferred() if trains and self._work else nullcontext()
 
 
 def _complete(folder: Path, result: Result, done: Done) -> None:
