@@ -54,7 +54,6 @@ def compare(
     Args:
         session: of the recipe, whose progress is told how far the work is.
         folder: of the experiment, that of a run included; steps of any recipe may stand in its store side by side.
-        settings: methods, seeds and the rest.
         show: given the folder of the tables and what `compare.json` holds whenever that was written.
 
     Raises:

@@ -210,7 +210,6 @@ def summary(session: Session, settings: ComparisonSettings, rows: Rows, folds: S
 
     Args:
         session: of the splits that are compared.
-        settings: what is compared.
         rows: by method; all of those that are finished have the same seeds, or folds.
         folds: the splits of each fold that is finished, in a cross-validation.
     """

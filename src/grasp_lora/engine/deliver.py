@@ -57,10 +57,7 @@ def mean_of(steps: Steps, continued: Adapter, grasp: Adapter) -> Adapter:
 def expected(steps: Steps, systems: Mapping[str, Adapter], left_out: str = "") -> tuple[str, str]:
     """The name of what is handed over, as the recipe has it (`final.deliver`), and why, as a sentence.
 
-    Args:
-        steps: of the recipe.
-        systems: of a run, by name.
-        left_out: why `continued` is not among them.
+    `left_out` says why `continued` is not among the systems.
     """
     asked = steps.recipe.final.deliver
     if asked == "continued":
@@ -101,10 +98,7 @@ def warned(
     alarm where adapters have clearly learned.
 
     Args:
-        delivered: what is handed over.
-        losses: of each system on the test rows.
-        alone: of the backbone without an adapter.
-        titles: what each kind of system is called.
+        losses, alone: on the test rows, of each system and of the backbone without an adapter.
     """
     if len(alone) < FEWEST_TOLD:
         return delivered

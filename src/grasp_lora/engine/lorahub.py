@@ -15,7 +15,6 @@ def search_weights(loss_at: Callable[[tuple[float, ...]], float], adapters: int,
     Args:
         loss_at: from the weights to the mean loss of their merge on the micro-dev rows.
         adapters: how many are merged.
-        seed: of the search.
     """
     import nevergrad
     import numpy

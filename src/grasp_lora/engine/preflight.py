@@ -46,15 +46,9 @@ GIGABYTE = 1e9
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the preflight.
+    """One line of the preflight."""
 
-    Args:
-        level: `ok` or `warning`.
-        topic: what it is about, in a word or two.
-        text: what was found.
-    """
-
-    level: str
+    level: str  # `ok` or `warning`
     topic: str
     text: str
 

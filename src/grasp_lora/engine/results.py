@@ -87,8 +87,6 @@ class Finished(Generic[R]):
     Args:
         name: of the step, such as `final-0.40`.
         key: hash of all that decided it.
-        folder: where it lies.
-        result: what it came to.
         seconds: wall time, of all attempts together.
         made_with: versions, processor or GPU, and threads.
         repeated: whether it was on record already.
@@ -130,7 +128,6 @@ class Learned(Result):
     """A controller run: the ratio with its interval, and the rounds that it was read off.
 
     Args:
-        estimate: the learned ratio.
         rounds, timings, history: lines of the files of these names.
         steps: optimizer steps taken.
     """
@@ -257,9 +254,6 @@ class Prediction:
     """A line of evaluation/SYSTEM.jsonl: what one system answered to one test prompt, and what that is worth.
 
     Args:
-        id: of the row.
-        prediction: the answer.
-        references: the good answers.
         loss: answer NLL, nats per token.
         scores: by each metric that is a mean over examples.
         statistics: counts of the leading metric, where that is no such mean (chrF++, BLEU, macro-F1).

@@ -66,11 +66,9 @@ class Made:
     """What a run has made before it measures.
 
     Args:
-        sources: the source adapters.
         parents: the adapters that were merged; None where the recipe asks for `continued` alone, as is GRASP's result.
         learned: the controller run; None where the recipe gives the ratio.
         ratio: prune ratio of GRASP's result, a fraction in [0, 1].
-        grasp: that result.
         continued: the source adapter, trained on the target rows; None where the recipe does not ask for it, or where it failed.
         left_out: why that one is left aside, as a sentence; empty where it is not.
         averaged: the mean of both; None where there is no `continued`.

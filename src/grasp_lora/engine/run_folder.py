@@ -191,7 +191,6 @@ class Run:
     """All that a run came to.
 
     Args:
-        info, recipe, data: what it started from.
         adapters: those that lie in folders of their names; `adapter` is what is handed over.
         learned: the controller run; None where the recipe gives the ratio.
         predictions: of each system, one a test row.

@@ -26,9 +26,7 @@ class Session:
     """One recipe with what it names, each loaded when it is first asked for.
 
     Args:
-        recipe: what to do.
         base: folder that relative paths of the recipe start from.
-        progress: told how far the work is.
         fold: of a cross-validation, on which the target is tested; None for the recipe's splits.
 
     Raises:

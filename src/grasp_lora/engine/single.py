@@ -25,9 +25,7 @@ def merge_folders(
     """Merge adapters from folders or hub ids into a new folder; return one line on the result.
 
     Args:
-        places: PEFT adapters, folders or hub ids.
         output: a folder that does not exist or is empty.
-        settings: rule, weights, rank and density.
         backbone, revision, trust_remote_code: as in a recipe's `backbone`; None takes the one that the first adapter names.
 
     Raises:

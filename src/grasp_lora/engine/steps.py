@@ -75,11 +75,7 @@ IDLE = (
 class Parents:
     """The adapters that are merged, and their merge before anything is pruned.
 
-    Args:
-        sources: of the rich language.
-        target: of the target language; with `on` it does nothing alone.
-        on: `source` where the target adapter was trained on top of the source adapter.
-        merged: all of them together.
+    `on` is `source` where the target adapter was trained on top of the source adapter: then it does nothing alone.
     """
 
     sources: tuple[Adapter, ...]
@@ -256,7 +252,6 @@ class Steps:
         """Prune an adapter at a ratio and fine-tune it on the target rows: the final run, or one run of a grid.
 
         Args:
-            start: the adapter it starts from.
             prune_ratio: fraction in [0, 1].
             stage: in place of the recipe's own; only its training and mode count.
         """
@@ -298,11 +293,7 @@ class Steps:
         return self.finetune(self.source(), 0.0)
 
     def learn_ratio(self, merged: Adapter, own_stage: ControllerStage | None = None) -> Finished[Learned]:
-        """Run the controller on a merged adapter.
-
-        Args:
-            merged: the adapter that it trains and probes; it stays as it is.
-            own_stage: in place of the recipe's.
+        """Run the controller on a merged adapter, which stays as it is; `own_stage` is in place of the recipe's.
 
         Raises:
             ProbeError: a loss is not finite.

@@ -91,7 +91,6 @@ class Store:
         Args:
             name: short, for people; a part of the folder's name.
             inputs: everything that decides the result, as plain JSON values, keys of other steps included.
-            kind: what the step comes to.
             work: does it, given the folder of the step.
             trains: whether it leaves checkpoints, so that a signal waits for the next one.
 

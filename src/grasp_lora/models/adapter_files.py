@@ -50,8 +50,6 @@ class Answers:
     """How an adapter is asked and answers, kept beside it for `grasp-lora predict`; the defaults are for one that does not say.
 
     Args:
-        max_new_tokens: longest answer.
-        stop: texts that end an answer.
         chat_template: whether prompts are put into the tokenizer's chat template.
         task: of its recipe, or None.
         prompt: the template of its prompts, with the task's fields in braces, or None.

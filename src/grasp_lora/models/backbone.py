@@ -55,7 +55,6 @@ class Backbone:
     """A loaded backbone: no gradients, eval mode, on its device.
 
     Args:
-        model: the causal language model.
         tokenizer: has an EOS token and a pad token.
         name: the public name for reports and run files, of a folder only its own where the settings give an absolute path.
         fingerprint: see `fingerprint`.

@@ -53,8 +53,6 @@ def answer(
     by PEFT; it is left as it was, each module in its train or eval mode.
 
     Args:
-        model: causal language model, on its device.
-        tokenizer: of the model.
         prompts: token ids of each prompt, BOS included where the model wants one.
         settings: lengths and stop texts.
         progress: called after each batch with the prompts answered so far and their total.
@@ -287,8 +285,6 @@ def label_scores(
     for all labels where the model's cache allows it. The model may be wrapped by PEFT; it is left as it was.
 
     Args:
-        model: causal language model, on its device.
-        prompts: token ids of each prompt.
         labels: token ids of each label, the end token last.
         progress: called after each batch with the prompts done so far and their total.
 
@@ -367,7 +363,6 @@ def _batches(
     """Group prompts of similar length, the longest first: what does not fit in memory fails at once.
 
     Args:
-        lengths: of the prompts.
         scored: tokens of the right answer to each, if those are scored, too, and the most of them in a batch.
         context: that the longest prompt and the longest right answer of a batch fit in.
     """

@@ -172,11 +172,7 @@ def frozen_adapter(model: "PreTrainedModel", weights: AdapterWeights) -> Iterato
     """Let a frozen adapter act on the backbone's modules for the length of the context.
 
     A PEFT adapter that is attached meanwhile is trained on top of it. What the two do together is their exact sum, so their
-    merge by the rule `exact` at weights of 1 is the model that was trained.
-
-    Args:
-        model: the backbone, without a PEFT adapter yet.
-        weights: an adapter that fits it.
+    merge by the rule `exact` at weights of 1 is the model that was trained. The backbone has no PEFT adapter yet.
     """
     pairs = weights.together().items()
     handles = [model.get_submodule(name).register_forward_hook(_adds(pair)) for name, pair in pairs]

@@ -85,8 +85,6 @@ def target_scores(
     """Return the vocabulary's scores (logits) where a target counts, row by row, float32 or finer, [targets, vocabulary].
 
     Args:
-        model: causal language model.
-        inputs: what it is called with.
         targets: at each position the token after it, `IGNORED` where that does not count; [rows, tokens], on the model's device.
         label_positions: what `supports_logits_to_keep` says of the model.
     """

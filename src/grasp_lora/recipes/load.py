@@ -110,7 +110,6 @@ def import_code(content: Mapping[str, Any], name: str, base: Path, *, allow_code
         content: plain values of a recipe.
         name: what they are, for messages.
         base: folder of the recipe, where a file of code may lie.
-        allow_code: whether the user allows it.
 
     Raises:
         RecipeError: code is not allowed, or what is named cannot be imported.
@@ -141,12 +140,7 @@ def validate(content: dict[str, Any], name: str) -> Recipe:
 
 
 def explain(error: ValidationError, keys: Sequence[str]) -> str:
-    """The first problem in one line, an unknown key before all else, with the nearest one that exists.
-
-    Args:
-        error: of pydantic.
-        keys: what may be set, by dotted path.
-    """
+    """The first problem in one line, an unknown key before all else, with the nearest of the `keys`, dotted paths."""
     problem = min(error.errors(include_url=False), key=lambda entry: entry["type"] not in _UNKNOWN)
     place = [str(part) for part in problem["loc"] if not re.match(r"function-|dict\[|str$", str(part))]
     path, arrived = ".".join(place), problem["input"]

@@ -72,9 +72,7 @@ class PolicySection(Section):
 def from_preset(stage: Mapping[str, Any], dev: bool) -> dict[str, Any]:
     """What a controller is built of: the keys of the recipe on top of what its preset has.
 
-    Args:
-        stage: the recipe's.
-        dev: whether the target has a dev set, which decides the preset that is taken where none is named.
+    Where the recipe names none, `dev`, whether the target has a dev set, decides which preset is taken.
 
     Raises:
         ValueError: there is no such preset.
