@@ -82,16 +82,13 @@ def check_seen(session: Session, adapter: LoadedAdapter) -> None:
         )
         logger.warning(text, name, dev)
     theirs, ours = adapter.info.answers, session.how_to_answer
-    asked = (ours.prompt, ours.chat_template)
+    if theirs is None or theirs.task is None:
+        return
+    alike = (theirs.prompt, theirs.chat_template) == (ours.prompt, ours.chat_template)
     # Each language has a wording of its own, and a source adapter is trained with that of its language.
     built_in = {template.prompt for template in TEMPLATES[session.recipe.data.task].values()}
-    in_two_languages = theirs is not None and {theirs.prompt, ours.prompt} <= built_in and not theirs.chat_template
-    if (
-        theirs is not None
-        and theirs.task is not None
-        and (theirs.prompt, theirs.chat_template) != asked
-        and not in_two_languages
-    ):
+    in_two_languages = {theirs.prompt, ours.prompt} <= built_in and not theirs.chat_template
+    if not alike and not in_two_languages:
         text = (
             "adapter %s was trained on prompts of the form %s%s, and the recipe asks otherwise; set data.prompt to it"
         )

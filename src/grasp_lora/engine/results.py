@@ -64,7 +64,6 @@ class Result(BaseModel):
         return TRAINED_AS_MEASURED * self.trained_examples + self.measured_examples
 
     def write(self, folder: Path) -> None:
-        """Write it into the folder of its step."""
         write_json(folder / RESULT, self.model_dump())
 
     @classmethod
@@ -102,7 +101,6 @@ class Finished(Generic[R]):
 
     @property
     def trains(self) -> bool:
-        """Whether it trained something."""
         return self.result.trained_examples > 0
 
 

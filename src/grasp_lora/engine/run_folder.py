@@ -135,7 +135,6 @@ class DataFacts:
 
     @classmethod
     def of(cls, session: Session) -> "DataFacts":
-        """The facts of a session's rows."""
         splits = session.splits
         ids = {name: [row.public_id for row in getattr(splits, name)] for name in SPLITS}
         return cls(splits.report.to_json(), ids, group_numbers(splits.test))

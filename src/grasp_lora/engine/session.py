@@ -95,7 +95,6 @@ class Session:
 
     @property
     def pad_id(self) -> int:
-        """Token id for padding."""
         return int(self.backbone.tokenizer.pad_token_id)
 
     @property

@@ -131,10 +131,7 @@ def _without_bars() -> Iterator[None]:
     """No bar of transformers inside the context: it would be drawn through ours. Those of downloads stay."""
     from transformers.utils import logging as library
 
-    def hidden(bar: Any, arguments: Any, options: Any) -> Any:
-        return bar(*arguments, **{**options, "disable": True})
-
-    before = library.set_tqdm_hook(hidden)
+    before = library.set_tqdm_hook(lambda bar, arguments, options: bar(*arguments, **{**options, "disable": True}))
     try:
         yield
     finally:

@@ -175,7 +175,6 @@ def _written(place: str, folder: Path) -> str:
 def _render(
     file: Path, target: Corpus, sizes: Sizes, sources: Sequence[Corpus], **facts: str | list[str] | bool
 ) -> str:
-    """Fill the template."""
     import jinja2
 
     environment = jinja2.Environment(

@@ -55,7 +55,6 @@ class Section:
         return self._models[settings]
 
     def model_of(self, settings: type[Any]) -> type[BaseModel]:
-        """Make that model."""
         docstring = settings.__doc__ or ""
         meanings = arguments(docstring)
         annotations = get_type_hints(settings, include_extras=True) | self.written

@@ -56,7 +56,6 @@ class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader, which refuses a key that stands twice (YAML takes the last) and reads the key `on` as a text."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Build a mapping."""
         names = [key.value for key, _ in node.value]
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value == "on":  # target.on, which YAML takes for true
