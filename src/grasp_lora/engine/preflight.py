@@ -259,7 +259,7 @@ def _plan(session: Session) -> Iterator[Finding]:
         text = f"the controller will run {most}{rounds} round{'' if rounds == 1 else 's'}"
         hint = "; raise controller.training.epochs or lower controller.rounds.every"
         yield _warning("rounds", text + hint) if few else _ok("rounds", text)
-    trained, probed, _ = _cost(recipe, session)
+    trained, probed, _ = _cost(session)
     passes = TRAINED_AS_MEASURED * trained + probed
     text = f"at most {trained} training examples and {probed} probed ones, {passes} forward passes"
     yield _ok("cost", f"{text}; dev losses and answers come on top")
@@ -280,9 +280,9 @@ def _systems(recipe: Recipe) -> int:
     return 3 + sources + (recipe.target.on != "source") + rivals
 
 
-def _cost(recipe: Recipe, session: Session) -> tuple[int, int, float]:
+def _cost(session: Session) -> tuple[int, int, float]:
     """How many examples are trained on, probed, and measured for dev losses at most."""
-    splits, probed = session.splits, 0
+    recipe, splits, probed = session.recipe, session.splits, 0
     source, seeded = most_trained(["delivered"], session)
     if recipe.final.prune_ratio is None:
         rounds = len(recipe.controller.round_steps(len(splits.train)))
@@ -341,7 +341,7 @@ def _measured(session: Session) -> list[Finding]:
             prompts, right = [row.prompt_ids for row in few], [row.completion_ids for row in few]
             answer(adapted, tokenizer, prompts, recipe.generation, labels=splits.labels, right=right)
             answered = (time.perf_counter() - started) / len(few)
-    (training_rows, probed, looked_at), systems = _cost(recipe, session), _systems(recipe)
+    (training_rows, probed, looked_at), systems = _cost(session), _systems(recipe)
     total = training_rows * trained + (probed + looked_at) * measured + systems * len(splits.test) * answered
     on_gpu = model.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if on_gpu else peak_memory()
