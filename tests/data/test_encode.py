@@ -24,10 +24,6 @@ CHAT_TEMPLATE = (
 USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
 
 
-def prompt_rows(names: str | range, completion: str = "ok") -> list[dict[str, str]]:
-    return [{"prompt": f"prompt {name}", "completion": completion} for name in names]
-
-
 @pytest.fixture
 def tokenizer(tiny_tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """A copy, which a test may change."""
@@ -127,11 +123,7 @@ class TestEncoding:
         assert list(e.prompt_ids).count(1) == 1
         assert tokenizer.decode(e.prompt_ids[1:]) == e.prompt.removeprefix("<bos>")
         assert e.completion == "sky"
-        turns = (
-            {"role": "user", "content": "a"},
-            {"role": "assistant", "content": "b"},
-            {"role": "user", "content": "c"},
-        )
+        turns = ({**USER, "content": "a"}, {**ASSISTANT, "content": "b"}, {**USER, "content": "c"})
         encoder = self.encoder(tokenizer, chat=True, task="completion", template=resolve_template("completion", "en"))
         (e,) = encoder.encode([self.record(messages=turns, fields={})], ["g"], Tally())
         assert e.prompt == "<bos>[user]a[assistant]b[user]c[assistant]"
@@ -215,7 +207,7 @@ class TestEncoding:
         assert splits.train[0].prompt.endswith("[assistant]" if chat else "\n")
 
     def test_conversations_without_chat_template(self, tiny_tokenizer):
-        system, user = {"role": "system", "content": "s"}, {"role": "user", "content": "u"}
+        system, user = {"role": "system", "content": "s"}, {**USER, "content": "u"}
         encoder = self.encoder(tiny_tokenizer, task="completion", template=resolve_template("completion", "en"))
         (e,) = encoder.encode([self.record(messages=(system, user), fields={})], ["g"], Tally())
         assert e.prompt == "s\nu\n"  # a line break ends each turn
@@ -249,9 +241,8 @@ class TestEncodeRows:
         assert e.prompt_ids == tuple(tiny_tokenizer("a<pad>").input_ids)
         assert e.completion_ids.count(EOS) == 2
 
-    @pytest.mark.parametrize("row", [{"messages": [USER, ASSISTANT]}, {"prompt": [USER], "completion": [ASSISTANT]}])
-    def test_messages_go_through_the_chat_template(self, row, chat_tokenizer):
-        _, e = encode_rows([{"prompt": "a", "completion": "b"}, row], chat_tokenizer)
+    def test_messages_go_through_the_chat_template(self, chat_tokenizer):
+        _, e = encode_rows([{"prompt": "a", "completion": "b"}, {"messages": [USER, ASSISTANT]}], chat_tokenizer)
         assert (e.id, e.prompt, e.completion) == ("row 1", "<bos>[user]hi[assistant]", "hello")
         assert list(e.prompt_ids).count(1) == 1
         assert chat_tokenizer.decode(e.prompt_ids) == e.prompt
@@ -300,10 +291,7 @@ class TestEncodeRows:
             encode_rows([], tiny_tokenizer)
         tokenizer.eos_token = None
         with pytest.raises(DataError, match="no EOS token"):
-            encode_rows(prompt_rows("a"), tokenizer)
-
-
-TURNS = [{"role": "user", "content": "hi"}]
+            encode_rows([{"prompt": "a", "completion": "b"}], tokenizer)
 
 
 SYSTEM = {"role": "system", "content": " Be  brief.\n"}
@@ -315,11 +303,11 @@ REWRITES = "{{ messages[0].content.replace('/no_think', '') | upper }}{{ message
 
 def test_a_template_that_leaves_out_the_system_message_is_refused(tokenizer):
     tokenizer.chat_template = DROPS
-    assert render_chat(tokenizer, [TURNS], ["a"]) == ["[user]hi"]
+    assert render_chat(tokenizer, [[USER]], ["a"]) == ["[user]hi"]
     with pytest.raises(
         DataError, match=r"^b: the tokenizer's chat template leaves out the system message; put .* first user turn$"
     ):
-        render_chat(tokenizer, [TURNS, [SYSTEM, *TURNS], [SYSTEM, *TURNS]], ["a", "b", "c"])
+        render_chat(tokenizer, [[USER], [SYSTEM, USER], [SYSTEM, USER]], ["a", "b", "c"])
 
 
 @pytest.mark.parametrize("template", [FOLDS, REWRITES, "{{ messages | tojson }}"])
@@ -336,13 +324,11 @@ def test_a_template_may_change_texts(template, content, tokenizer, caplog):
     ("template", "reason"),
     [
         ("{{ raise_exception('no \x1b[31m\n system') }}", r"no \\x1b\[31m system"),
-        ("{{ 1 / 0 }}", "division by zero"),
-        ("{% for %}", "Expected an expression"),
         ("{{ ''.__class__.__mro__ }}", "access to attribute '__class__'"),
     ],
 )
 def test_what_a_template_refuses_is_one_line(template, reason, tokenizer):
     tokenizer.chat_template = template
     with pytest.raises(DataError, match=rf"^row 0: the tokenizer's chat template refuses it: {reason}") as caught:
-        render_chat(tokenizer, [TURNS], ["row 0"])
+        render_chat(tokenizer, [[USER]], ["row 0"])
     assert "\n" not in str(caught.value)

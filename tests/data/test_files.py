@@ -78,7 +78,7 @@ class TestHub:
             return self.ROWS
 
         monkeypatch.setattr(datasets, "load_dataset", load)
-        assert len(read_hub("org/sums", "arabic", "train").rows) == 1
+        assert [row.where for row in read_hub("org/sums", "arabic").rows] == ["hub:org/sums/arabic/train, row 1"]
 
     def test_what_the_library_says_is_one_line_with_the_name(self):
         with pytest.raises(DataError, match=r"^hub:no/such/train: [^\n]*no/such") as caught:
@@ -113,10 +113,7 @@ def test_rows_are_numbered_as_an_editor_shows_them_and_the_entries_of_lists_from
     assert [record.id for record in records] == [f"{name}:{number}" for number in range(1, len(places) + 1)]  # as ever
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
-@pytest.mark.parametrize(("name", "mark"), [("x.tsv", "\t"), ("x.csv", ";")])
-def test_text_is_read_by_its_byte_order_mark_as_excel_writes_it(encoding, name, mark, tmp_path):
-    mark_of_16 = "\ufeff" if encoding[-3:] in ("-le", "-be") else ""
-    text = f"prompt{mark}completion\r\nسؤال{mark}جواب\r\n"
-    (tmp_path / name).write_bytes((mark_of_16 + text).encode(encoding))
-    assert read_file(name, tmp_path / name).rows == [(f"{name}, line 2", {"prompt": "سؤال", "completion": "جواب"})]
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-16-be"])
+def test_text_is_read_by_its_byte_order_mark_as_excel_writes_it(encoding, tmp_path):
+    (tmp_path / "x.tsv").write_bytes("\ufeffprompt\tcompletion\r\nسؤال\tجواب\r\n".encode(encoding))
+    assert read_file("x.tsv", tmp_path / "x.tsv").rows == [("x.tsv, line 2", {"prompt": "سؤال", "completion": "جواب"})]

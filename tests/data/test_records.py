@@ -88,8 +88,7 @@ class TestSquad:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            ({"data": [{"title": "T", "paragraphs": [{}]}]}, r"x\.json, row 1: 'qas' is missing"),
-            ({"data": [{"paragraphs": [{"qas": [{}]}]}]}, "row 1: 'context' is missing"),
+            ({"data": [{"paragraphs": [{"qas": [{}]}]}]}, r"x\.json, row 1: 'context' is missing"),
             ({"data": []}, r"x\.json holds no records"),
             (
                 squad(("T", [("c", [("q", "?", [])])])),
@@ -122,10 +121,6 @@ class TestXlsum:
         )
         assert pool.records[0].fields["document"] == "it’s 5–10 a—b page1 page2 end wait…foo €5 š "
         assert (pool.characters_mapped, pool.characters_removed) == (8, 2)
-
-    def test_an_unusual_separator_does_not_end_the_line(self, read):
-        (record,) = read([{**XLSUM, "text": "a\u2028b\u0085c"}], "summarization").records
-        assert record.fields["document"] == "a\u2028b…c"
 
 
 class TestRecords:
@@ -245,13 +240,8 @@ class TestConversations:
         assert (record.fields, record.answer, record.messages) == ({"prompt": prompt}, "hi!", ())
 
     def test_what_stands_before_an_alpaca_prompt_makes_a_conversation(self, read):
-        row = {
-            "instruction": "And",
-            "input": "you?",
-            "output": "Well.",
-            "system": "Be brief.",
-            "history": [["Hi", "Hello"]],
-        }
+        row = {"instruction": "And", "input": "you?", "output": "Well."}
+        row |= {"system": "Be brief.", "history": [["Hi", "Hello"]]}
         (record,) = read([row], "completion").records
         turns = [(turn["role"], turn["content"]) for turn in record.messages]
         assert turns == [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "And\nyou?")]
@@ -277,7 +267,6 @@ class TestConversations:
         ("row", "message"),
         [
             ({"messages": "hi"}, "messages must be a list that ends with an assistant message"),
-            ({"messages": [HELLO]}, "messages must be a list that ends with an assistant message, and a user's must"),
             ({"messages": [{**HI, "role": "system"}, HELLO]}, "messages must be a list that .*, and a user's must"),
             (
                 {"conversations": [{"from": "tool", "value": "4"}]},
@@ -291,7 +280,7 @@ class TestConversations:
             ({"instruction": "a", "output": "b", "history": [["c"]]}, "not enough values to unpack"),
             (
                 {"instruction": "a", "output": "b", "history": "[]"},
-                "history is a list that was written as text, '\\[\\]'",
+                r"history is a list that was written as text, '\[\]'",
             ),
             ({"instruction": "a", "input": 3, "output": "b"}, "input must be a text, found int"),
             ({"instruction": "", "output": "b"}, "prompt is empty"),
@@ -302,27 +291,20 @@ class TestConversations:
             read([row], "completion")
 
 
+def test_a_layout_fits_its_task_alone(read):
+    with pytest.raises(DataError, match=r"Alpaca .* the task completion, not qa"):
+        read([{"instruction": "a", "output": "b"}], "qa")
+
+
 @pytest.mark.parametrize(
-    ("content", "task", "name", "message"),
+    "row",
     [
-        (squad(("T", [("c", [("q", "?", ["c"])])])), "summarization", "x.json", "SQuAD .* task qa, not summ"),
-        ([{"instruction": "a", "output": "b"}], "qa", "x.jsonl", "Alpaca .* the task completion, not qa"),
+        {"prompt": "c", "completion": " "},
+        {"prompt": "d", "completion": None},
+        {"messages": [HI]},
+        {"messages": [HI, {**HELLO, "content": ""}]},
     ],
 )
-def test_a_layout_fits_its_task_alone(read, content, task, name, message):
-    with pytest.raises(DataError, match=message):
-        read(content, task, name)
-
-
-UNANSWERED = [
-    {"prompt": "c", "completion": " "},
-    {"prompt": "d", "completion": None},
-    {"messages": [HI]},
-    {"messages": [HI, {**HELLO, "content": ""}]},
-]
-
-
-@pytest.mark.parametrize("row", UNANSWERED)
 def test_rows_without_an_answer_are_named_or_left_out_and_counted(row, read, tmp_path):
     with pytest.raises(DataError, match=r"x\.jsonl, line 1: .*data\.skip_unanswered to true"):
         read([row], "completion")
@@ -427,7 +409,6 @@ ROW = '{"prompt": "é", "completion": "b"}\n'
         ("x.jsonl", ROW + ROW + '{"prompt"\n', r"x\.jsonl, line 3: Expecting ':' delimiter"),
         ("x.json", '{"data":\n [1,}', r"x\.json: Expecting .*: line 2 column 5"),
         ("x.jsonl", b"\xef\xbb\xbf \n", r"x\.jsonl holds no records"),
-        ("x.json", "[]", r"x\.json holds no records"),
         ("x.csv", "prompt,completion\n", r"x\.csv holds no records"),
         ("x.csv", "prompt,completion\na,b\nc\n", r"x\.csv, line 3: the number of cells differs from the 2"),
         ("x.csv", "prompt,completion\na,b,c\n", r"x\.csv, line 2: the number of cells differs from the 2"),
@@ -445,11 +426,6 @@ ROW = '{"prompt": "é", "completion": "b"}\n'
 def test_malformed_files(read, name, content, message):
     with pytest.raises(DataError, match=message):
         read(content, "completion", name)
-
-
-def test_a_missing_file(tmp_path):
-    with pytest.raises(DataError, match=r"^x\.json: No such file or directory$"):
-        read_file("x.json", tmp_path / "x.json")
 
 
 def test_made_up_ids_do_not_depend_on_how_a_path_is_written(tmp_path):

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import datasets
 import pytest
 from hypothesis import given, reject
 from hypothesis import settings as hypothesis_settings
@@ -111,12 +110,9 @@ def test_versions_of_a_conversation_join_where_only_the_longer_have_a_system_tur
     assert len(set(groups([short, longer]))) == 1
 
 
-@pytest.mark.parametrize(
-    ("text", "copy"),
-    [("The first text", "the \ufb01rst text"), ("The first text", "THE\u00a0FIRST, text."), ("محمد", "مُحَمَّد")],
-)
-def test_near_copies_of_a_text_join(text, copy):
-    rows = [{"document": text, "summary": "s"} for text in (text, copy, "The second text")]
+def test_near_copies_of_a_text_join():
+    texts = ("The first text", "THE\u00a0\ufb01rst, text.", "The second text")
+    rows = [{"document": text, "summary": "s"} for text in texts]
     first, near, other = make_pool([table_of(rows)], "summarization").records
     assert first.keys & near.keys
     assert not first.keys & other.keys
@@ -242,7 +238,6 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"language": " "}, "' ' is no language code; give one of two or three letters"),
             ({"files": {}}, "data of ar is given by nothing; give files or hub"),
             ({"files": {"pool": ("a",), "dev": ("b",)}}, "files has pool, dev; give a list"),
             ({"files": {"dev": ("b",)}}, "files has dev; give a list"),
@@ -346,17 +341,6 @@ class TestBuildSplits:
         taught = {*ids(splits.train), *ids(splits.dev), *ids(splits.micro_dev), *ids(splits.source_train)}
         assert not taught & {"q0-0", "q0-1", "q5-0", "q5-1"}
         assert splits.report.target.excluded_for_leak == 4
-
-    def test_a_pool_from_the_hub(self, monkeypatch, tiny_tokenizer):
-        def load(name: str, config: str, split: str) -> datasets.Dataset:
-            assert (name, config, split) == ("org/talk", "ar", "train")
-            return datasets.Dataset.from_list(prompt_rows(range(30)))
-
-        monkeypatch.setattr(datasets, "load_dataset", load)
-        target = CorpusSettings("ar", hub=("org/talk", "ar"), test=5, dev=0, micro_dev=4)
-        splits = build_splits(DataSettings("completion", target), tiny_tokenizer, 0)
-        assert len(splits.train) == 21
-        assert splits.train[0].id.startswith("hub:org/talk/ar/train:")
 
     def test_too_few(self, write, tiny_tokenizer, tmp_path):
         rows = [*prompt_rows(range(30)), {"prompt": "x" * 600, "completion": "y"}]
@@ -481,9 +465,8 @@ class TestGivenSplits:
         rows = [{"document": f"{n % 6} " + "a" * 40 + f" {n}", "summary": "s", "id": f"id{n}"} for n in range(12)]
         target = CorpusSettings("en", files={"pool": (write("x.jsonl", rows),)}, train=6, dev=3, micro_dev=0, test=3)
         settings = DataSettings("summarization", target, max_document_tokens=20)
-        with pytest.raises(
-            DataError, match=r"the prompts of x\.jsonl, line \d+ and x\.jsonl, line \d+ are the same, after cuts"
-        ):
+        message = r"the prompts of x\.jsonl, line \d+ and x\.jsonl, line \d+ are the same, after cuts"
+        with pytest.raises(DataError, match=message):
             build_splits(settings, tiny_tokenizer, 0, tmp_path)
 
     def test_the_source_is_checked_where_both_are_given_and_filtered_where_not(

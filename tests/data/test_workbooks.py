@@ -14,11 +14,11 @@ from grasp_lora.data.files import Row, read_file
 from grasp_lora.errors import DataError
 
 
-def workbook(path: Path, *sheets: Sequence[Sequence[Any]], titles: Sequence[str] = ("Maswali", "Majibu")) -> Path:
+def workbook(path: Path, *sheets: Sequence[Sequence[Any]]) -> Path:
     """Write a workbook with a sheet for each list of rows."""
     book = openpyxl.Workbook()
     book.remove(book.active)
-    for title, rows in zip(titles, sheets, strict=False):
+    for title, rows in zip(("Maswali", "Majibu"), sheets, strict=False):
         sheet = book.create_sheet(title)
         for row in rows:
             sheet.append(row)
