@@ -32,7 +32,7 @@ def tokenizer(tiny_tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFas
 
 class TestTemplates:
     def test_languages(self, caplog):
-        assert resolve_template("qa", "zh_Hans") == resolve_template("qa", "zh")
+        assert resolve_template("qa", "zho") == resolve_template("qa", "zh_Hans") == resolve_template("qa", "zh")
         assert resolve_template("qa", "zh").completion == "{answer}"
         assert resolve_template("completion", "sw") == Template("{prompt}", "{completion}")
         assert not caplog.records

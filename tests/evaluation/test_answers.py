@@ -108,13 +108,8 @@ F_2_OF_3_2 = Fraction(4, 5)  # 2 * 2 / (3 + 2)
         ("lo", "ວຽງ", ["ວຽງຈັນ"], 0, Fraction(3, 4)),
         # ភ្នំ is one cluster of ភ្ and one of នំ.
         ("km", "ភ្នំ", ["ភ្នំពេញ"], 0, Fraction(2, 3)),
-        (
-            "jv",
-            "\ua98f\ua9b1",
-            ["\ua98f\ua9b1\ua9b6\ua9a0"],
-            0,
-            Fraction(2, 5),
-        ),  # of Javanese letters, one with a vowel sign
+        # Of Javanese letters, one with a vowel sign.
+        ("jv", "\ua98f\ua9b1", ["\ua98f\ua9b1\ua9b6\ua9a0"], 0, Fraction(2, 5)),
         ("nod", "\u1a20\u1a63", ["\u1a20\u1a63\u1a21"], 0, Fraction(2, 3)),  # Tai Tham
         ("ii", "\ua188\ua320", ["\ua188\ua320\ua110"], 0, Fraction(4, 5)),  # Yi
         ("my", "ရန်", ["ရန်ကုန်"], 0, Fraction(2, 3)),

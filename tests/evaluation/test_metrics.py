@@ -4,7 +4,6 @@ import json
 import sys
 import textwrap
 import unicodedata
-from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
@@ -15,10 +14,6 @@ from grasp_lora.evaluation.metrics import METRICS, MetricScore, resolve_metrics,
 
 LANGUAGES = ("en", "ar", "zh", "de", "es", "hi", "vi")
 EVERYWHERE = [name for name, metric in METRICS.items() if metric.lack is None]  # what every language has
-
-
-def percent(share: Fraction | int | float) -> object:
-    return pytest.approx(100 * float(share), rel=1e-12, abs=0)
 
 
 def test_signatures_tell_the_rules():
@@ -39,10 +34,9 @@ def test_signatures_tell_the_rules():
     assert signature("bleu", "ar").startswith("nrefs:var|")
 
 
-@pytest.mark.parametrize("language", ["chinese", ""])
-def test_outputs_are_of_a_language(language):
-    with pytest.raises(DataError, match=f"'{language}' is no language code"):
-        score(["f1"], ["x"], [["x"]], language)
+def test_outputs_are_of_a_language():
+    with pytest.raises(DataError, match="'chinese' is no language code"):
+        score(["accuracy"], ["x"], [["x"]], "chinese")
 
 
 @pytest.fixture
@@ -124,7 +118,7 @@ def test_what_a_metric_of_the_users_own_gives_is_checked(own_module, result, mes
         score([f"{module}:metric"], ["x", "y"], [["x"], ["y"]], "en")
 
 
-@pytest.mark.parametrize("made", ["numpy.float32(50)", "numpy.array(50)", "torch.tensor(50.0)", "numpy.int64(50)"])
+@pytest.mark.parametrize("made", ["numpy.int64(50)", "torch.tensor(50.0)"])
 def test_numbers_of_numpy_and_torch_become_plain_ones(own_module, made):
     module = own_module(
         f"""
@@ -136,7 +130,7 @@ def test_numbers_of_numpy_and_torch_become_plain_ones(own_module, made):
         """
     )
     found = score([f"{module}:metric"], ["x", "y"], [["x"], ["y"]], "en")[f"{module}:metric"]
-    assert json.dumps([found.value, found.per_example]) in ("[50.0, [0.0, 100.0]]", "[50, [0.0, 100.0]]")
+    assert json.dumps([found.value, found.per_example]) == "[50.0, [0.0, 100.0]]"
 
 
 languages = st.sampled_from(LANGUAGES)

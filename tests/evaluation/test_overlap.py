@@ -13,6 +13,7 @@ from grasp_lora.evaluation.metrics import score
 from grasp_lora.evaluation.overlap import UnicodeTokenizer, bleu_from_statistics, chrf_from_statistics
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
+SCHOOL = "ذهب الولد إلى المدرسة"
 
 
 def percent(share: Fraction | int | float) -> object:
@@ -32,16 +33,9 @@ F_2_OF_3_2 = Fraction(4, 5)  # 2 * 2 / (3 + 2)
     ("language", "prediction", "references", "rouge1", "rouge2", "rouge_l"),
     [
         # 4 words each, 3 shared; 3 pairs each, 2 shared; the first 3 words in order.
-        (
-            "ar",
-            "ذهب الولد إلى المدرسة",
-            ["ذهب الولد إلى البيت"],
-            Fraction(3, 4),
-            Fraction(2, 3),
-            Fraction(3, 4),
-        ),
+        ("ar", SCHOOL, ["ذهب الولد إلى البيت"], Fraction(3, 4), Fraction(2, 3), Fraction(3, 4)),
         # The same 4 words backwards: no pair; a common subsequence of 1 word.
-        ("ar", "المدرسة إلى الولد ذهب", ["ذهب الولد إلى المدرسة"], 1, 0, Fraction(1, 4)),
+        ("ar", "المدرسة إلى الولد ذهب", [SCHOOL], 1, 0, Fraction(1, 4)),
         # 我去学校 / 我去上学: 我 去 学 of 4; 我去 of 3 pairs; 我去学 in order.
         ("zh", "我去学校", ["我去上学"], Fraction(3, 4), Fraction(1, 3), Fraction(3, 4)),
         # カ once and ナ of 4 and 2: 2*2/6; カナ of 3 pairs and 1: 2*1/4; カ ナ in order.
@@ -93,9 +87,6 @@ def test_unicode_tokens_of_ascii_text_are_those_of_rouge_score(text):
     assert UnicodeTokenizer().tokenize(text) == tokenize(text, None)
 
 
-SCHOOL = "ذهب الولد إلى المدرسة"
-
-
 @pytest.mark.parametrize(
     ("language", "prediction", "references", "expected"),
     [
@@ -137,10 +128,7 @@ def test_bleu_of_identical_short_texts_is_what_sacrebleu_gives():
     assert (result.value, result.per_example) == (0, (100,))
 
 
-@pytest.mark.parametrize(
-    ("language", "tokenizer"),
-    [("zh", "zh"), ("zh-TW", "zh"), ("en", "13a"), ("en_GB", "13a"), ("ar", "intl"), ("fr", "intl")],
-)
+@pytest.mark.parametrize(("language", "tokenizer"), [("zh-TW", "zh"), ("en", "13a"), ("ar", "intl")])
 def test_bleu_tokenizer_is_in_the_signature(language, tokenizer):
     signature = score(["bleu"], ["x"], [["x"]], language)["bleu"].signature
     assert signature.startswith(f"nrefs:1|case:mixed|eff:no|tok:{tokenizer}|smooth:exp|version:2.")

@@ -42,16 +42,10 @@ def test_known_answer_of_two_examples():
     assert result.verdict == "no difference shown"
 
 
-def test_equal_methods_differ_by_nothing():
-    values = normal(30, 0)
-    result = compared([values, values[::-1]], [values[::-1], values])  # equal once averaged
+def test_rounding_makes_no_winner_of_a_tie():
+    result = compared([[0.1, 0.1], [0.2, 0.2]], [[0.3, 0.3], [0.0, 0.0]])  # equal once averaged
     assert (result.difference, result.low, result.high) == (0, 0, 0)
     assert result.verdict == "no difference shown"
-
-
-def test_rounding_makes_no_winner_of_a_tie():
-    result = compared([[0.1, 0.1], [0.2, 0.2]], [[0.3, 0.3], [0.0, 0.0]])
-    assert (result.difference, result.low, result.high) == (0, 0, 0)
 
 
 def test_agrees_with_a_slow_implementation():
@@ -141,14 +135,14 @@ def test_many_systems_have_intervals_too():
     assert all(result.low <= result.difference <= result.high for result in results.values())
 
 
-@pytest.mark.parametrize(("examples", "most"), [(2, 7), (10, 7)])
-def test_few_examples_seldom_make_equal_methods_look_different(examples, most):
+@pytest.mark.parametrize("examples", [2, 10])
+def test_few_examples_seldom_make_equal_methods_look_different(examples):
     families = 0
     for seed in range(60):
         baselines = {str(other): normal(examples, 1000 * seed + other) for other in range(1, 24)}
         results = compare_with_baselines(normal(examples, 1000 * seed), baselines, resamples=2000, seed=seed)
         families += any(result.verdict != "no difference shown" for result in results.values())
-    assert families <= most  # 5 % of 60 is 3; without widening 60, 41, 16 and 4
+    assert families <= 7  # 5 % of 60 is 3; without widening 60, 41, 16 and 4
 
 
 @pytest.mark.parametrize(

@@ -10,17 +10,7 @@ from grasp_lora.text.languages import language_code
 
 @pytest.mark.parametrize(
     ("language", "code"),
-    [
-        ("ar", "ar"),
-        ("ZH_Hant", "zh"),
-        ("cmn-Hans", "zh"),
-        ("arb", "ar"),
-        ("swh", "swh"),
-        ("pt-BR", "pt"),
-        ("tha", "th"),
-        ("rus", "ru"),
-        ("nob", "no"),
-    ],
+    [("ar", "ar"), ("ZH_Hant", "zh"), ("cmn-Hans", "zh"), ("swh", "swh"), ("pt-BR", "pt"), ("nob", "no")],
 )
 def test_a_code_loses_its_region_and_is_short_where_rules_depend_on_it(language, code):
     assert language_code(language) == code
@@ -32,14 +22,10 @@ def test_every_language_that_a_metric_has_rules_for_is_known_by_its_long_code():
     assert all(len(long) > len(short) or long in ("nb", "nn") for long, short in languages._SHORT.items())
 
 
-@pytest.mark.parametrize("language", ["swahili", "Arabic", "", " ", "a", "ar ", "zh-", "中文"])
+@pytest.mark.parametrize("language", ["swahili", "", "a", "ar ", "zh-", "中文"])
 def test_what_is_no_code_is_refused_in_a_recipe_before_any_work(language):
     with pytest.raises(DataError, match="is no language code; give one of two or three letters"):
         CorpusSettings(language=language, files={"pool": ("a.jsonl",)})
-
-
-def test_a_long_code_has_the_prompts_of_the_short_one():
-    assert resolve_template("qa", "zho") == resolve_template("qa", "zh") != resolve_template("qa", "en")
 
 
 def test_in_a_chat_the_built_in_completion_is_the_bare_answer_also_where_it_is_written_out():
