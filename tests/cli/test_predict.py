@@ -130,16 +130,8 @@ def test_a_question_is_put_into_the_prompt_of_the_training_and_cleaned_as_rows_a
 ) -> None:
     shutil.copytree("qa", "a-run/adapter")
     Path("a-run/run.json").write_text("{}")  # of the folder of a run it is the adapter in it
-    result = cli(
-        "predict",
-        "a-run",
-        "--backbone",
-        "tiny-llama",
-        "--context",
-        "here is {x}\r\n\x93so\x94\x07",
-        "--question",
-        "where?",
-    )
+    asking = ("--context", "here is {x}\r\n\x93so\x94\x07", "--question", "where?")
+    result = cli("predict", "a-run", "--backbone", "tiny-llama", *asking)
     assert (result.status, result.out, result.err) == (0, "so\n", "")
     assert asked[-1][0] == ["<bos>" + QA_TEMPLATE.format(context="here is {x}\n“so”", question="where?")]
     cli("predict", "chat", "--question", "what?<end>")  # a prompt with one field needs one text, which is text
@@ -183,9 +175,8 @@ def test_rows_are_answered_and_written_with_their_predictions(cli: Cli, here: Pa
         rows = list(csv.DictReader(file))
     assert rows[0] == {"text": "here, there", "question": "where?", "note": "لا", "prediction": "so"}
     qas = [{"id": "a", "question": "q?"}, {"id": "b", "question": "w?", "answers": [], "is_impossible": True}]
-    Path("squad.json").write_text(
-        json.dumps({"data": [{"title": "t", "paragraphs": [{"context": "now", "qas": qas}]}]})
-    )
+    article = {"title": "t", "paragraphs": [{"context": "now", "qas": qas}]}
+    Path("squad.json").write_text(json.dumps({"data": [article]}))
     cli("predict", "qa", "squad.json", "-o", "out.jsonl")
     ids = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
     assert ids == [{"id": "a", "prediction": "so"}, {"id": "b", "prediction": "so"}]

@@ -12,12 +12,7 @@ from scipy import stats
 from grasp_lora.engine.comparison import expected_width
 from grasp_lora.errors import DataError
 from grasp_lora.evaluation.metrics import METRICS, score
-from grasp_lora.evaluation.statistics import (
-    PairedComparison,
-    compare_all_pairs,
-    compare_with_baselines,
-    half_width,
-)
+from grasp_lora.evaluation.statistics import PairedComparison, compare_all_pairs, compare_with_baselines, half_width
 
 
 def normal(count: int, seed: int, mean: float = 0.0) -> list[float]:

@@ -230,10 +230,8 @@ def test_a_source_has_columns_of_its_own_names(start: Callable[..., Path]) -> No
     data = write(Path("t.csv"), swahili(60))
     english = [dict(zip(("Passage", "Q", "Jibu"), row.values(), strict=True)) for row in swahili(60, "s")]
     source = (str(write(Path("s.csv"), english)),)
-    with pytest.raises(
-        DataError,
-        match=r"s\.csv has the columns .* such as --source-column context=Passage --source-column question=Q,",
-    ):
+    message = r"s\.csv has the columns .* such as --source-column context=Passage --source-column question=Q,"
+    with pytest.raises(DataError, match=message):
         start(data, source, columns=COLUMNS)
     with pytest.raises(DataError, match=r"s\.csv has no column 'P', which --source-column names"):
         start(data, source, columns=COLUMNS, source_columns=["context=P"])
@@ -294,8 +292,6 @@ def test_a_workbook_with_a_sheet_for_each_language(start: Callable[..., Path]) -
         for row in [["prompt", "completion"], *([f"{name} {i}?", i] for i in range(60))]:
             sheet.append(row)
     book.save("x.xlsx")
-    with pytest.raises(DataError, match=r"x\.xlsx has no sheet 'Kiswaheli'; it has Sheet, Kiswahili, English"):
-        start(Path("x.xlsx"), sheet="Kiswaheli")
     recipe, _ = load_recipe(start(Path("x.xlsx"), ("x.xlsx",), sheet="Kiswahili", source_sheet="English"))
     assert (recipe.data.target.sheet, recipe.data.source.sheet) == ("Kiswahili", "English")
     assert sizes_of(Path("mine.yaml"))["train"] == 45
@@ -336,10 +332,8 @@ def test_too_few_articles_are_refused(start: Callable[..., Path]) -> None:
 
 
 def test_large_articles_shrink_the_splits(start: Callable[..., Path]) -> None:
-    sizes = sizes_of(
-        start(write(Path("t.json"), squad(120, per_article=12)), (str(write(Path("s.json"), squad(40, "s"))),))
-    )
-    assert sizes["test"] >= 12
+    source = write(Path("s.json"), squad(40, "s"))
+    assert sizes_of(start(write(Path("t.json"), squad(120, per_article=12)), (str(source),)))["test"] >= 12
 
 
 def test_a_parallel_source_leaves_room_for_what_is_excluded(start: Callable[..., Path]) -> None:
@@ -437,16 +431,16 @@ def test_names_of_files_and_languages_of_every_kind(
     assert sizes_of(file)["source_train"]
 
 
+def adapter(name: str, base: str | None) -> str:
+    """Write the config of an adapter of that backbone; return its folder."""
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    Path(name).mkdir()
+    Path(name, "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+    return name
+
+
 def test_the_backbone_is_that_of_the_source_adapters(start: Callable[..., Path], tmp_path: Path) -> None:
     data = write(Path("t.jsonl"), completion(60))
-
-    def adapter(name: str, base: str | None) -> str:
-        folder = tmp_path / name
-        folder.mkdir()
-        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
-        (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
-        return name
-
     one, other, silent = adapter("one", "org/llama"), adapter("other", "org/gemma"), adapter("silent", None)
     assert load_recipe(start(data, (one,), Path("a.yaml"), backbone=None))[0].backbone.name == "org/llama"
     assert load_recipe(start(data, (one,), Path("b.yaml"), backbone="mine/llama"))[0].backbone.name == "mine/llama"
@@ -462,19 +456,15 @@ def test_the_backbone_is_that_of_the_source_adapters(start: Callable[..., Path],
 
 
 def test_the_backbone_of_an_adapter_on_the_hub_is_looked_up(
-    start: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    start: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
-    fetched = tmp_path / "fetched"
-    fetched.mkdir()
-    (fetched / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "org/llama"}))
     asked: list[tuple[str, object]] = []
 
     def download(hub_id: str, allow_patterns: object, **_: object) -> str:
         asked.append((hub_id, allow_patterns))
         if hub_id == "org/none":
             raise OSError("no such repository")
-        return str(fetched)
+        return adapter("fetched", "org/llama")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     data = write(Path("t.jsonl"), completion(60))
@@ -492,9 +482,8 @@ def test_answers_of_several_lines_are_not_cut_at_the_first(start: Callable[..., 
 
 
 def test_a_source_of_one_article_has_no_dev_split(start: Callable[..., Path]) -> None:
-    sizes = sizes_of(
-        start(write(Path("t.json"), squad(90)), (str(write(Path("s.json"), squad(60, "s", per_article=60))),))
-    )
+    source = write(Path("s.json"), squad(60, "s", per_article=60))
+    sizes = sizes_of(start(write(Path("t.json"), squad(90)), (str(source),)))
     assert (sizes["source_train"], sizes["source_dev"]) == (60, 0)
 
 
@@ -512,15 +501,12 @@ def test_paths_start_from_the_folder_of_the_recipe(start: Callable[..., Path], t
 def test_a_file_that_the_recipe_would_find_elsewhere_is_refused(
     start: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    (elsewhere / "en.jsonl").write_text("{}", encoding="utf-8")
-    Path("en.jsonl").write_text("".join(json.dumps({"prompt": f"p{i}", "completion": "c"}) + "\n" for i in range(60)))
-    Path("t.jsonl").write_text("".join(json.dumps({"prompt": f"t{i}", "completion": "c"}) + "\n" for i in range(120)))
-    monkeypatch.setenv("GRASP_LORA_DATA", str(elsewhere))
+    write(tmp_path / "elsewhere/en.jsonl", completion(1))
+    monkeypatch.setenv("GRASP_LORA_DATA", str(tmp_path / "elsewhere"))
+    data, source = write(Path("t.jsonl"), completion(60)), write(Path("en.jsonl"), completion(60, "s"))
     with pytest.raises(DataError, match=r"'en\.jsonl' is in two places, with different contents"):
-        write_recipe(Path("t.jsonl"), "sw", None, ["en.jsonl"], "en")
-    assert not Path("t.yaml").exists()
+        start(data, (str(source),))
+    assert not Path("mine.yaml").exists()
 
 
 def test_labels_are_written_down(start: Callable[..., Path]) -> None:
@@ -550,33 +536,18 @@ def test_an_existing_file_is_never_overwritten(start: Callable[..., Path]) -> No
 @pytest.mark.parametrize(
     ("data", "source", "error", "message"),
     [
-        (
-            [{"frage": "a", "antwort": "b"}] * 60,
-            (),
-            DataError,
-            r"columns frage, antwort, which fit no task .* --column prompt=frage --column completion=antwort, or",
-        ),
-        (
-            completion(60),
-            ("nowhere.csv",),
-            RecipeError,
-            r"source nowhere\.csv is neither a data file, nor a folder with",
-        ),
+        ([{"frage": "a", "antwort": "b"}] * 60, (), DataError,
+         r"columns frage, antwort, which fit no task .* --column prompt=frage --column completion=antwort, or"),
+        (completion(60), ("nowhere.csv",), RecipeError, r"source nowhere\.csv is neither a data file, nor a folder with"),
         (completion(60), ("tiny-llama",), RecipeError, r"source tiny-llama is neither .* adapter_config\.json"),
         (completion(60), ("org/name", "s.jsonl"), RecipeError, "source org/name is neither .* or adapters alone"),
-        (
-            completion(60),
-            ("demo:en.json",),
-            DataError,
-            r"data for the task qa by its columns, and the task is completion",
-        ),
+        (completion(60), ("demo:en.json",), DataError, r"data for the task qa by its columns, and the task is completion"),
         (completion(60), ("few.jsonl",), DataError, r"the source has 10 examples, .*at least 20 are needed"),
         (completion(FEWEST - 1), (), DataError, rf"t\.jsonl has {FEWEST - 1} examples; at least {FEWEST} are needed"),
-        ([{"prompt": "a", "completion": ""}] * 60, (), DataError, r"line 1: completion is empty"),
         ({"data": [{"title": "t", "paragraphs": []}]}, (), DataError, r"t\.json has 0 examples; at least"),
         (labelled(60, ["a"]), (), DataError, r"t\.jsonl: 1 labels, first a; a classification has 2 to 200"),
     ],
-)
+)  # fmt: skip
 def test_mistakes_are_named_and_nothing_is_written(
     data: Any, source: tuple[str, ...], error: type[GraspError], message: str, start: Callable[..., Path]
 ) -> None:
@@ -592,10 +563,8 @@ def test_texts_beside_questions_and_answers_are_not_left_out_in_silence(start: C
     rows = [{"Muktadha": f"Maelezo {i} " * 10, "Swali": f"Nini {i}?", "Jibu": f"{i}"} for i in range(60)]
     file = write(Path("t.jsonl"), rows)
     named = ["question=Swali", "answer=Jibu"]
-    with pytest.raises(
-        DataError,
-        match=r"has Muktadha beside Swali and Jibu, .*say --column prompt=Swali .* --column context=Muktadha ",
-    ):
+    message = r"has Muktadha beside Swali and Jibu, .*say --column prompt=Swali .* --column context=Muktadha "
+    with pytest.raises(DataError, match=message):
         start(file, columns=named)
     content = yaml.safe_load(start(file, columns=[*named, "context=Muktadha"]).read_text(encoding="utf-8"))
     assert content["data"]["task"] == "qa"
@@ -606,11 +575,6 @@ def test_labels_of_both_languages_are_written_alike(start: Callable[..., Path]) 
     file = write(Path("t.jsonl"), [{"text": f"t {i}", "label": ("good", "bad")[i % 2]} for i in range(60)])
     with pytest.raises(DataError, match=r"t\.jsonl and s\.jsonl: the labels .Bad. and .bad. differ in case"):
         start(file, ["s.jsonl"])
-
-
-def test_a_language_must_be_a_code(start: Callable[..., Path]) -> None:
-    with pytest.raises(DataError, match="is no language code; give one of two or three letters"):
-        start(write(Path("t.jsonl"), completion(60)), language="german")
 
 
 def test_the_command_says_what_comes_next(cli: Callable[..., Any], start: Callable[..., Path]) -> None:

@@ -152,11 +152,7 @@ class TestNewFolder:
     @pytest.mark.parametrize(
         ("trouble", "kind", "said"),
         [
-            (
-                lambda draft: (draft / "none").read_text(),
-                RecipeError,
-                r"cannot be written \(No such file.*; make room",
-            ),
+            (lambda draft: (draft / "none").read_text(), RecipeError, r"cannot be written \(No such file.*; make room"),
             (lambda draft: 1 / 0, ZeroDivisionError, "division"),
             (
                 lambda draft: os.kill(os.getpid(), signal.SIGTERM),

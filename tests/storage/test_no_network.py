@@ -22,14 +22,8 @@ def caused(cause: Exception) -> OSError:
 @pytest.mark.parametrize(
     ("cause", "problem"),
     [
-        (
-            bare(GatedRepoError),
-            "it is gated; accept its terms on huggingface.co and run `hf auth login`",
-        ),
-        (
-            bare(RepositoryNotFoundError),
-            "or it is private or your token is not valid (then run `hf auth login`)",
-        ),
+        (bare(GatedRepoError), "it is gated; accept its terms on huggingface.co and run `hf auth login`"),
+        (bare(RepositoryNotFoundError), "or it is private or your token is not valid (then run `hf auth login`)"),
         (HFValidationError("no"), "there is no such folder, and it is no hub id either"),
     ],
 )
