@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -54,6 +55,15 @@ def text_of(record: Run, folder: Path) -> str:
 
 def card(record: Run, folder: Path) -> str:
     return write_model_card(record, folder, folder).read_text(encoding="utf-8").replace("\u00a0", " ")
+
+
+def with_f1(run: Run, f1: Callable[[str, int], float]) -> Run:
+    """Other F1 of all answers, by the system and the place of the row, and the scores that come of it."""
+    for name in SYSTEMS:
+        values = [f1(name, place) for place in range(8)]
+        run = answered(run, name, lambda place, values=values: {"scores": {"f1": values[place]}})
+        run = with_scores(run, **{name: {"f1": fmean(values)}})
+    return run
 
 
 class Page(HTMLParser):
@@ -132,10 +142,8 @@ def test_best_of_each_column_is_bold_and_what_is_handed_over_is_marked(run: Run,
 )
 def test_what_a_difference_shows_is_said(run: Run, tmp_path: Path, gains: list[float], verdict: str) -> None:
     scores = {name: [40.0 - (gains[i % len(gains)] if name == "target" else 0) for i in range(8)] for name in SYSTEMS}
-    for name, values in scores.items():
-        run = answered(run, name, lambda place, values=values: {"scores": {"f1": values[place]}})
-    theirs = sum(scores["target"]) / 8
-    page = text_of(with_scores(run, target={"f1": theirs}, grasp={"f1": 40.0}), tmp_path)
+    theirs = fmean(scores["target"])
+    page = text_of(with_f1(run, lambda name, place: scores[name][place]), tmp_path)
     assert f"Test F1 40.0 against {theirs:.1f} for the target adapter alone: {verdict}." in page
     better = "The test rows show another to be better (target only): F1 40.0 against 42.0, -2.0 ("
     assert page.partition("</h1>")[0].count(better) == (verdict == "worse")
@@ -186,10 +194,7 @@ def test_what_is_handed_over_is_compared_with_what_there_was_before(run: Run, tm
     """Each difference once, with one interval, for all comparisons together: the line of the gain has those of the notes."""
     assert "What is handed over against" not in text_of(run, tmp_path)  # it is GRASP's result
     run = with_delivered(with_recipe(run, final={"deliver": "best"}), name="target", title="the target adapter")
-    for name in SYSTEMS:
-        f1 = [40.0 + place % 3 + (4.0 + place % 2) * (name == "target") for place in range(8)]
-        run = answered(run, name, lambda place, f1=f1: {"scores": {"f1": f1[place]}})
-        run = with_scores(run, **{name: {"f1": fmean(f1)}})
+    run = with_f1(run, lambda name, place: 40.0 + place % 3 + (4.0 + place % 2) * (name == "target"))
     page = text_of(run, tmp_path)
     [interval] = set(re.findall(r"\(\+3\.\S+ to \+5\.\S+\)", page))
     assert f"It answers better than the source adapter: F1 45.4 against 40.9, +4.5 {interval}, of 8 test rows." in page
@@ -206,10 +211,7 @@ def test_the_first_line_says_that_the_test_rows_show_another_system_to_be_better
     run: Run, tmp_path: Path, deliver: str
 ) -> None:
     run = with_delivered(with_recipe(run, final={"deliver": deliver}), title="this one")
-    for name in SYSTEMS:
-        f1 = [40.0 + place % 3 + (4.0 + place % 2) * (name == "merged") for place in range(8)]
-        run = answered(run, name, lambda place, f1=f1: {"scores": {"f1": f1[place]}})
-        run = with_scores(run, **{name: {"f1": fmean(f1)}})
+    run = with_f1(run, lambda name, place: 40.0 + place % 3 + (4.0 + place % 2) * (name == "merged"))
     sentence = "The test rows show another to be better (merged, not pruned): F1 40.9 against 45.4, -4.5 (-5."
     assert sentence in text_of(run, tmp_path).partition("</h1>")[0]
     assert sentence in verdict(run, compare_handed_over(run)).replace("\u2212", "-")  # the terminal's first line
@@ -223,10 +225,7 @@ def test_a_score_that_is_higher_perhaps_by_chance_is_named_with_the_folder_of_it
     run: Run, tmp_path: Path
 ) -> None:
     run = with_delivered(with_recipe(run, final={"deliver": "best"}), name="target", title="the target adapter")
-    for name in SYSTEMS:
-        f1 = [40.0 + (9.0 * (place % 2) - 4.0) * (name in ("merged", "grasp")) for place in range(8)]
-        run = answered(run, name, lambda place, f1=f1: {"scores": {"f1": f1[place]}})
-        run = with_scores(run, **{name: {"f1": fmean(f1)}})
+    run = with_f1(run, lambda name, place: 40.0 + (9.0 * (place % 2) - 4.0) * (name in ("merged", "grasp")))
     said = "A higher test F1 than its 40.0: merged, not pruned (40.5, in {}merged/); GRASP (40.5, in {}final/). 8 test rows cannot show"
     assert said.format("", "") in text_of(run, tmp_path)
     assert said.format("runs/a/", "runs/a/") in str(higher(run, compare_handed_over(run), Path("runs/a")))
@@ -264,7 +263,7 @@ def test_answers_that_are_no_better_than_one_label_have_a_warning(
         assert "What is handed over answers: nzuri 8, mbaya 0." in text
 
 
-@pytest.mark.parametrize(("more", "shown"), [(0, True), (10, True), (11, False)])
+@pytest.mark.parametrize(("more", "shown"), [(10, True), (11, False)])
 def test_labels_have_a_table_of_what_was_answered_to_each(run: Run, tmp_path: Path, more: int, shown: bool) -> None:
     labels = {name: {"train": 5} for name in ("nzuri", "mbaya", *(f"label {number}" for number in range(more)))}
     run = with_report(run, labels=labels, prompt="Text: {text}")
@@ -541,26 +540,14 @@ def test_a_rival_is_named_once(run: Run, theirs: float, named_by: str) -> None:
 @pytest.mark.parametrize(
     ("source", "backbone", "told"),
     [
-        (
-            "better",
-            "better",
-            r"It answers better than the source adapter: F1 61.0 against 49.0, \+12.0 \(\+6.0 to \+18.0\),",
-        ),
-        (
-            "no difference",
-            "better",
-            "It answers better than the backbone alone: .* No gain on the source adapter is shown.",
-        ),
-        (
-            "no difference",
-            "no difference",
-            "not shown to be better than the source adapter or the backbone alone. Beside the source adapter: F1 61.0 against",
-        ),
+        (True, True, r"It answers better than the source adapter: F1 61.0 against 49.0, \+12.0 \(\+6.0 to \+18.0\),"),
+        (False, True, "It answers better than the backbone alone: .* No gain on the source adapter is shown."),
+        (False, False, "not shown to be better than the source adapter or the backbone alone. Beside the source adapter: F1 61.0 against"),
     ],
-)
-def test_the_first_line_says_over_what_there_is_a_gain(run: Run, source: str, backbone: str, told: str) -> None:
-    def of(verdict: str) -> Difference:
-        low = 6.0 if verdict == "better" else -6.0
+)  # fmt: skip
+def test_the_first_line_says_over_what_there_is_a_gain(run: Run, source: bool, backbone: bool, told: str) -> None:
+    def of(better: bool) -> Difference:
+        low = 6.0 if better else -6.0
         return Difference("f1", 61.0, 49.0, PairedComparison(12.0, low, 18.0, 0.01, 0.95, 100, 1000), None)
 
     text = gain(run, {"source": of(source), "zero_shot": of(backbone)})
