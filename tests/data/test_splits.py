@@ -217,14 +217,14 @@ class TestCheckDisjoint:
     def test_planted_leaks(self, pair, kind):
         named = {name: [example(f"{name}{i}") for i in range(3)] for name in SPLITS}
         victim = named[pair[1]][0]
-        planted = example("new") if kind != "id" else example(victim.id, group="new", prompt="new")
-        if kind == "prompt":
-            planted = example("new", prompt=f"  {victim.prompt}\n")
-        elif kind == "group":
-            planted = example("new", group=victim.group)
-        named[pair[0]].append(planted)
-        shared = {"id": 0, "prompt": 0, "group": 0, kind: 1}
-        message = f"share {shared['id']} ids, {shared['prompt']} prompts and {shared['group']} groups"
+        planted = {
+            "id": example(victim.id, group="new", prompt="new"),
+            "prompt": example("new", prompt=f"  {victim.prompt}\n"),
+            "group": example("new", group=victim.group),
+        }
+        named[pair[0]].append(planted[kind])
+        shared = (int(kind == one) for one in ("id", "prompt", "group"))
+        message = "share {} ids, {} prompts and {} groups".format(*shared)
         with pytest.raises(DataError, match=message) as caught:
             check_disjoint(splits_of(**named))
         assert any(f"{a} and {b} share" in str(caught.value) for a, b in (pair, pair[::-1]))
