@@ -68,12 +68,10 @@ def shelf(tmp_path_factory: pytest.TempPathFactory, tiny_backbone_folder: Path) 
     return folder
 
 
-@pytest.fixture
-def here(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the shelf, made the working folder."""
-    folder = Path(shutil.copytree(shelf, tmp_path / "here", symlinks=True))
-    monkeypatch.chdir(folder)
-    return folder
+@pytest.fixture(autouse=True)
+def _here(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work in a copy of the shelf."""
+    monkeypatch.chdir(shutil.copytree(shelf, tmp_path / "here", symlinks=True))
 
 
 @pytest.fixture
@@ -103,7 +101,7 @@ def refusal(result: CliResult) -> str:
 
 
 def test_prompts_come_as_arguments_or_lines_or_json(
-    cli: Cli, here: Path, asked: list[Any], monkeypatch: pytest.MonkeyPatch
+    cli: Cli, asked: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     standard_input(monkeypatch, "one\r\nلغة\u2028more\n".encode())
     assert cli("predict", "talks", "--stop", "#", "--max-new-tokens", "3").out == "so\n" * 2
@@ -125,9 +123,7 @@ def test_prompts_come_as_arguments_or_lines_or_json(
     assert pipe.buffer.getvalue().decode("utf-8") == "لغة\n语言\n" * 2  # type: ignore[attr-defined]
 
 
-def test_a_question_is_put_into_the_prompt_of_the_training_and_cleaned_as_rows_are(
-    cli: Cli, here: Path, asked: list[Any]
-) -> None:
+def test_a_question_is_put_into_the_prompt_of_the_training_and_cleaned_as_rows_are(cli: Cli, asked: list[Any]) -> None:
     shutil.copytree("qa", "a-run/adapter")
     Path("a-run/run.json").write_text("{}")  # of the folder of a run it is the adapter in it
     asking = ("--context", "here is {x}\r\n\x93so\x94\x07", "--question", "where?")
@@ -140,7 +136,7 @@ def test_a_question_is_put_into_the_prompt_of_the_training_and_cleaned_as_rows_a
     assert asked[-1][0] == ["<bos>what?\n"]
 
 
-def test_a_prompt_of_another_form_and_a_text_that_is_cut_get_a_note(cli: Cli, here: Path, asked: list[Any]) -> None:
+def test_a_prompt_of_another_form_and_a_text_that_is_cut_get_a_note(cli: Cli, asked: list[Any]) -> None:
     whole = QA_TEMPLATE.format(context="c", question="q")
     assert cli("predict", "qa", whole).err == ""
     for adapter, prompt in (("qa", "where?"), ("qa", whole + " "), ("talks", "what?")):
@@ -155,7 +151,7 @@ def test_a_prompt_of_another_form_and_a_text_that_is_cut_get_a_note(cli: Cli, he
 
 
 def test_what_a_user_says_in_a_chat_is_text_and_a_prompt_in_the_template_needs_no_chat(
-    cli: Cli, here: Path, asked: list[Any]
+    cli: Cli, asked: list[Any]
 ) -> None:
     rendered = "<start>user\nwhat 1?<end>\n<start>assistant\n"  # as in evaluation/prompts.jsonl of a run
     cli("predict", "chat", "<end> 2?")
@@ -165,7 +161,7 @@ def test_what_a_user_says_in_a_chat_is_text_and_a_prompt_in_the_template_needs_n
     assert asked[-1][0][0].removeprefix("<bos>") == rendered
 
 
-def test_rows_are_answered_and_written_with_their_predictions(cli: Cli, here: Path, asked: list[Any]) -> None:
+def test_rows_are_answered_and_written_with_their_predictions(cli: Cli, asked: list[Any]) -> None:
     Path("rows.csv").write_text('text,question,note\n"here, there",where?,لا\nnow,when?,\n', encoding="utf-8")
     result = cli("predict", "qa", "rows.csv")
     assert [json.loads(line)["prediction"] for line in result.out.splitlines()] == ["so", "so"]
@@ -186,7 +182,7 @@ def test_rows_are_answered_and_written_with_their_predictions(cli: Cli, here: Pa
     assert asked[-1][0] == [prompt, "<start>user\nd<end>\n<start>assistant\n"]
 
 
-def test_rows_of_every_layout_need_no_answer(here: Path, cli: Cli, asked: list[Any]) -> None:
+def test_rows_of_every_layout_need_no_answer(cli: Cli, asked: list[Any]) -> None:
     shared = [{"from": "human", "value": "what 1?"}, {"from": "gpt", "value": "unread"}]
     rows = ({"instruction": "what 1?"}, {"instruction": "what 1?", "input": "", "output": "unread"},
             {"conversations": shared[:1]}, {"conversations": shared}, {"messages": talk("what 1?")})  # fmt: skip
@@ -197,7 +193,7 @@ def test_rows_of_every_layout_need_no_answer(here: Path, cli: Cli, asked: list[A
         assert "unread" not in asked[-1][0][0]
 
 
-def test_an_answer_in_a_chat_ends_with_its_turn(here: Path) -> None:
+def test_an_answer_in_a_chat_ends_with_its_turn() -> None:
     """The real thing: a model that says nothing but a letter, and then the end of its turn."""
     with predicting.asking("chat", max_new_tokens=4, stop=()) as ready:
         letter = ready.tokenizer("a", add_special_tokens=False).input_ids[0]
@@ -233,7 +229,7 @@ def test_an_answer_in_a_chat_ends_with_its_turn(here: Path) -> None:
     ],
 )
 def test_what_cannot_be_asked_is_one_line_and_nothing_is_written(
-    cli: Cli, here: Path, arguments: tuple[str, ...], value: str, fix: str
+    cli: Cli, arguments: tuple[str, ...], value: str, fix: str
 ) -> None:
     Path("no-columns.csv").write_text("a,b\n1,2\n")
     Path("head.csv").write_text("text,question\n")
@@ -253,7 +249,7 @@ def test_what_cannot_be_asked_is_one_line_and_nothing_is_written(
     assert {path: path.stat().st_mtime_ns for path in Path().rglob("*")} == before
 
 
-def test_a_merge_answers_as_its_parents_do_where_they_agree(cli: Cli, here: Path) -> None:
+def test_a_merge_answers_as_its_parents_do_where_they_agree(cli: Cli) -> None:
     labels = {"task": "classification", "prompt": "{text}", "completion": " {label}", "labels": ["a", "b"]}
     changes: dict[str, dict[str, Any]] = {
         "first": {}, "longer": {"max_new_tokens": 12}, "other": {"labels": ["a", "c"]}, "reworded": {"prompt": "? {text}"},

@@ -304,9 +304,8 @@ REWRITES = "{{ messages[0].content.replace('/no_think', '') | upper }}{{ message
 def test_a_template_that_leaves_out_the_system_message_is_refused(tokenizer):
     tokenizer.chat_template = DROPS
     assert render_chat(tokenizer, [[USER]], ["a"]) == ["[user]hi"]
-    with pytest.raises(
-        DataError, match=r"^b: the tokenizer's chat template leaves out the system message; put .* first user turn$"
-    ):
+    message = r"^b: the tokenizer's chat template leaves out the system message; put .* first user turn$"
+    with pytest.raises(DataError, match=message):
         render_chat(tokenizer, [[USER], [SYSTEM, USER], [SYSTEM, USER]], ["a", "b", "c"])
 
 

@@ -83,13 +83,12 @@ def test_what_no_answer_can_be_chosen_from_is_refused(train, test, settings, mes
 
 
 def test_a_source_label_that_is_written_otherwise_is_refused(split):
-    with pytest.raises(
-        DataError, match=r"the source_train row source.jsonl, line \d+ has the label 'AB', .*; write it as 'ab'"
-    ):
+    message = r"the source_train row source.jsonl, line \d+ has the label 'AB', .*; write it as 'ab'"
+    with pytest.raises(DataError, match=message):
         split(rows(["a", "ab"]), source=rows(["a", "AB"], name="s"))
 
 
-def test_labels_that_the_tokenizer_confounds_are_refused(tmp_path, tiny_tokenizer, split, monkeypatch):
+def test_labels_that_the_tokenizer_confounds_are_refused(tiny_tokenizer, split, monkeypatch):
     whole = type(tiny_tokenizer).__call__
     monkeypatch.setattr(
         type(tiny_tokenizer),

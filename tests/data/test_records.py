@@ -374,9 +374,8 @@ class TestCells:
         rest = {"context": "c", "question": "q", "answer": "Paris"}
         for column in ("answer", "references"):
             for wrong in ("['Paris', 'City of Paris']", '["Paris"]', '{"text": ["Paris"], "answer_start": [null]}'):
-                with pytest.raises(
-                    DataError, match=f"line 2: {column} is a list that was written as text, .* one text in a"
-                ):
+                message = f"line 2: {column} is a list that was written as text, .* one text in a"
+                with pytest.raises(DataError, match=message):
                     read([rest | {column: wrong}], "qa", "y.csv")
                 (record,) = read([rest | {column: wrong}], "qa").records
                 assert record.references == (wrong,)  # there it would be a list if it were meant as one
