@@ -337,7 +337,6 @@ class TestCells:
     @pytest.mark.parametrize(
         "text",
         [
-            'prompt, completion\nx, "y, z"\n',
             'prompt , completion\nx, "y, z"\n',
             '\u200eprompt,completion\ufeff \nx,"y, z"\n',
             'prompt; completion\r\nx; "y, z"\r\n',

@@ -27,6 +27,10 @@ def completion(count: int, name: str = "t") -> Rows:
     return [{"prompt": f"{name} {i}?", "completion": f"{i % 9}"} for i in range(count)]
 
 
+def questions(count: int) -> Rows:
+    return [{"context": f"text {i} says", "question": f"{i}?", "answer": f"text {i}"} for i in range(count)]
+
+
 def labelled(count: int, labels: list[str]) -> Rows:
     return [{"text": f"t {i}", "label": labels[i % len(labels)]} for i in range(count)]
 
@@ -152,23 +156,16 @@ def test_with_dev_rows_a_ratio_can_be_learned(start: Callable[..., Path]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("make", "layers", "rates"),
+    ("rows", "layers", "rates"),
     [
-        (
-            lambda i: {"context": f"text {i} says", "question": f"{i}?", "answer": f"text {i}"},
-            ("all-linear",),
-            (1e-4, 3e-5),
-        ),
-        (lambda i: {"text": f"t {i}", "label": "ab"[i % 2]}, ("q_proj", "v_proj"), (3e-4, 1e-4)),
+        (questions(200), ("all-linear",), (1e-4, 3e-5)),
+        (labelled(200, ["a", "b"]), ("q_proj", "v_proj"), (3e-4, 1e-4)),
     ],
+    ids=["questions", "labels"],
 )
 def test_questions_adapt_all_linear_layers_at_rates_of_their_own(
-    make: Callable[[int], dict[str, str]],
-    layers: tuple[str, ...],
-    rates: tuple[float, float],
-    start: Callable[..., Path],
+    rows: Rows, layers: tuple[str, ...], rates: tuple[float, float], start: Callable[..., Path]
 ) -> None:
-    rows = [make(i) for i in range(200)]
     data, source = write(Path("t.jsonl"), rows[:100]), write(Path("s.jsonl"), rows[100:])
     for sources in ((str(source),), ()):  # there, or still to come
         recipe, _ = load_recipe(start(data, sources, Path(f"{len(sources)}.yaml")))
@@ -179,12 +176,8 @@ def test_questions_adapt_all_linear_layers_at_rates_of_their_own(
 
 
 def test_where_no_gain_of_a_merge_was_shown_the_usual_way_is_asked_for(start: Callable[..., Path]) -> None:
-    rows = {
-        "best": [{"context": f"text {i} says", "question": f"{i}?", "answer": f"text {i}"} for i in range(60)],
-        "continued": completion(60),
-    }
-    for name, made in rows.items():
-        final = load_recipe(start(write(Path(f"{name}.jsonl"), made), (), Path(f"{name}.yaml")))[0].final
+    for name, rows in {"best": questions(60), "continued": completion(60)}.items():
+        final = load_recipe(start(write(Path(f"{name}.jsonl"), rows), (), Path(f"{name}.yaml")))[0].final
         assert (final.deliver, final.prune_ratio) == (name, 0)
 
 
@@ -393,10 +386,7 @@ def test_questions_on_the_embedded_model_have_a_source_that_comes_along(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    rows = [
-        {"context": f"Asha {i} lives in town {i}.", "question": f"Where {i}?", "answer": f"town {i}"} for i in range(60)
-    ]
-    file, _ = write_recipe(write(Path("q.jsonl"), rows), "sw", None, [], "en")
+    file, _ = write_recipe(write(Path("q.jsonl"), questions(60)), "sw", None, [], "en")
     recipe, _ = load_recipe(file)
     assert (recipe.source.adapters, recipe.data.source, recipe.backbone.name) == (("english-qa",), None, "gemma3-270m")
     assert "comes along" in file.read_text(encoding="utf-8")
