@@ -103,24 +103,14 @@ class TestSquad:
             read(content, "qa", "x.json")
 
 
-XLSUM = {"id": "z-1", "url": "", "title": "标题", "summary": "摘要", "text": "\x93引用\x94\x00文\t章\r\n第二"}
-
-
-class TestXlsum:
-    def test_maps_and_removes_control_characters(self, read):
-        pool = read([XLSUM], "summarization")
-        assert pool.records[0].fields == {"document": "“引用”文\t章\n第二"}
-        assert pool.records[0].references == ("摘要",)
-        assert (pool.characters_mapped, pool.characters_removed) == (2, 1)
-        assert {"id:z-1", "article:标题"} < pool.records[0].keys
-
-    def test_characters_of_windows_and_page_breaks_stay_apart(self, read):
-        pool = read(
-            [{**XLSUM, "text": "it\x92s 5\x9610 a\x97b page1\x0cpage2\x0bend wait\x85foo \x805 \x9a \x81\x8d"}],
-            "summarization",
-        )
-        assert pool.records[0].fields["document"] == "it’s 5–10 a—b page1 page2 end wait…foo €5 š "
-        assert (pool.characters_mapped, pool.characters_removed) == (8, 2)
+def test_characters_of_windows_in_xlsum_are_mapped_and_page_breaks_stay_apart(read):
+    text = "it\x92s 5\x9610 a\x97b\tpage1\x0cpage2\x0bend wait\x85foo \x805 \x9a \x81\x8d"
+    row = {"id": "z-1", "url": "", "title": "标题", "summary": "摘要", "text": text}
+    pool = read([row], "summarization")
+    assert pool.records[0].fields == {"document": "it’s 5–10 a—b\tpage1 page2 end wait…foo €5 š "}
+    assert pool.records[0].references == ("摘要",)
+    assert {"id:z-1", "article:标题"} < pool.records[0].keys
+    assert (pool.characters_mapped, pool.characters_removed) == (8, 2)
 
 
 class TestRecords:
