@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import pytest
 from hypothesis import given, reject
 from hypothesis import settings as hypothesis_settings
@@ -341,6 +342,17 @@ class TestBuildSplits:
         taught = {*ids(splits.train), *ids(splits.dev), *ids(splits.micro_dev), *ids(splits.source_train)}
         assert not taught & {"q0-0", "q0-1", "q5-0", "q5-1"}
         assert splits.report.target.excluded_for_leak == 4
+
+    def test_a_pool_from_the_hub(self, monkeypatch, tiny_tokenizer):
+        def load(name: str, config: str, split: str) -> datasets.Dataset:
+            assert (name, config, split) == ("org/talk", "ar", "train")
+            return datasets.Dataset.from_list(prompt_rows(range(30)))
+
+        monkeypatch.setattr(datasets, "load_dataset", load)
+        target = CorpusSettings("ar", hub=("org/talk", "ar"), test=5, dev=0, micro_dev=4)
+        splits = build_splits(DataSettings("completion", target), tiny_tokenizer, 0)
+        assert len(splits.train) == 21
+        assert splits.train[0].id.startswith("hub:org/talk/ar/train:")
 
     def test_too_few(self, write, tiny_tokenizer, tmp_path):
         rows = [*prompt_rows(range(30)), {"prompt": "x" * 600, "completion": "y"}]
