@@ -326,6 +326,13 @@ def test_large_articles_shrink_the_splits(start: Callable[..., Path]) -> None:
     assert sizes_of(start(write(Path("t.json"), squad(120, per_article=40)), (str(source),)))["test"] >= 24
 
 
+def test_the_sizes_fit_in_whatever_order_groups_come(start: Callable[..., Path]) -> None:
+    """At full size they would fit in 2 of 20 orders."""
+    rows = {"data": [*squad(20, "long", per_article=20)["data"], *squad(120)["data"]]}
+    recipe = start(write(Path("t.json"), rows), (str(write(Path("s.json"), squad(40, "s"))),))
+    assert {sizes_of(recipe, [f"seed={seed}"])["test"] for seed in range(5)} == {34}
+
+
 def test_a_parallel_source_leaves_room_for_what_is_excluded(start: Callable[..., Path]) -> None:
     """The source's questions have the target's ids, so those of held-out articles are left out."""
     source = squad(120, "en")
