@@ -169,7 +169,7 @@ COMPARE = ("compare", "tiny.yaml")
 @pytest.mark.parametrize(
     ("arguments", "value", "fix"),
     [
-        (("run", "nope"), "'nope'", "neither a file nor a built-in name .*demo-ar"),
+        (("run", "nope"), "'nope'", "neither a file, as seen from .*, nor a built-in name .*demo-ar"),
         (("run", "tiny.yaml", "-s", "seed"), "'seed'", r"a\.b=value"),
         (("run", "tiny.yaml", "-o", "tiny.yaml"), r"tiny\.yaml: ", "Not a directory"),
         (("run", "tiny.yaml", "-o", "."), "not empty", "another with --output"),

@@ -188,6 +188,12 @@ def test_a_prompt_that_would_lose_a_part_is_not_guessed(start: Callable[..., Pat
         start(Path("t.csv"))
 
 
+def test_instructions_with_another_name_are_told_the_three(start: Callable[..., Path]) -> None:
+    Path("t.csv").write_text("instruction,input,answer\n" + "a,b,c\n" * 60, encoding="utf-8")
+    with pytest.raises(DataError, match=r"; instructions: instruction, input, output; or messages\); rename them$"):
+        start(Path("t.csv"))
+
+
 @pytest.mark.parametrize("part", ["system", "Context"])
 def test_a_part_of_a_prompt_beside_prompt_and_completion_is_not_dropped(start: Callable[..., Path], part: str) -> None:
     data = write(Path("t.csv"), [{**row, part: "Be brief."} for row in completion(60)])
@@ -317,7 +323,10 @@ def test_limits_follow_the_lengths_of_the_file(start: Callable[..., Path]) -> No
 
 
 def test_too_few_articles_are_refused(start: Callable[..., Path]) -> None:
-    with pytest.raises(DataError, match=r"60 examples of t\.json form 1, the largest of 60; .* texts$"):
+    with pytest.raises(
+        DataError,
+        match=r"60 examples of t\.json form 1, the largest of 60; .* texts, or name other columns with --column$",
+    ):
         start(write(Path("t.json"), squad(60, per_article=60)))
 
 

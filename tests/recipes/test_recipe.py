@@ -303,7 +303,7 @@ def test_what_is_no_recipe_leads_to_one(tmp_path: Path, monkeypatch: pytest.Monk
         load_recipe("mien.yaml")
     with pytest.raises(RecipeError, match="is the folder of a run"):
         load_recipe("runs")
-    with pytest.raises(RecipeError, match="neither a file nor a built-in name"):
+    with pytest.raises(RecipeError, match=r"neither a file, as seen from .*, nor a built-in name"):
         load_recipe("nowhere")
 
 

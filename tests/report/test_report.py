@@ -522,6 +522,11 @@ def test_what_can_be_done_next_names_what_it_costs(run: Run, tmp_path: Path) -> 
         "each row tested once, about 4 times this run: grasp-lora compare tiny.yaml --set seed=1 "
     )
     assert compare.endswith("--methods merged,continued,grasp --folds 4")
+    alone = (
+        next_step(with_recipe(run, final={"deliver": "continued", "prune_ratio": 0}), "tiny.yaml", [], tmp_path, False)
+        or ""
+    )
+    assert alone.endswith("--methods zero_shot,source_only,continued --reference continued --folds 4")
     given = with_recipe(run, target={"adapter": "owner/lora"})
     assert "three seeds, about three times" in (next_step(given, "tiny.yaml", [], tmp_path, False) or "")
     # A given ratio is the row's, too.

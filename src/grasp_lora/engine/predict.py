@@ -202,7 +202,7 @@ def predict_question(place: str, texts: Mapping[str, str], *arguments: Any, **se
         fix = " and ".join(allowed) + (" alone" if len(allowed) == 1 else "") or "a file of rows with these columns"
         problem = f"is asked with {listed(map('{{{}}}'.format, wanted))}; give {fix}"
     if problem:
-        raise DataError(f"adapter {adapter.name} {problem}")
+        raise DataError(f"adapter {place} {problem}")
     _check_texts({f"--{name}": text for name, text in texts.items()})
     unused = dict.fromkeys(task_fields(task).inputs, "")
     with asking(place, *arguments, adapter=adapter, **settings) as asked:

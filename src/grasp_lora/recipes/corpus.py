@@ -264,7 +264,9 @@ def _no_task(table: Table, by_name: Mapping[str, str], option: str) -> str:
     pairs = zip(lacking, free if len(free) == len(lacking) else ["NAME"] * len(lacking), strict=True)
     tasks = "; ".join(f"{task}: {', '.join(names)}" for task, names in COLUMNS.items())
     separated = "; save one that is separated by semicolons with commas, as .csv" if len(table.columns) == 1 else ""
+    # Instructions are read by their names alone.
+    named = "" if "instruction" in by_name else f"name them, such as {_options(pairs, option)}, or "
     return (
-        f"{table.name} has the columns {columns}, which fit no task ({tasks}; or messages); name them, such as "
-        f"{_options(pairs, option)}, or rename them{separated}"
+        f"{table.name} has the columns {columns}, which fit no task ({tasks}; instructions: instruction, input, output; or "
+        f"messages); {named}rename them{separated}"
     )

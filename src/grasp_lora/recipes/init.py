@@ -281,7 +281,8 @@ def choose_sizes(target: Corpus, sources: Sequence[Corpus]) -> Sizes:
             return Sizes(sizes, len(records) - sum(sizes.values()), fewest, any(len(counts) < 2 for counts in left))
     raise DataError(
         f"splits take whole groups of one text, group, id or title, and the {len(records)} examples of {target.name} form "
-        f"{len(groups)}, the largest of {max(map(len, groups.values()))}; add examples of other texts"
+        f"{len(groups)}, the largest of {max(map(len, groups.values()))}; add examples of other texts, or "
+        "name other columns with --column"
     )
 
 

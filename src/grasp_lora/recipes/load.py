@@ -77,7 +77,10 @@ def _no_recipe(file: Path, name: str) -> str:
     near = difflib.get_close_matches(file.name, [path.name for path in siblings if path.suffix in ENDINGS], n=1)
     if near:
         return f"there is no recipe {quoted(name)}; did you mean {quoted(str(file.with_name(near[0])))}?"
-    return f"there is no recipe {quoted(name)}: neither a file nor a built-in name ({', '.join(builtin_recipes())})"
+    builtin = ", ".join(builtin_recipes())
+    return (
+        f"there is no recipe {quoted(name)}: neither a file, as seen from {Path.cwd()}, nor a built-in name ({builtin})"
+    )
 
 
 def backbone_of_run(adapter: str) -> str | None:

@@ -222,7 +222,10 @@ def next_step(run: Run, recipe: str, overrides: Sequence[str], folder: Path, all
     folds = _few_rows(run) and why_no_folds(run.recipe) is None
     cost = f"each row tested once, about {FOLDS} times" if folds else "three seeds, about three times"
     words = [recipe, *(word for override in overrides for word in ("--set", override)), *["--allow-code"] * allow_code]
-    settings = ["--output", str(folder), "--methods", "merged,continued,grasp", *["--folds", str(FOLDS)] * folds]
+    # Each of them is what the run has trained, too; else the cost would be another.
+    alone = ["zero_shot,source_only,continued", "--reference", "continued"]
+    methods = alone if run.recipe.final.deliver == "continued" else ["merged,continued,grasp"]
+    settings = ["--output", str(folder), "--methods", *methods, *["--folds", str(FOLDS)] * folds]
     return f"{cost} this run: {shlex.join(['grasp-lora', 'compare', *words, *settings])}"
 
 
