@@ -268,14 +268,14 @@ def test_columns_that_cannot_be_are_refused(columns: list[str], said: str, start
 
 def test_rows_without_an_answer_are_left_out_where_the_user_says_so(start: Callable[..., Path]) -> None:
     data, source = write(Path("t.csv"), swahili(60, answers=0.75)), write(Path("s.json"), squad(60, "s"))
-    with pytest.raises(DataError, match=r"t\.csv, line 2: answer is empty; .*--skip-unanswered"):
+    with pytest.raises(DataError, match=r"t\.csv, line 2: Jibu is empty; .*--skip-unanswered"):
         start(data, (str(source),), columns=COLUMNS)
     file = start(data, (str(source),), columns=COLUMNS, skip_unanswered=True)
     assert "left out and counted, now 15" in file.read_text(encoding="utf-8")
     session = Session(*load_recipe(file))
     [found] = [finding for finding in preflight(session) if finding.topic == "target"]
     assert "unanswerable 15" in found.text
-    with pytest.raises(DataError, match=r"answer is empty; .*data\.skip_unanswered"):
+    with pytest.raises(DataError, match=r"Jibu is empty; .*data\.skip_unanswered"):
         preflight(Session(*load_recipe(file, ["data.skip_unanswered=false"])))
 
 

@@ -367,10 +367,10 @@ def _record(
         answers = [messages[-1]["content"]]
         keys |= text_keys("\n".join(message["content"] for message in messages[:-1] if message["role"] != "system"))
     else:
-        inputs = {field: text_of(cell(field), field) for field in fields.inputs}
+        inputs = {field: text_of(cell(field), columns.get(field, field)) for field in fields.inputs}
         answers = _answers(cell(fields.answer), fields.answer)
         if not answers:
-            return f"{fields.answer} is empty"
+            return f"{columns.get(fields.answer, fields.answer)} is empty"
         keys |= text_keys(inputs[fields.document or fields.inputs[0]])
         if task == "translation":  # in a corpus of many languages a reference stands in several pairs
             keys |= text_keys(answers[0])
