@@ -460,9 +460,11 @@ class Steps:
             "language": self.session.language,
             "references": hashlib.sha256(repr(references).encode()).hexdigest(),
         })  # fmt: skip
-        return self.store.step("scores", inputs, Scores, lambda folder: Scores(
-            metrics=dict(self.session.score(answers.result.answers))
-        ))  # fmt: skip
+
+        def work(folder: Path) -> Scores:
+            return Scores(metrics=dict(self.session.score(answers.result.answers)))
+
+        return self.store.step("scores", inputs, Scores, work)
 
     def _ends(self, rows: Sequence[Example]) -> set[int]:
         return {row.completion_ids[-1] for row in rows}

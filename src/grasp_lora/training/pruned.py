@@ -95,8 +95,10 @@ class GradientCheck(TrainerCallback):
         Raises:
             GraspError: there is none, so nothing would be trained; the message names the likely causes.
         """
+        if self._checked:
+            return
         factors = live_factors(kwargs["model"]).values()
-        seen = self._checked or any(factor.grad is not None and factor.grad.any() for factor in factors)
+        seen = any(factor.grad is not None and factor.grad.any() for factor in factors)
         if not seen and any(factor.detach().any() for factor in factors):
             raise no_gradients(kwargs["model"])
         self._checked = True
