@@ -11,10 +11,19 @@ if TYPE_CHECKING:
     from grasp_lora.engine.progress import Progress
     from grasp_lora.errors import GraspError, RecipeError
     from grasp_lora.method.lora import AdapterWeights
-    from grasp_lora.method.masks import MaskSettings, prune
-    from grasp_lora.method.merging import MergeSettings, merge
-    from grasp_lora.method.rules import RatioEstimate, Round
-    from grasp_lora.method.search import Controller, Decision, RatioPolicy, RatioSearch, Rounds, Spread, preset
+    from grasp_lora.method.masks import MaskSettings, Score, prune
+    from grasp_lora.method.merging import MergeRule, MergeSettings, merge
+    from grasp_lora.method.rules import RatioEstimate, Round, Rule
+    from grasp_lora.method.search import (
+        Controller,
+        Decision,
+        GrpoPolicy,
+        PaperPolicy,
+        RatioPolicy,
+        RatioSearch,
+        Rounds,
+        preset,
+    )
     from grasp_lora.models.adapter_files import read_adapter
     from grasp_lora.models.adapters import attached, save_adapter
     from grasp_lora.models.live import segments_of
@@ -31,10 +40,10 @@ _NAMES = {
     "engine.progress": "Progress",
     "errors": "GraspError RecipeError",
     "method.lora": "AdapterWeights",
-    "method.masks": "MaskSettings prune",
-    "method.merging": "MergeSettings merge",
-    "method.rules": "RatioEstimate Round",
-    "method.search": "Controller Decision RatioPolicy RatioSearch Rounds Spread preset",
+    "method.masks": "MaskSettings Score prune",
+    "method.merging": "MergeRule MergeSettings merge",
+    "method.rules": "RatioEstimate Round Rule",
+    "method.search": "Controller Decision GrpoPolicy PaperPolicy RatioPolicy RatioSearch Rounds preset",
     "models.adapter_files": "read_adapter",
     "models.adapters": "attached save_adapter",
     "models.live": "segments_of",
@@ -51,8 +60,11 @@ __all__ = [
     "Decision",
     "GraspController",
     "GraspError",
+    "GrpoPolicy",
     "MaskSettings",
+    "MergeRule",
     "MergeSettings",
+    "PaperPolicy",
     "ProbeSet",
     "Progress",
     "PrunedTraining",
@@ -63,8 +75,9 @@ __all__ = [
     "RecipeError",
     "Round",
     "Rounds",
+    "Rule",
     "RunResult",
-    "Spread",
+    "Score",
     "attached",
     "compare",
     "judge",

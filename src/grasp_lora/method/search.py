@@ -4,10 +4,15 @@ One round: `ask()` gives candidate ratios, the caller measures the loss of each 
 rewards, lets the policy learn and says whether the current ratio moves. `best_ratio()` is the learned ratio p*, read off all
 rounds by a rule (`method.rules`).
 
-    search = RatioSearch(Spread(candidates=2), RULES["surrogate"])
+    search = RatioSearch(GrpoPolicy(), "surrogate")
     candidates = search.ask()                                  # such as [0.31, 0.66]
     decision = search.tell(Round(0.4, ...their losses...))     # decision.committed, decision.ratio
     search.best_ratio()                                        # RatioEstimate(ratio, low, high)
+
+Two policies, both a Gaussian over the ratio that learns from group-relative advantages:
+
+    GrpoPolicy    preset `grasp`, the default: advantages in units of the group's deviation, a deviation that shrinks
+    PaperPolicy   preset `paper`, to the letter
 
 A policy is frozen settings; all that changes is in the search, and follows from the rounds: tell them again, and it is as it was.
 A new policy is a class here, or in a file of your own.
@@ -16,6 +21,7 @@ Paper: controller and policy update sections.
 
 import math
 import random
+import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,7 +29,8 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from grasp_lora.errors import ProbeError, RecipeError
-from grasp_lora.method.rules import RULES, RatioEstimate, Round, Rule
+from grasp_lora.method.rules import RatioEstimate, Round, Rule, best_reward
+from grasp_lora.method.surrogate import surrogate, surrogate_at_end
 from grasp_lora.text.checking import is_count, require
 from grasp_lora.text.display import quoted
 from grasp_lora.text.names import find
@@ -37,6 +44,7 @@ PROBE_SPLITS: dict[Pool, tuple[str, ...]] = {
     "dev": ("dev",),
     "both": ("micro_dev", "dev"),
 }
+RULES: dict[str, Rule] = {rule.name: rule for rule in (surrogate, surrogate_at_end, best_reward)}
 if TYPE_CHECKING:
     Spacing = int | Literal["epoch"]
 else:
@@ -56,13 +64,10 @@ class Rounds:
 
     Args:
         every: optimizer steps between rounds (K), >= 1, or `epoch`.
-        start: share of the run before the first round, in [0, 1]; 0.5 begins half way. Above 0 there is always a round after the
-            last step, with 1 only that one. Late in a training that overfits, ratios differ by more than chance.
-        before_training: whether a round comes before the first step; only with `start` 0.
+        at_ends: whether a round comes before the first step and after the last one, too.
         pool: examples that are probed: `micro_dev`, `dev`, or `both`. Dev then chooses the ratio and stops the final run.
         in_turn: how many of them a round measures at each candidate at most, >= 1, in turn, so that each round has others; None
-            takes all. The best ratio so far is measured on all where rounds are compared: by patience or the rule
-            `surrogate`.
+            takes all. The current ratio is measured on all where rounds are compared: by patience or the rule `surrogate`.
         patience: >= 1: rounds in a row without a lower loss at any probed ratio, after which training stops, as early stopping
             would by then at every ratio. None goes on to the last step.
 
@@ -71,8 +76,7 @@ class Rounds:
     """
 
     every: Spacing = 10
-    start: float = 0.0
-    before_training: bool = False
+    at_ends: bool = False
     pool: Pool = "micro_dev"
     in_turn: int | None = None
     patience: int | None = None
@@ -84,11 +88,6 @@ class Rounds:
             every=(
                 self.every == "epoch" or is_count(self.every),
                 "be at least 1 optimizer step, a whole number, or 'epoch'",
-            ),
-            start=(0.0 <= self.start <= 1.0, "be a share of the run, in [0, 1]"),
-            before_training=(
-                not (self.before_training and self.start > 0.0),
-                f"be false where start is {self.start}, or start 0",
             ),
             in_turn=(
                 self.in_turn is None or is_count(self.in_turn),
@@ -122,10 +121,8 @@ class Rounds:
             spacing: optimizer steps between rounds.
         """
         if step == 0:
-            return self.before_training
-        if step == steps and self.start > 0.0:
-            return True
-        return step >= self.start * steps and step % spacing == 0
+            return self.at_ends
+        return step % spacing == 0 or (self.at_ends and step == steps)
 
     def round_steps(self, steps: int, spacing: int) -> list[int]:
         """Return the optimizer steps that a round follows, in a run of so many; see `round_follows`."""
@@ -148,11 +145,14 @@ class Decision:
     ratio: float
     clipped: bool = False
 
-    def to_json(self, measured: Round, mean: float, std: float, sparsity: float) -> dict[str, Any]:
+    def to_json(
+        self, measured: Round, advantages: Sequence[float], mean: float, std: float, sparsity: float
+    ) -> dict[str, Any]:
         """Return what a line of `rounds.jsonl` says of a round.
 
         Args:
             measured: the round that it follows from.
+            advantages: of its candidates.
             mean, std: of the policy after it.
             sparsity: measured share of pruned weights, a fraction in [0, 1].
         """
@@ -162,6 +162,7 @@ class Decision:
             "candidate_losses": list(map(list, measured.candidate_losses)),
             "places": None if measured.places is None else list(measured.places),
             "rewards": list(self.rewards),
+            "advantages": list(advantages),
             "policy_mean": mean,
             "policy_std": std,
             "committed": self.committed,
@@ -249,8 +250,8 @@ class RatioSearch:
             or len(measured.candidates) != len(measured.candidate_losses)
             or {len(losses) for losses in measured.candidate_losses} != {len(places)}
             or len(set(places)) < len(places)
-            or not set(places) <= set(range(examples))
             or (examples, len(places)) != (len(first.baseline_losses), len(first.candidate_losses[0]))
+            or not (min(places) >= 0 and (examples == len(places) or max(places) < examples))
             # `not in between` also catches NaN, which would spread to the mean and stay there.
             or not all(self.policy.ratio_min <= ratio <= self.policy.ratio_max for ratio in measured.candidates)
             or measured.current_ratio != self.current_ratio
@@ -274,9 +275,10 @@ class RatioSearch:
 class RatioPolicy(ABC):
     """How candidates are drawn, what is learned from their rewards, and when the current ratio moves: the base of policies.
 
-    A policy implements `draw` and `decide`, and `learn` if it learns; each reads the search and changes nothing. The draws of a
-    round depend on the seed and the number of the round alone. `regime` says how the network trains between rounds: `held`
-    under the mask of the current ratio, `each_step` under a nested mask of the ratio that `training_ratio` gives for the step.
+    A policy implements `draw` and `decide`, and `learn` and `advantages` where they differ; each reads the search and changes
+    nothing. The draws of a round depend on the seed and the number of the round alone. `regime` says how the network trains
+    between rounds: `held` under the mask of the current ratio, `each_step` under a nested mask of the ratio that `training_ratio`
+    gives for the step.
 
     Args:
         ratio_min, ratio_max: bounds of the prune ratio, fractions in [0, 1], ratio_min < ratio_max.
@@ -327,6 +329,11 @@ class RatioPolicy(ABC):
         """Return the ratio at which optimizer step `step` (from 0) trains."""
         return search.current_ratio
 
+    def advantages(self, measured: Round) -> tuple[float, ...]:
+        """Return the reward of each candidate minus the mean of all (the paper's)."""
+        average = fmean(measured.rewards)
+        return tuple(reward - average for reward in measured.rewards)
+
     def clamp(self, ratio: float) -> float:
         """The nearest ratio within the bounds."""
         return min(max(ratio, self.ratio_min), self.ratio_max)
@@ -344,11 +351,12 @@ def step_to_best(search: "RatioSearch", measured: Round, max_step: float) -> Dec
 
 
 @dataclass(frozen=True)
-class Gaussian(RatioPolicy):
-    """A Gaussian over the ratio, updated with group-relative advantages: the paper's policy.
+class PaperPolicy(RatioPolicy):
+    """The paper's policy: a Gaussian over the ratio, updated with group-relative advantages.
 
-    Score function of the Gaussian, a pull of the mean towards the current ratio and a constant entropy bonus.
-    Paper: policy update; the released code floors the variance at 1e-4 and the deviation at 1e-3, and so do we.
+    Score function of the Gaussian, a pull of the mean towards the current ratio and a constant entropy bonus. The current ratio
+    is held until the next round. Paper: policy update; the released code floors the variance at 1e-4 and the deviation at 1e-3,
+    and so do we.
 
     Args:
         ratio_min, ratio_max: bounds of the prune ratio, fractions in [0, 1], ratio_min < ratio_max.
@@ -390,9 +398,7 @@ class Gaussian(RatioPolicy):
 
     def learn(self, search: RatioSearch, measured: Round) -> tuple[float, float]:
         """Follow the gradients of the expected advantage."""
-        rewards = measured.rewards
-        average = fmean(rewards)
-        advantages = [reward - average for reward in rewards]
+        advantages = self.advantages(measured)
         variance = max(search.std**2, 1e-4)
         deviations = [candidate - search.mean for candidate in measured.candidates]
         mean_terms = [a * d / variance for a, d in zip(advantages, deviations, strict=True)]
@@ -409,55 +415,88 @@ class Gaussian(RatioPolicy):
 
 
 @dataclass(frozen=True)
-class Spread(RatioPolicy):
-    """All ratios train together: each optimizer step draws the ratio it trains at, and candidates spread over the range.
+class GrpoPolicy(RatioPolicy):
+    """Preset `grasp`: a Gaussian over the ratio with group-relative advantages, over a network that trains at all ratios.
 
-    A ratio that is held biases its own probes. The network heals around its mask, and every other ratio looks worse the longer
-    that goes on. Here none is held, so that the probes of a round compare like with like at any moment of training. The
-    current ratio is the best one by the rule so far. Our choice, after slimmable networks (Yu et al. 2019) and
-    one-shot architecture search (Bender et al. 2018); nothing of the paper's update is used.
+    A round's group is the current ratio and the candidates. Its advantages are the rewards minus the group's mean, over its
+    deviation, as GRPO has them (Shao et al. 2024, arXiv 2402.03300). The mean follows them, and the deviation shrinks, so that
+    candidates draw together where losses are low. The first round goes from bound to bound; later ones draw pairs around the
+    mean.
+
+    Each step trains at a ratio of its own, evenly over the range (after slimmable networks, Yu et al. 2019). A ratio that is held
+    biases its own probes: the network heals around its mask, and every other ratio looks worse the longer that goes on.
+    The current ratio is the best one by the rule so far. Where all losses of a round are equal, nothing moves.
+    Our choice; what the paper has: `PaperPolicy`. How it was tuned: `lab/results/controllers.md`.
 
     Args:
         ratio_min, ratio_max: bounds of the prune ratio, fractions in [0, 1], ratio_min < ratio_max.
         ratio_init: first current ratio, within the bounds.
-        candidates: ratios per round (C), >= 1; preset `spread` has 2.
-        seed: of where the even sequences begin; a recipe combines it with its own seed.
-        bounds_first: whether the first round goes from bound to bound, as in preset `late`. Where rounds are few, a rule that
-            takes no ratio beyond those that were probed could otherwise not reach the bounds.
+        candidates: ratios per round (C), >= 1.
+        seed: of the draws; a recipe combines it with its own seed.
+        learning_rate: share of the step to the advantage-weighted mean of the group that the mean takes, >= 0.
+        shrink: factor on the deviation after each round, in (0, 1].
+        std_min: where the deviation stops to shrink, > 0.
     """
 
     regime: ClassVar[Regime] = "each_step"
 
-    bounds_first: bool = False
+    candidates: int = 4
+    learning_rate: float = 0.25
+    shrink: float = 0.95
+    std_min: float = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self,
+            learning_rate=(0.0 <= self.learning_rate < math.inf, "be a number >= 0"),
+            shrink=(0.0 < self.shrink <= 1.0, "lie in (0, 1]"),
+            std_min=(0.0 < self.std_min < math.inf, "be a positive number"),
+        )
 
     def draw(self, search: RatioSearch, generator: random.Random) -> list[float]:
-        """Spread candidates evenly, each round beginning at another place."""
-        count, low, high, number = self.candidates, self.ratio_min, self.ratio_max, len(search.history)
-        if self.bounds_first and number == 0 and count > 1:
-            shares = [place / (count - 1) for place in range(count)]
-            return [(1 - share) * low + share * high for share in shares]
-        width = (high - low) / count
-        lowest = low + (self._ratio("candidates", number) - low) / count
-        return [lowest + place * width for place in range(count)]
+        """Draw pairs around the mean; in the first round ratios from bound to bound."""
+        count = self.candidates
+        if not search.history and count > 1:
+            share = (self.ratio_max - self.ratio_min) / (count - 1)
+            return [self.ratio_min + place * share for place in range(count)]
+        steps = [generator.gauss(0.0, search.std) for _ in range(math.ceil(count / 2))]
+        return [search.mean + sign * step for step in steps for sign in (1, -1)][:count]
+
+    def advantages(self, measured: Round) -> tuple[float, ...]:
+        """Return the reward of each candidate minus the group's mean, over the group's deviation; 0 where all are equal."""
+        return self._advantages(measured)[1:]
+
+    def learn(self, search: RatioSearch, measured: Round) -> tuple[float, float]:
+        """Move the mean by the advantage-weighted mean of the group's distances from it, and shrink the deviation."""
+        advantages = self._advantages(measured)
+        if not any(advantages):
+            return search.mean, search.std
+        group = (measured.current_ratio, *measured.candidates)
+        step = fmean(a * (ratio - search.mean) for a, ratio in zip(advantages, group, strict=True))
+        return self.clamp(search.mean + self.learning_rate * step), max(self.std_min, self.shrink * search.std)
 
     def decide(self, search: RatioSearch, measured: Round) -> Decision:
-        """Move to the best ratio by the rule."""
-        ratio = search.best_ratio(interval=False).ratio
+        """Move to the best ratio by the rule, unless all rewards are equal."""
+        moves = any(self._advantages(measured))
+        ratio = search.best_ratio(interval=False).ratio if moves else search.current_ratio
         return Decision(measured.rewards, ratio != search.current_ratio, ratio)
 
     def training_ratio(self, search: RatioSearch, step: int) -> float:
         """Return the ratio of a step: any few steps in a row cover the range evenly."""
-        return self._ratio("training", step)
+        offset = random.Random(f"{self.seed}/training").random()
+        return self.ratio_min + (self.ratio_max - self.ratio_min) * ((offset + step * GOLDEN) % 1.0)
 
-    def _ratio(self, purpose: str, number: int) -> float:
-        """The ratio with a number in the even sequence of a purpose, which begins where the seed says."""
-        offset = random.Random(f"{self.seed}/{purpose}").random()
-        return self.ratio_min + (self.ratio_max - self.ratio_min) * ((offset + number * GOLDEN) % 1.0)
+    def _advantages(self, measured: Round) -> tuple[float, ...]:
+        """Those of the whole group, the current ratio first, whose reward is 0."""
+        rewards = (0.0, *measured.rewards)
+        average, deviation = fmean(rewards), statistics.pstdev(rewards)
+        return tuple((reward - average) / deviation if deviation > 0 else 0.0 for reward in rewards)
 
 
 POLICIES: dict[str, type[RatioPolicy]] = {
-    "gaussian": Gaussian,
-    "spread": Spread,
+    "grpo": GrpoPolicy,
+    "paper": PaperPolicy,
 }
 
 
@@ -494,26 +533,26 @@ def ratio_rule(rule: RuleOrName) -> Rule:
 
 @dataclass(frozen=True)
 class Controller:
-    """How the ratio is learned: the settings of `GraspController`; left as it is, preset `spread`.
+    """How the ratio is learned: the settings of `GraspController`; left as it is, preset `grasp`.
 
     Args:
         policy: who chooses candidates and when the current ratio moves.
         rounds: when rounds come and what they measure.
-        rule: how the ratio is read off them: `surrogate`, `smooth_fit` or `best_reward` (the paper's); or a `Rule` of one's
-            own, in a recipe by its import path `package.module:name`.
+        rule: how the ratio is read off them: `surrogate`, `surrogate_at_end` or `best_reward` (the paper's); or a `Rule` of
+            one's own, in a recipe by its import path `package.module:name`.
 
     Raises:
         ValueError: there is no such rule, or the policy is none.
     """
 
-    policy: RatioPolicy = field(default_factory=lambda: Spread(candidates=2))
+    policy: RatioPolicy = field(default_factory=GrpoPolicy)
     rounds: Rounds = field(
-        default_factory=lambda: Rounds(every="epoch", before_training=True, pool="dev", in_turn=12, patience=1)
+        default_factory=lambda: Rounds(every="epoch", at_ends=True, pool="dev", in_turn=7, patience=1)
     )
     rule: RuleOrName = "surrogate"
 
     def __post_init__(self) -> None:
-        require(self, policy=(isinstance(self.policy, RatioPolicy), "be a policy, such as Spread()"))
+        require(self, policy=(isinstance(self.policy, RatioPolicy), "be a policy, such as GrpoPolicy()"))
         ratio_rule(self.rule)
 
     @property
@@ -528,18 +567,21 @@ class Controller:
 
 
 PRESETS: dict[str, Controller] = {
-    "spread": Controller(),
-    "late": Controller(Spread(bounds_first=True), Rounds(start=0.5), "smooth_fit"),
-    "paper": Controller(Gaussian(), Rounds(), "best_reward"),
+    "grasp": Controller(),
+    "paper": Controller(PaperPolicy(), Rounds(), "best_reward"),
 }
-WITH_DEV, WITHOUT_DEV = "spread", "late"  # the default where the target has a dev set, and where it has none
+# Preset `grasp` where the target has no dev set: nothing stops the final run, so the ratio is that of its last step.
+ON_MICRO_DEV = Controller(rounds=Rounds(every=20, at_ends=True, in_turn=8), rule="surrogate_at_end")
 
 
-def preset(name: str | Controller) -> Controller:
-    """Return a preset: `spread` (all ratios train together, few probes of dev; the default), `late` (for targets without a dev
-    set), or `paper`. Settings are returned as they are.
+def preset(name: str | Controller, dev: bool = True) -> Controller:
+    """Return a preset: `grasp` (the default) or `paper`. Settings are returned as they are.
+
+    Args:
+        name: of the preset.
+        dev: whether there are dev rows; else `grasp` probes micro-dev rows, and reads the ratio at the last step.
 
     Raises:
         ValueError: there is none of that name, or it is something else.
     """
-    return find("preset", name, Controller, PRESETS)
+    return find("preset", name, Controller, PRESETS if dev else {**PRESETS, "grasp": ON_MICRO_DEV})

@@ -13,13 +13,12 @@ from grasp_lora.method.masks import MaskSettings
 from grasp_lora.method.search import (
     POLICIES,
     PRESETS,
-    WITH_DEV,
-    WITHOUT_DEV,
     Controller,
     RatioPolicy,
     Rounds,
     plain_policy,
     policy_class,
+    preset,
 )
 from grasp_lora.recipes.section import Based, Section, values_of
 from grasp_lora.text.display import quoted
@@ -30,6 +29,7 @@ Training = Annotated[TrainingSettings, Section(HIDDEN)]
 # A controller run steps after each batch, so that rounds are as many as the steps say.
 ControllerTraining = Annotated[TrainingSettings, Section((*HIDDEN, "accumulation"))]
 BOUNDS = ("ratio_min", "ratio_max")
+DEFAULT = "grasp"
 
 
 class PolicySection(Section):
@@ -72,16 +72,16 @@ class PolicySection(Section):
 def from_preset(stage: Mapping[str, Any], dev: bool) -> dict[str, Any]:
     """What a controller is built of: the keys of the recipe on top of what its preset has.
 
-    Where the recipe names none, `dev`, whether the target has a dev set, decides which preset is taken.
+    `dev`: whether the target has a dev set, which preset `grasp` then probes.
 
     Raises:
         ValueError: there is no such preset.
     """
     stage = {key: value for key, value in stage.items() if value is not None}  # an empty section says nothing
-    name = stage.get("preset", WITH_DEV if dev else WITHOUT_DEV)
+    name = stage.get("preset", DEFAULT)
     if str(name) not in PRESETS:  # an import path would run its code
         raise ValueError(f"controller.preset is {quoted(name)}; allowed: {', '.join(PRESETS)}")
-    base = PRESETS[name]
+    base = preset(name, dev)
     sections = {"policy": base.policy, "rounds": base.rounds, "training": CONTROLLER_TRAINING}
     values = {"preset": name, "rule": base.rule} | stage
     for key, settings in sections.items():
@@ -127,28 +127,28 @@ class ControllerStage(Controller):
     """The run that learns the ratio; what a recipe leaves out is the preset's.
 
     Args:
-        preset: `spread`, `late` or `paper`; left out, it is `spread` where the target has a dev set, else `late`.
-        policy: who chooses candidates and when the current ratio moves: its `kind` (`gaussian`, `spread` or the import
+        preset: `grasp`, or `paper` for the paper's, to the letter.
+        policy: who chooses candidates and when the current ratio moves: its `kind` (`grpo`, `paper` or the import
             path `package.module:name` of a class) and its settings.
         rounds: when rounds come.
-        rule: how the ratio is read off them: `surrogate`, `smooth_fit`, `best_reward` (the paper's), or the import path of a
-            `Rule`.
+        rule: how the ratio is read off them: `surrogate`, `surrogate_at_end`, `best_reward` (the paper's), or the import path
+            of a `Rule`.
         training: batch 1 by default. With `patience` the run stops by its dev loss, where one ratio is held.
 
     Raises:
         ValueError: a setting is out of range, or two contradict each other.
     """
 
-    policy: Annotated[RatioPolicy, PolicySection()] = field(default_factory=lambda: PRESETS[WITH_DEV].policy)
-    rounds: Annotated[Rounds, Section(("start", "before_training", "pool", "in_turn", "patience"))] = field(
-        default_factory=lambda: PRESETS[WITH_DEV].rounds
+    policy: Annotated[RatioPolicy, PolicySection()] = field(default_factory=lambda: PRESETS[DEFAULT].policy)
+    rounds: Annotated[Rounds, Section(("at_ends", "pool", "in_turn", "patience"))] = field(
+        default_factory=lambda: PRESETS[DEFAULT].rounds
     )
     training: ControllerTraining = CONTROLLER_TRAINING
-    preset: str = WITH_DEV
+    preset: str = DEFAULT
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.training.patience is not None and (self.policy.regime != "held" or self.rounds.start > 0.0):
+        if self.training.patience is not None and self.policy.regime != "held":
             raise ValueError(
                 f"training.patience is {self.training.patience}, but this policy, or preset {self.preset!r}, needs all steps; "
                 "remove it"

@@ -37,8 +37,10 @@ logger = logging.getLogger(__name__)
 
 COVERED = {  # by the interval of each rule
     "best_reward": "the choice of rounds only, not chance within a round",
-    "smooth_fit": "the choice of probed examples and rounds, not the shape of the fitted curve",
-    "surrogate": "the choice of probed examples and what the surface leaves open between probes, not how smooth it is",
+    **dict.fromkeys(
+        ("surrogate", "surrogate_at_end"),
+        "the choice of probed examples and what the surface leaves open between probes, not how smooth it is",
+    ),
 }
 PAPER = "https://arxiv.org/abs/2601.06702"
 COMPARISON_TABLES_FILE = "compare.md"
@@ -124,7 +126,7 @@ def _probed_on(run: Run) -> str:
 def _interval_note(run: Run) -> str:
     """What the interval of a learned ratio covers, and whether it is wide."""
     estimate = run.estimate
-    note = f"The interval covers {COVERED.get(estimate.rule, COVERED['smooth_fit'])}."
+    note = f"The interval covers {COVERED.get(estimate.rule, 'what its rule says')}."
     if estimate.nothing_learned:
         note = f"Nothing was learned about the ratio: the interval leaves most of the searched range open. {note}"
     if estimate.wide:

@@ -9,9 +9,9 @@ Every few optimizer steps `GraspController` runs a round (`run_round`, one scree
     commit      the current ratio moves and its mask comes on, until the next step where each has one of its own; what it takes is
                 stashed for a lower ratio
 
-Two regimes say under which mask the steps between rounds train. `held` (the paper): that of the current ratio; each round ranks
-the weights anew. `each_step` (preset `spread`, the default): each step under a ratio of its own, so that no ratio is favoured by
-what the network has healed around; the weights are ranked once, before training, so that all masks nest.
+Two regimes say under which mask the steps between rounds train. `each_step` (preset `grasp`, the default): each step under a
+ratio of its own, so that no ratio is favoured by what the network has healed around; the weights are ranked once, before
+training, so that all masks nest. `held` (preset `paper`): that of the current ratio; each round ranks the weights anew.
 
 It works in any transformers `Trainer` or TRL `SFTTrainer` whose model is a PEFT LoRA model. It decides nothing: ratios come from
 the search (`method.search`), masks from the mask set (`method.masks`).
@@ -38,10 +38,19 @@ from grasp_lora.errors import GraspError
 from grasp_lora.method.lora import Segment
 from grasp_lora.method.masks import MaskSettings, named, of_prefix, reset_moments, views
 from grasp_lora.method.rules import RatioEstimate, Round
-from grasp_lora.method.search import WITH_DEV, Controller, RatioSearch, plain_policy, preset, ratio_rule
+from grasp_lora.method.search import Controller, RatioSearch, plain_policy, preset, ratio_rule
 from grasp_lora.storage.checkpoints import State
 from grasp_lora.storage.writing import write_jsonl
-from grasp_lora.training.probes import ProbeSet, ProbesInTurn, calibrate, encoded_rows, probes_of
+from grasp_lora.training.probes import (
+    Probe,
+    ProbeSet,
+    ProbesInTurn,
+    Reward,
+    calibrate,
+    encoded_rows,
+    probes_of,
+    rewarded,
+)
 from grasp_lora.training.pruned import PrunedTraining
 
 if TYPE_CHECKING:
@@ -61,11 +70,13 @@ class GraspController(PrunedTraining):
         micro_dev: the examples on which candidates are probed, of whatever pool (by default the dev set; 16 in the paper): all of
             them, whatever `rounds.in_turn` says; or a pool of which rounds take a few in turn (`ProbesInTurn`; `from_rows` makes
             one where the rounds ask for it).
-        settings: policy, rounds and rule; None takes preset `spread`.
+        settings: policy, rounds and rule, or the name of a preset.
         mask: the score.
         segments: module name -> origin of its rank-one components, as `segments_of` gives it.
         folder: where `rounds.jsonl` and `timings.jsonl` go; None writes no files.
         on_round: called with each round's record, for a progress display.
+        reward: of each probe, in place of the fall of its loss: a function of a `Probe`, higher is better. One number a row
+            keeps the interval of the ratio; one for all rows leaves it open. Only with `from_rows`, which knows the rows.
 
     After training, `learned` is the learned ratio. Raises ProbeError during training when a probe's loss is not
     finite. Where the trainer saves checkpoints, everything is in them, and a resumed training goes on with the same rounds; one
@@ -77,18 +88,22 @@ class GraspController(PrunedTraining):
     def __init__(
         self,
         micro_dev: ProbeSet | ProbesInTurn,
-        settings: Controller | str | None = None,
+        settings: Controller | str = "grasp",
         mask: MaskSettings | None = None,
         segments: Mapping[str, tuple[Segment, ...]] | None = None,
         folder: Path | None = None,
         on_round: Callable[[dict[str, Any]], None] | None = None,
+        reward: Reward | None = None,
     ) -> None:
-        self.settings = preset(WITH_DEV if settings is None else settings)
+        self.settings = preset(settings)
         self.micro_dev = micro_dev
         self.folder = None if folder is None else Path(folder)
         self._log: Callable[[dict[str, float]], None] | None = None
         self._encoding: tuple[object, object] | None = None  # of the rows; a tokenizer may be changed in place
         self._on_round = on_round
+        self._reward = reward
+        self._rows_of: dict[str, Any] = {}  # what a reward needs of the rows that `from_rows` was given
+        self._tokenizer: PreTrainedTokenizerBase | None = None
         self._round_end = 0.0
         self._spacing = 1
         self._start_anew()
@@ -100,7 +115,7 @@ class GraspController(PrunedTraining):
         cls,
         rows: Sequence[Mapping[str, Any]],
         tokenizer: "PreTrainedTokenizerBase",
-        settings: Controller | str | None = None,
+        settings: Controller | str = "grasp",
         **options: Any,
     ) -> "GraspController":
         """Build the controller of a trainer of your own.
@@ -108,14 +123,15 @@ class GraspController(PrunedTraining):
         Args:
             rows: examples to probe, in TRL's prompt/completion convention: the dev set.
             tokenizer: of the trainer, as it trains.
-            settings: policy, rounds and rule, or the name of a preset; None takes preset `spread`.
+            settings: policy, rounds and rule, or the name of a preset.
             options: what else the constructor takes.
         """
-        settings = preset(WITH_DEV if settings is None else settings)
+        settings = preset(settings)
         examples, pad_id = encoded_rows(rows, tokenizer)
         turn = settings.rounds.turn(len(examples))
         controller = cls(probes_of(examples, pad_id, turn, settings.policy.seed), settings, **options)
         controller._encoding = encoding_of(tokenizer)
+        controller._rows_of, controller._tokenizer = {example.id: example for example in examples}, tokenizer
         return controller
 
     @property
@@ -159,26 +175,27 @@ class GraspController(PrunedTraining):
             ProbeError: a loss is not a finite number.
         """
         masks, search, number = self.masks, self.search, len(self.search.history)
-        # Candidates are compared on the few examples whose turn it is. Where rounds are compared, too, the baseline needs all,
-        # and `places` finds the few in it.
-        few = self.micro_dev.at(number)
-        compared = self.settings.compares_rounds
-        whole, places = (self.micro_dev.whole, self.micro_dev.places(number)) if compared else (few, None)
+        # Candidates are compared on the few examples whose turn it is; where rounds are compared, too, the baseline needs all.
+        few, places = self.micro_dev.at(number), self.micro_dev.places(number)
+        whole = self.micro_dev.whole if self.settings.compares_rounds and self._reward is None else few
 
         self._rest()
         if self._each_step:
-            baseline, order = whole.losses(model), self._order
+            order, seen = self._order, None
         else:
-            baseline, order = calibrate(model, masks, whole) or whole.losses(model), masks.rank()
+            seen, order = calibrate(model, masks, whole), masks.rank()
+        baseline = self._measure(model, whole) if seen is None or self._reward else seen
         candidates, before = search.ask(), search.current_ratio
-        of_turn = baseline if places is None else [baseline[place] for place in places]
+        of_turn = baseline if whole is few or places is None else [baseline[place] for place in places]
         # Equal ratios have equal masks where all are of one order; else the mask that is on may be of an older one.
         losses = {before: of_turn} if self._each_step else {}
         for ratio in candidates:
             if ratio not in losses:  # candidates coincide where bounds clamp them
                 with masks.probe(ratio, order):
-                    losses[ratio] = few.losses(model)
+                    losses[ratio] = self._measure(model, few)
         by_candidate = [losses[ratio] for ratio in candidates]
+        if places is not None and len(baseline) < len(places):  # a reward of one number for all rows
+            places = None
         measured = Round(before, tuple(candidates), tuple(baseline), tuple(map(tuple, by_candidate)), places)
         decision = search.tell(measured)
         if decision.committed:
@@ -187,7 +204,17 @@ class GraspController(PrunedTraining):
                 reset_moments(optimizer, masks.weights, masks.newly_masked)
             # The base class's name for the current ratio; `masks.ratio` is what is on now.
             self.prune_ratio = decision.ratio
-        return decision.to_json(measured, search.mean, search.std, masks.sparsity())
+        advantages = search.policy.advantages(measured)
+        return decision.to_json(measured, advantages, search.mean, search.std, masks.sparsity())
+
+    def _measure(self, model: torch.nn.Module, probes: ProbeSet) -> list[float]:
+        """The loss of each example, or what stands in its place: the negative of a reward of one's own."""
+        if self._reward is None:
+            return probes.losses(model)
+        if self._tokenizer is None:
+            raise GraspError("a reward of your own needs the rows; build the controller by GraspController.from_rows")
+        examples = [self._rows_of[name] for name in probes.ids]
+        return rewarded(self._reward, Probe(model, examples, probes, self._tokenizer))
 
     # In a training
 
@@ -341,6 +368,8 @@ class GraspController(PrunedTraining):
         rounds = {f"rounds.{name}": value for name, value in asdict(self.settings.rounds).items()}
         probed = f"{self.micro_dev.whole.fingerprint()}, {len(self.micro_dev.at(0))} in a round"
         more = {"rule": ratio_rule(self.settings.rule).name, "probed rows of hash": probed}
+        if self._reward is not None:
+            more["reward"] = getattr(self._reward, "__qualname__", type(self._reward).__qualname__)
         return (
             {name: value for name, value in super()._decided_by().items() if name != "prune_ratio"}
             | policy
@@ -358,6 +387,11 @@ def scalars_of(measured: Mapping[str, Any]) -> dict[str, float]:
         "grasp/best_reward": max(measured["rewards"]),
         "grasp/micro_dev_loss": fmean(measured["baseline_losses"]),
         "grasp/measured_sparsity": measured["measured_sparsity"],
+        **{
+            f"grasp/{name}_{number}": value
+            for name in ("candidate", "reward", "advantage")
+            for number, value in enumerate(measured[f"{name}s"], 1)
+        },
     }
 
 

@@ -3,15 +3,19 @@
 `ProbeSet(examples, pad_id).losses(model)` is the mean answer NLL of each example, in their order, by the loss that training has.
 The model, its modes and every random state are as before afterwards, so that to measure changes nothing of a training.
 
-`ProbesInTurn` is a pool of which each controller round takes a few: round 0 the examples 0 to 11, round 1 those after them, and
-around again. `calibrate` gives a mask set the norms of what enters each LoRA factor, where its score needs them.
+`ProbesInTurn` is a pool of which each controller round takes a few: round 0 the examples 0 to 6, round 1 those after them, and
+around again. `Probe` is what a reward of one's own is computed from: losses or answers.
+`calibrate` gives a mask set the norms of what enters each LoRA factor, where its score needs them.
 """
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +31,7 @@ from grasp_lora.models.loss import (
     collate,
     example_losses,
 )
+from grasp_lora.models.model_settings import GenerationSettings
 from grasp_lora.storage.memory import enough_memory
 from grasp_lora.text.display import quoted
 
@@ -152,7 +157,6 @@ class ProbesInTurn:
     A round compares ratios on its own examples, so that rounds need not share any: many have their say at the cost of few. Where
     nothing compares one round with another, that is all. Else the baseline of each round is measured on the whole pool, as early
     stopping measures a dev set, and what a candidate differs by from it on the few is taken for its difference on all.
-    `smooth_fit` resamples places in the round: a place stands for other examples in each round, all drawn or left out together.
 
     Args:
         examples: the pool.
@@ -196,6 +200,70 @@ def encoded_rows(
 def probes_of(examples: Sequence[Encoded], pad_id: int, turn: int | None, seed: int) -> ProbeSet | ProbesInTurn:
     """The probes of a pool: all of it in each round, or `turn` examples at a time in the order of a seed."""
     return ProbeSet(examples, pad_id) if turn is None else ProbesInTurn(examples, pad_id, turn, seed)
+
+
+class Probe:
+    """What a reward of one's own is computed from: the model under the mask of one ratio, and the rows it is probed on.
+
+    `losses` and `answers` are computed when they are asked for, once each.
+
+    Args:
+        model: as it is pruned now.
+        examples: the probed rows, encoded; their `references` are the right answers.
+        probes: the same, as a set.
+        tokenizer: of the rows.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        examples: Sequence[Any],
+        probes: ProbeSet,
+        tokenizer: "PreTrainedTokenizerBase",
+    ) -> None:
+        self.model, self.examples = model, examples
+        self._probes, self._tokenizer = probes, tokenizer
+
+    @property
+    def references(self) -> list[str]:
+        """The right answer to each row."""
+        return [example.references[0] for example in self.examples]
+
+    @cached_property
+    def losses(self) -> list[float]:
+        """The answer NLL of each row, nats per token."""
+        return self._probes.losses(self.model)
+
+    @cached_property
+    def answers(self) -> list[str]:
+        """The greedy answer to each row, at most as long as the longest right one, on one line."""
+        from grasp_lora.models.generation import answer
+
+        longest = max(len(example.completion_ids) for example in self.examples)
+        prompts = [example.prompt_ids for example in self.examples]
+        ends = {example.completion_ids[-1] for example in self.examples}
+        settings = GenerationSettings(max_new_tokens=longest)
+        return [text for text, _ in answer(self.model, self._tokenizer, prompts, settings, ends=ends)]
+
+
+Reward = Callable[[Probe], float | Sequence[float]]
+
+
+def rewarded(reward: Reward, probe: Probe) -> list[float]:
+    """What a reward of one's own gives for a probe, as losses: its negative, one number or one a row.
+
+    Raises:
+        ProbeError: it gives no finite number, or neither one nor one a row.
+    """
+    given = reward(probe)
+    values = list(given) if isinstance(given, Sequence | Tensor) and not isinstance(given, str) else [given]
+    name, rows = getattr(reward, "__name__", type(reward).__name__), len(probe.examples)
+    numbers = all(isinstance(value, Real | Tensor) and math.isfinite(value) for value in values)
+    if not numbers or len(values) not in (1, rows):
+        raise ProbeError(
+            f"reward {name} gave {quoted(given)}; it must return a finite number, or one for each of the {rows} rows"
+        )
+    return [-float(value) for value in values]
 
 
 class NormCollector:
