@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -14,7 +14,7 @@ from grasp_lora.engine import run as running
 from grasp_lora.engine.comparison import Comparison, ComparisonSettings
 from grasp_lora.engine.judge import Judgement
 from grasp_lora.engine.progress import Progress
-from grasp_lora.engine.run_folder import ADAPTER_FOLDER, COMPARE_FOLDER, Delivered, Metrics, Run
+from grasp_lora.engine.run_folder import ADAPTER_FOLDER, COMPARE_FOLDER, Delivered, Grid, Metrics, Run
 from grasp_lora.engine.session import Session
 from grasp_lora.errors import RecipeError
 from grasp_lora.method.rules import RatioEstimate
@@ -67,6 +67,7 @@ def run(
     progress: Progress | bool = True,
     *,
     allow_code: bool = False,
+    grid: Grid | Literal[True] | None = None,
 ) -> RunResult:
     """Do the main job of a recipe: adapters, merge, learn the ratio if it is asked for, final run, scores, report.
 
@@ -78,6 +79,7 @@ def run(
         folder: of the run; None takes runs/NAME.
         progress: told of the steps. True shows a bar where stderr is a terminal or a notebook; False is silent.
         allow_code: whether code that the recipe names by import path may be imported.
+        grid: True to do a grid search of eight final runs beside the learned ratio, too; or one that is on record.
 
     Raises:
         GraspError: something does not fit; one line says what. What is done stays.
@@ -85,7 +87,7 @@ def run(
     """
     with _told(progress) as listener:
         session, place = _opened(recipe, overrides, folder, listener, allow_code)
-        result = RunResult(running.run(session, place), place)
+        result = RunResult(running.run(session, place, grid), place)
 
     def report() -> None:
         with working_in(place) as work:

@@ -30,13 +30,19 @@ def run(
 
 def demo(
     language: Annotated[str, typer.Option(help="Target language of the demo: ar or zh.")] = "ar",
+    grid: Annotated[
+        bool,
+        typer.Option(
+            "--grid", help="Do the grid search here, too: eight more trainings; else a recorded one is shown."
+        ),
+    ] = False,
     overrides: SetOption = None,
     output: OutputOption = None,
     verbose: VerboseOption = False,
 ) -> None:
-    """Run the main job on an embedded model and embedded texts; minutes on a laptop."""
+    """Run the main job on an embedded model, embedded adapters and embedded texts; minutes on a laptop."""
     log_to_terminal(verbose)
-    _run(f"demo-{language}", overrides or [], output, False, answers=2)
+    _run(f"demo-{language}", overrides or [], output, False, answers=2, grid_of=language, grid=grid)
 
 
 def check(
@@ -65,15 +71,33 @@ def check(
     say(f"{summary}; next: {command}", copied=True)
 
 
-def _run(recipe: str, overrides: list[str], output: Path | None, allow_code: bool, answers: int = 0) -> None:
+def _run(
+    recipe: str,
+    overrides: list[str],
+    output: Path | None,
+    allow_code: bool,
+    answers: int = 0,
+    grid_of: str | None = None,
+    grid: bool = False,
+) -> None:
     with loading():
         from grasp_lora import api
-        from grasp_lora.engine.run_folder import CARD_FILE, DISCARDED, FINAL_FOLDER, PROMPT_FILE, REPORT_FILE
+        from grasp_lora.engine.run_folder import (
+            CARD_FILE,
+            DISCARDED,
+            FINAL_FOLDER,
+            PROMPT_FILE,
+            REPORT_FILE,
+            recorded_grid,
+        )
         from grasp_lora.report import delivered as words
         from grasp_lora.report.bars import TerminalProgress
         from grasp_lora.report.pages import print_table
         from grasp_lora.report.tables import compare_handed_over, final_text, is_unpruned, scores_table
-    result = api.run(recipe, overrides, output, TerminalProgress(console, answers), allow_code=allow_code)
+    # A grid on record is that of the recipe as it is.
+    shown = True if grid else recorded_grid(grid_of) if grid_of and not overrides else None
+    progress = TerminalProgress(console, answers)
+    result = api.run(recipe, overrides, output, progress, allow_code=allow_code, grid=shown)
     record, metrics, folder = result.record, result.metrics, result.folder
     compared = compare_handed_over(record)
     print_table(scores_table(record), console)
@@ -86,6 +110,8 @@ def _run(recipe: str, overrides: list[str], output: Path | None, allow_code: boo
     if warning := words.warning_of(record):
         say(warning, style="bold yellow")
     learned = not result.delivered.nothing_learned and not is_unpruned(record)
+    if search := words.search_note(record):
+        say(search)
     if metrics.delivered.name != "grasp" and FINAL_FOLDER in record.adapters:
         say(f"{final_text(record)} lies in {folder / FINAL_FOLDER}{':' if learned else ''}")
     if learned:

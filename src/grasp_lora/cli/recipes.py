@@ -56,7 +56,24 @@ def init(
         typer.Option(
             "--source",
             help="Data file of the rich language, or a PEFT adapter folder or hub id trained on it. May be repeated. Default for "
-            "questions on the embedded model: english-qa, which comes along.",
+            "questions on the embedded model: english-qa, which is included.",
+        ),
+    ] = None,
+    target_adapter: Annotated[
+        str | None,
+        typer.Option(
+            "--target-adapter",
+            help="PEFT adapter of the target language, to merge with that of --source; the prune ratio of the merge is learned.",
+        ),
+    ] = None,
+    learn_ratio: Annotated[
+        bool,
+        typer.Option("--learn-ratio", help="Learn how far to prune the merge, with 16 rows that are probed (GRASP)."),
+    ] = False,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            help="Prompt that the given adapters were trained on, with the fields of the rows in braces and \\n for a line break."
         ),
     ] = None,
     source_language: Annotated[str, typer.Option(help="Language of the source data, a code like that.")] = "en",
@@ -99,6 +116,9 @@ def init(
         sheet=sheet,
         source_sheet=source_sheet,
         skip_unanswered=skip_unanswered,
+        target_adapter=target_adapter,
+        learn_ratio=learn_ratio,
+        prompt=prompt,
     )
     say(f"wrote {file} and {file.with_name(SCHEMA_FILE)}")
     recipe, _ = load_recipe(str(file))
@@ -106,7 +126,8 @@ def init(
     named = [f"{field} is the column {column}" for field, column in target.columns.items()]
     say(f"task: {recipe.data.task}" + (f", where {' and '.join(named)}" if named else ""))
     training = f"all others, about {left}," if target.train is None else target.train
-    say(f"rows: {training} to train on, {target.test} to test")
+    probed = f", {target.micro_dev} to probe prune ratios on" if target.micro_dev else ""
+    say(f"rows: {training} to train on{probed}, {target.test} to test")
     if recipe.data.source is None and not recipe.source.adapters:
         say(
             f"no source yet: remove {file} and give the same command with --source FILE or ADAPTER, or name one in the "

@@ -26,10 +26,13 @@ TITLES = {
     "target": "the target adapter",
     "merged": "the merge, not trained",
     "grasp": "GRASP's result",
+    "unpruned": "the merge, trained further, nothing pruned",
     "averaged": "the mean of the source adapter continued and GRASP's result",
 }
 ON_SOURCE = TITLES | {"merged": "the target adapter on top of the source adapter"}  # with `target.on`
-UNPRUNED = "the merge, trained further"  # what GRASP's result is where the recipe says that nothing is pruned
+# What GRASP's result is where no ratio was learned: the word is said of a learned one alone.
+UNPRUNED = "the merge, trained further"
+PRUNED = "the merge, pruned at a given ratio and trained further"
 ALONE = "zero_shot"  # the backbone without an adapter, which is measured and never handed over
 FEWEST_TOLD = 6  # rows from which on one can show a difference at 95 %: of fewer all signs agree by chance too often
 
@@ -66,7 +69,13 @@ def expected(steps: Steps, systems: Mapping[str, Adapter], left_out: str = "") -
             "The recipe asks for this one training on your rows (final.deliver); best also merges, with three.",
         )
     if asked == "grasp":
-        return asked, "The recipe asks for it (final.deliver)."
+        if steps.recipe.final.prune_ratio is not None:
+            return asked, "The recipe asks for it (final.deliver)."
+        rows = "dev" if steps.recipe.controller.rounds.pool == "dev" else "micro-dev"
+        return (
+            asked,
+            f"It is the merge of both adapters, pruned at a ratio that one training learned on the {rows} rows.",
+        )
     if "averaged" not in systems:
         return "grasp", left_out
     return "averaged", "In trials with few rows adapters made like it answered best. Your rows have no say in this."
@@ -75,9 +84,10 @@ def expected(steps: Steps, systems: Mapping[str, Adapter], left_out: str = "") -
 def titles_with(on: str | None, prune_ratio: float | None) -> dict[str, str]:
     """Return what each kind of candidate is called, with `target.on` and a prune ratio that was given."""
     titles = TITLES if on is None else ON_SOURCE
-    if prune_ratio != 0:
+    if prune_ratio is None:
         return titles
-    return titles | {"grasp": UNPRUNED, "averaged": f"the mean of the source adapter continued and {UNPRUNED}"}
+    given = PRUNED if prune_ratio else UNPRUNED
+    return titles | {"grasp": given, "averaged": f"the mean of the source adapter continued and {given}"}
 
 
 def title_of(name: str, titles: Mapping[str, str] = TITLES) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from grasp_lora.engine import deliver
 from grasp_lora.engine.check import check
@@ -19,11 +20,14 @@ from grasp_lora.engine.run_folder import (
     FINAL_FOLDER,
     MERGED_FOLDER,
     STORE_FOLDER,
+    UNPRUNED_FOLDER,
     DataFacts,
     Delivered,
+    Grid,
     Metrics,
     Run,
     RunInfo,
+    SearchCost,
     SystemScores,
     begin,
     check_place,
@@ -35,12 +39,13 @@ from grasp_lora.storage.claims import working_in
 from grasp_lora.storage.processes import join, on_first_process
 
 
-def run(session: Session, folder: Path) -> Run:
+def run(session: Session, folder: Path, grid: Grid | Literal[True] | None = None) -> Run:
     """Do what is not done yet of the main job, and write its files.
 
     Args:
         session: of the recipe, with nothing loaded yet; its progress is told of the steps.
         folder: of the run; made if missing.
+        grid: a grid search of this recipe to show beside the learned ratio: one on record, or True to do it here.
 
     Raises:
         GraspError: something the user gave does not fit, the folder cannot be written or another process writes there; what is
@@ -56,7 +61,7 @@ def run(session: Session, folder: Path) -> Run:
         on_first_process(work.begin)
         info = on_first_process(partial(begin, folder, session))
         store = Store(folder / STORE_FOLDER, session.progress, work)
-        job = main_job(Steps(session, store, stop_requested=lambda: work.interruption.asked_by), info)
+        job = main_job(Steps(session, store, stop_requested=lambda: work.interruption.asked_by), info, grid)
         on_first_process(partial(job.write, session, folder))
         return job
 
@@ -69,6 +74,7 @@ class Made:
         parents: the adapters that were merged; None where the recipe asks for `continued` alone, as is GRASP's result.
         learned: the controller run; None where the recipe gives the ratio.
         ratio: prune ratio of GRASP's result, a fraction in [0, 1].
+        unpruned: the same final run with nothing pruned, beside a learned ratio that the recipe hands over.
         continued: the source adapter, trained on the target rows; None where the recipe does not ask for it, or where it failed.
         left_out: why that one is left aside, as a sentence; empty where it is not.
         averaged: the mean of both; None where there is no `continued`.
@@ -79,6 +85,7 @@ class Made:
     learned: Finished[Learned] | None
     ratio: float
     grasp: Adapter | None
+    unpruned: Adapter | None
     continued: Adapter | None
     left_out: str
     averaged: Adapter | None
@@ -94,6 +101,7 @@ class Made:
             **dict(zip(names_of(len(self.sources)), self.sources, strict=True)),
             "target": parents.target if parents and parents.on is None else None,
             "merged": parents.merged if parents else None,
+            "unpruned": self.unpruned,
             "continued": None if self.left_out else self.continued,
             "grasp": self.grasp,
             "averaged": self.averaged,
@@ -105,17 +113,18 @@ def make(steps: Steps) -> Made:
     """Train and merge, learn the ratio, make GRASP's result, continue the source adapter as is usual, and take their mean."""
     final, sources = steps.recipe.final, steps.sources()
     if final.deliver == "continued":
-        return Made(sources, None, None, 0.0, None, steps.continued(), "", None)
+        return Made(sources, None, None, 0.0, None, None, steps.continued(), "", None)
     parents = steps.parents()
     learned = steps.learn_ratio(parents.merged) if final.prune_ratio is None else None
     ratio = learned.result.estimate.ratio if learned else float(final.prune_ratio or 0.0)
     grasp = steps.finetune(parents.merged.after(*[learned] if learned else []), ratio)
+    unpruned = steps.finetune(parents.merged, 0.0) if learned and final.deliver == "grasp" else None
     continued, left_out = deliver.continue_source(steps) if final.deliver == "best" else (None, "")
     averaged = deliver.mean_of(steps, continued, grasp) if continued and not left_out else None
-    return Made(sources, parents, learned, ratio, grasp, continued, left_out, averaged)
+    return Made(sources, parents, learned, ratio, grasp, unpruned, continued, left_out, averaged)
 
 
-def main_job(steps: Steps, info: RunInfo) -> Run:
+def main_job(steps: Steps, info: RunInfo, grid: Grid | Literal[True] | None = None) -> Run:
     """Learn the ratio, make GRASP's result and its rivals, measure them, and say which of them is handed over."""
     made = make(steps)
     learned, rivals = made.learned, made.systems
@@ -129,6 +138,8 @@ def main_job(steps: Steps, info: RunInfo) -> Run:
     adapters = dict(zip(names_of(len(made.sources)), made.sources, strict=True))
     if made.parents and made.grasp:
         adapters |= {"target": made.parents.target, MERGED_FOLDER: made.parents.merged, FINAL_FOLDER: made.grasp}
+    if made.unpruned is not None:
+        adapters[UNPRUNED_FOLDER] = made.unpruned
     if made.continued is not None:
         adapters[CONTINUED_FOLDER] = made.continued
     adapters[ADAPTER_FOLDER] = rivals[delivered.name]
@@ -155,6 +166,8 @@ def main_job(steps: Steps, info: RunInfo) -> Run:
             prune_ratio=made.ratio,
             prune_ratio_interval=(estimate.low, estimate.high) if estimate else None,
             nothing_learned_about_ratio=estimate is not None and estimate.nothing_learned,
+            search=_search_cost(steps, learned, made.grasp) if learned and made.grasp else None,
+            grid=_grid_search(steps, made.parents) if grid is True else grid,
             best_step=last.result.best_step if last else 0,
             signatures={name: score.signature for name, score in measured[delivered.name].metrics.items()},
             test_examples=len(test),
@@ -162,6 +175,30 @@ def main_job(steps: Steps, info: RunInfo) -> Run:
         ),
         cost=_cost(adapters, measured),
     )
+
+
+def _search_cost(steps: Steps, learned: Finished[Learned], grasp: Adapter) -> SearchCost:
+    """What the learned ratio cost with its final run, and what a grid of such final runs would."""
+    final, runs = grasp.made, len(steps.grid)
+    assert final is not None
+    # Where no dev set stops the final runs, a grid has to measure each on the probed rows to choose one.
+    choosing = 0 if final.result.dev_loss is not None else len(steps.session.probe_pool)
+    return SearchCost(
+        passes=learned.result.passes + final.result.passes,
+        seconds=learned.seconds + final.seconds,
+        grid_runs=runs,
+        grid_passes=runs * (final.result.passes + choosing),
+        grid_seconds=runs * final.seconds,
+    )
+
+
+def _grid_search(steps: Steps, parents: Parents | None) -> Grid | None:
+    """A final run at each ratio of the grid, and its loss on the test rows; None where nothing is merged."""
+    if parents is None:
+        return None
+    runs = {ratio: steps.finetune(parents.merged, ratio) for ratio in steps.grid}
+    losses = {ratio: steps.losses(adapter, "test").result.mean for ratio, adapter in runs.items()}
+    return Grid(tuple(losses.items()), recorded=False)
 
 
 def _measure(steps: Steps, name: str, system: Adapter, number: int, total: int) -> Measured:

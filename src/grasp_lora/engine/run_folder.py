@@ -2,7 +2,7 @@
 
 runs/NAME/
     adapter/                    what is handed over: an ordinary PEFT adapter with its card
-    source/ target/ merged/ continued/ final/    the other adapters, each with the history of its training
+    source/ target/ merged/ continued/ unpruned/ final/    the other adapters, each with the history of its training
     controller/                 rounds.jsonl, timings.jsonl, history.jsonl, ratio.json
     evaluation/SYSTEM.jsonl     every answer; prompts.jsonl
     metrics.json                what each system is worth, what is handed over and why; written last
@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from grasp_lora.storage.writing import discard, sync, sync_all, write_json, writ
 
 VERSION = 2  # of the folder
 ADAPTER_FOLDER, FINAL_FOLDER, CONTROLLER_FOLDER, MERGED_FOLDER = "adapter", "final", "controller", "merged"
-CONTINUED_FOLDER, PREDICTIONS_FOLDER = "continued", "evaluation"
+CONTINUED_FOLDER, UNPRUNED_FOLDER, PREDICTIONS_FOLDER = "continued", "unpruned", "evaluation"
 STORE_FOLDER, COMPARE_FOLDER = "store", "compare"
 DATA_FILE, METRICS_FILE, COST_FILE, PROMPT_FILE = "data.json", "metrics.json", "cost.json", "prompt.jsonl"
 REPORT_FILE, CARD_FILE = "report.html", "README.md"
@@ -50,7 +51,7 @@ LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "sacrebl
 DISCARDED = "no step of the final run lowered the dev loss, so its training was discarded (best step 0)"
 TRAINED = {  # folder -> what was trained, in the order in which it happens
     "source": "Source", "target": "Target", "controller": "Controller run", "final": "Final run",
-    "continued": "Source, continued",
+    "unpruned": "Final run, nothing pruned", "continued": "Source, continued",
 }  # fmt: skip
 
 
@@ -170,15 +171,44 @@ class SystemScores:
 
 
 @dataclass(frozen=True)
+class SearchCost:
+    """What a learned ratio cost with its final run, beside a grid of final runs, as one of those took here.
+
+    Passes are forward passes of one example; a training example counts as two.
+    """
+
+    passes: int
+    seconds: float
+    grid_runs: int
+    grid_passes: int
+    grid_seconds: float
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A grid search of the same recipe: pairs of prune ratio and test loss; `recorded` where another machine did it."""
+
+    losses: tuple[tuple[float, float], ...]
+    recorded: bool = True
+
+
+def recorded_grid(language: str) -> Grid | None:
+    """The grid search of the demo in a language that `lab/demo_adapters.py` has put into the package."""
+    return read_if_there(Path(str(files("grasp_lora.demo"))) / f"grid-{language}.json", Grid)
+
+
+@dataclass(frozen=True)
 class Metrics:
-    """metrics.json; the interval is None where the ratio was given. `best_step` is that of the final run, or of `continued`
-    where there is none."""
+    """metrics.json; the interval is None where the ratio was given, as is `search`. `best_step` is that of the final run, or of
+    `continued` where there is none."""
 
     systems: Mapping[str, SystemScores]
     delivered: Delivered
     prune_ratio: float
     prune_ratio_interval: tuple[float, float] | None
     nothing_learned_about_ratio: bool
+    search: SearchCost | None
+    grid: Grid | None
     best_step: int
     signatures: Mapping[str, str]
     test_examples: int

@@ -56,7 +56,9 @@ def _read(at_end: bool, rounds: Sequence[Round], ratio_min: float, ratio_max: fl
     fitted = process.expected(at_end)
     ratio = float(process.grid[fitted.argmin()])
     if not interval:
-        return RatioEstimate(ratio, ratio, ratio, name, len(rounds))
+        above = (fitted - fitted.min()).tolist()
+        curve = tuple(zip(process.grid.tolist(), above, above, above, strict=True))
+        return RatioEstimate(ratio, ratio, ratio, name, len(rounds), curve=curve)
     generator = torch.Generator().manual_seed(0)
     weights = resample(process.examples, generator) / process.examples
     return settle(name, process.grid, len(rounds), fitted, process.sample(weights, generator, at_end))

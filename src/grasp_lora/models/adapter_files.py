@@ -19,7 +19,7 @@ from pydantic import Field, TypeAdapter
 
 from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
-from grasp_lora.models.model_settings import EMBEDDED_ADAPTER, EMBEDDED_HUB_ID, EMBEDDED_NAME
+from grasp_lora.models.model_settings import EMBEDDED_ADAPTERS, EMBEDDED_HUB_ID, EMBEDDED_NAME
 from grasp_lora.storage.network import not_there
 from grasp_lora.storage.reading import expanded, is_folder, reading, sha256_of
 from grasp_lora.text.display import escaped
@@ -31,6 +31,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 OUR_FILE = "grasp_lora.json"
 CHAT_FILE = "chat_template.jinja"
 PREFIX = "base_model.model."
+ATTENTION_MODULES = 4  # q, k, v and o
 # Initialisations that subtract something from the backbone's own weights: the saved factors alone are not the change.
 _CHANGES_BACKBONE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -137,7 +138,7 @@ class LoadedAdapter:
 
 
 def read_adapter(place: str | Path) -> LoadedAdapter:
-    """Read a LoRA adapter from a PEFT folder or a hub id, or the one that comes along, `english-qa`.
+    """Read a LoRA adapter from a PEFT folder or a hub id, or one that is included, such as `english-qa`.
 
     Raises:
         AdapterError: it is missing, no safetensors LoRA, holds what cannot be merged right, does not agree with its own config,
@@ -176,7 +177,7 @@ def _on_this_machine(place: str | Path) -> Path | None:
     """The folder of an adapter, or None for a hub id."""
     if is_folder(expanded(place)):
         return expanded(place)
-    return Path(str(files("grasp_lora.demo"))) / EMBEDDED_ADAPTER if str(place) == EMBEDDED_ADAPTER else None
+    return Path(str(files("grasp_lora.demo"))) / str(place) if str(place) in EMBEDDED_ADAPTERS else None
 
 
 def _refuse_more_than_factors(config: Any) -> None:
@@ -199,6 +200,18 @@ def read_backbone(place: str) -> str | None:
     """
     folder = _on_this_machine(place) or _download(place, [CONFIG_FILE, OUR_FILE])
     return _to_load(read_base_model(str(folder)), _read_info(folder, escaped(place)))
+
+
+def read_how_asked(place: str) -> tuple[Answers | None, bool]:
+    """Return how an adapter is asked, None where it does not say; and whether it adapts more than attention.
+
+    Raises:
+        AdapterError: there is no such adapter, or its config cannot be used.
+    """
+    folder, shown = _on_this_machine(place) or _download(place, [CONFIG_FILE, OUR_FILE]), escaped(place)
+    with reading(f"adapter {shown}: {CONFIG_FILE}", AdapterError):
+        modules = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("target_modules") or ()
+    return _read_info(folder, shown).answers, modules == "all-linear" or len(modules) > ATTENTION_MODULES
 
 
 def read_base_model(folder: str) -> str | None:

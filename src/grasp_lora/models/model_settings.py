@@ -13,7 +13,8 @@ from grasp_lora.data.data_settings import Texts
 
 EMBEDDED_NAME = "gemma3-270m"
 ALL_LINEAR = "all-linear"  # PEFT's word
-EMBEDDED_ADAPTER = "english-qa"  # a source adapter for the embedded model that comes along
+EMBEDDED_ADAPTER = "english-qa"  # a source adapter for the embedded model, which is included
+EMBEDDED_ADAPTERS = (EMBEDDED_ADAPTER, "demo-ar-qa", "demo-zh-qa")  # the others are the demo's target adapters
 EMBEDDED_HUB_ID = "google/gemma-3-270m"
 EMBEDDED_LICENCE = "gemma"  # as the hub calls it
 QUANTISERS = {"nf4": "bitsandbytes", "int8": "bitsandbytes"}  # -> the library that does it

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from grasp_lora.data.files import DEMO_PREFIX, READERS, resolve_file
 from grasp_lora.data.groups import by_group, join_groups, keys_with_turns
@@ -19,7 +20,7 @@ from grasp_lora.data.records import Record, check_labels
 from grasp_lora.data.splits import HELD_OUT, PAPER_SIZES, assign
 from grasp_lora.data.tasks import FALLBACK_LANGUAGE, TEMPLATES, built_in_template
 from grasp_lora.errors import AdapterError, DataError, RecipeError
-from grasp_lora.models.adapter_files import CONFIG_FILE, read_backbone
+from grasp_lora.models.adapter_files import CONFIG_FILE, read_backbone, read_how_asked
 from grasp_lora.models.model_settings import EMBEDDED_ADAPTER, EMBEDDED_NAME
 from grasp_lora.recipes.corpus import CUT_DOCUMENT, MOST_TOKENS, Corpus, parse_columns, read_corpus, relative
 from grasp_lora.recipes.load import backbone_of_run, validate
@@ -37,6 +38,8 @@ MOST_SOURCE = 1000  # an epoch of them takes minutes on two CPU cores
 MOST_TRAIN = 600  # trained on six or nine times each in a run: more take longer than a first run should
 FEWEST = 30
 FEWEST_SOURCE = 20
+MICRO_DEV = 16  # rows that the controller probes. Paper: micro-dev set
+FEWEST_TRAIN = 20  # beside test and micro-dev, where a prune ratio is learned
 GLUED = 4  # one prompt of so many runs on into its answer: `check` warns where half of the training rows do
 ORDERS = 20  # random orders of the groups in which the split sizes must fit
 
@@ -65,6 +68,9 @@ def write_recipe(
     sheet: str | None = None,
     source_sheet: str | None = None,
     skip_unanswered: bool = False,
+    target_adapter: str | None = None,
+    learn_ratio: bool = False,
+    prompt: str | None = None,
 ) -> tuple[Path, int]:
     """Write a commented recipe for a file of target examples, and beside it the schema by which editors complete its keys.
 
@@ -80,6 +86,9 @@ def write_recipe(
         source_columns: the same for source files; empty takes those of `columns` that they have.
         sheet, source_sheet: of workbooks; None for the first that is not hidden.
         skip_unanswered: leave out rows without an answer, here and in runs of the recipe.
+        target_adapter: PEFT adapter of the target language, to merge with that of `source`; its prune ratio is learned.
+        learn_ratio: whether the recipe learns a prune ratio, with a few rows that are probed.
+        prompt: that the adapters were trained on, where they do not say it themselves.
 
     Returns:
         The recipe file; about how many rows are left for training, since held-out splits take whole groups.
@@ -105,7 +114,15 @@ def write_recipe(
     if not source and target.task == "qa" and source_language == "en" and backbone in (None, EMBEDDED_NAME):
         source = [EMBEDDED_ADAPTER]
     files, adapters = _sort_out([str(expanded(place)) if place.startswith("~") else place for place in source])
-    backbone = backbone or _backbone_of(adapters)
+    if target_adapter and not adapters:
+        raise RecipeError(
+            f"--target-adapter {target_adapter} is merged with an adapter of the rich language; give that with --source"
+            + (f", which is the data file {files[0]} now, or leave --target-adapter out to train both" if files else "")
+        )
+    given = [*adapters, *([target_adapter] if target_adapter else [])]
+    learn_ratio = learn_ratio or target_adapter is not None
+    backbone = backbone or _backbone_of(given)
+    asked = _how_asked(target_adapter, target.task, prompt) if target_adapter else {"prompt": prompt}
     sources = [
         read_corpus(
             name,
@@ -121,7 +138,7 @@ def write_recipe(
     ]
     for corpus in sources if target.labels else ():
         check_labels((*target.labels, *corpus.labels), f"{target.name} and {corpus.name}")
-    sizes = choose_sizes(target, sources)
+    sizes = choose_sizes(target, sources, MICRO_DEV if learn_ratio else 0)
     text = _render(
         file,
         target,
@@ -130,6 +147,9 @@ def write_recipe(
         language=language,
         source_language=source_language,
         adapters=[_written(place, file.parent) for place in adapters],
+        target_adapter=_written(target_adapter, file.parent) if target_adapter else None,
+        learn_ratio=learn_ratio,
+        asked=asked,
         backbone=_written(backbone, file.parent),
         skip_unanswered=skip_unanswered,
     )
@@ -168,13 +188,29 @@ def _sort_out(source: Sequence[str]) -> tuple[list[str], list[str]]:
     return files, adapters
 
 
+def _how_asked(adapter: str, task: str, prompt: str | None) -> dict[str, Any]:
+    """The prompt that an adapter was trained on, and whether it goes through the chat template.
+
+    Raises:
+        RecipeError: the adapter does not say it, and it is not given.
+    """
+    answers, _ = read_how_asked(adapter)
+    if prompt is not None:
+        return {"prompt": prompt.replace("\\n", "\n")}
+    if answers is None or answers.prompt is None:
+        templates = TEMPLATES[task]
+        example = json.dumps(templates.get(FALLBACK_LANGUAGE, next(iter(templates.values()))).prompt)
+        raise RecipeError(
+            f"adapter {adapter} does not say what prompt it was trained on; give it with --prompt, such as --prompt {example}"
+        )
+    return {"prompt": answers.prompt, "completion": answers.completion, "chat_template": answers.chat_template}
+
+
 def _written(place: str, folder: Path) -> str:
     return relative(place, folder) if is_folder(Path(place)) else place
 
 
-def _render(
-    file: Path, target: Corpus, sizes: Sizes, sources: Sequence[Corpus], **facts: str | list[str] | bool
-) -> str:
+def _render(file: Path, target: Corpus, sizes: Sizes, sources: Sequence[Corpus], **facts: Any) -> str:
     import jinja2
 
     environment = jinja2.Environment(
@@ -187,7 +223,10 @@ def _render(
     # JSON is YAML on one line, with all text quoted: no language code or file name is read as something else.
     environment.filters["yaml"] = lambda value: json.dumps(value, ensure_ascii=False)
     splits = sizes.splits
-    builtin = built_in_template(target.task, str(facts["language"]))
+    builtin, asked = built_in_template(target.task, facts["language"]), facts["asked"]
+    if builtin and asked.get("prompt") == builtin.prompt:
+        facts["asked"] = asked = {}  # as it is by itself
+    all_layers = read_how_asked(adapter)[1] if (adapter := facts["target_adapter"]) else target.task == "qa"
     # A split takes whole groups, so that a single one would be all dev.
     source_dev = 0 if sizes.one_source_group else min(sizes.source // 10, MOST_SOURCE // 10)
     return environment.get_template("recipe.yaml.j2").render(
@@ -205,12 +244,12 @@ def _render(
         source_left=sizes.source - source_dev,
         # Questions: in Swahili 4.7 points of F1 more for `continued` than on `q_proj` and `v_proj`, 8.3 for the merge
         # (`lab/layers.py`). At 1e-4 the first look at the dev rows ended some trainings on 30 to 50 rows, at 3e-5 none.
-        all_layers=target.task == "qa",
-        rate="3.0e-5" if target.task == "qa" else "1.0e-4",
+        all_layers=all_layers,
+        rate="3.0e-5" if all_layers else "1.0e-4",
         epochs=2 if target.task == "qa" else 3,
         most_tokens=token_limit(target, sources),
         cut_document=CUT_DOCUMENT,
-        template=None if builtin else TEMPLATES[target.task][FALLBACK_LANGUAGE],
+        template=None if builtin or asked.get("prompt") else TEMPLATES[target.task][FALLBACK_LANGUAGE],
         separates=_lacks_separator(target, sources),
         embedded_adapter=EMBEDDED_ADAPTER,
         unanswered=sum(corpus.unanswered for corpus in (target, *sources)),
@@ -248,8 +287,11 @@ def token_limit(target: Corpus, sources: Sequence[Corpus]) -> int:
     return roomy
 
 
-def choose_sizes(target: Corpus, sources: Sequence[Corpus]) -> Sizes:
+def choose_sizes(target: Corpus, sources: Sequence[Corpus], micro_dev: int = 0) -> Sizes:
     """Find the largest split sizes that whole groups can fill in any order.
+
+    Args:
+        micro_dev: rows that the controller probes.
 
     Raises:
         DataError: there are too few examples or groups, or the source has too few that may be trained on.
@@ -261,14 +303,20 @@ def choose_sizes(target: Corpus, sources: Sequence[Corpus]) -> Sizes:
             f"{target.name} has {len(records)} examples; at least {FEWEST} are needed for train and test (400 for a "
             "test set as large as the paper's)"
         )
+    fewest = math.ceil((micro_dev + FEWEST_TRAIN) * 4 / 3) if micro_dev else FEWEST
+    if len(records) < fewest:
+        raise DataError(
+            f"{target.name} has {len(records)} examples; to learn a prune ratio at least {fewest} are needed, for test, "
+            f"{micro_dev} micro-dev rows and {FEWEST_TRAIN} to train on: {fewest - len(records)} are missing"
+        )
     source_records = [record for corpus in sources for record in corpus.usable(most)]
     joined = join_groups(keys_with_turns((*records, *source_records)))
     groups, source_groups = by_group(records, joined), by_group(source_records, joined)
     for share in (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5):
         total = int(len(records) * share)
-        if total < FEWEST:
+        if total < fewest:
             break
-        sizes = _sizes(total)
+        sizes = _sizes(total, micro_dev)
         held_out = [names for order in range(ORDERS) if (names := _held_out(groups, sizes, order)) is not None]
         if len(held_out) == ORDERS:
             left = [[len(source_groups[name]) for name in source_groups.keys() - names] for names in held_out]
@@ -286,10 +334,11 @@ def choose_sizes(target: Corpus, sources: Sequence[Corpus]) -> Sizes:
     )
 
 
-def _sizes(examples: int) -> dict[str, int]:
+def _sizes(examples: int, micro_dev: int = 0) -> dict[str, int]:
     """A quarter for the test, up to the paper's size; all else is for training: no row says when to stop."""
     test = min(PAPER_SIZES["test"], math.ceil(examples / 4))
-    return {"test": test, "train": min(MOST_TRAIN, examples - test)}
+    probed = {"micro_dev": micro_dev} if micro_dev else {}
+    return {"test": test, **probed, "train": min(MOST_TRAIN, examples - test - micro_dev)}
 
 
 def _held_out(groups: Mapping[str, Sequence[Record]], sizes: Mapping[str, int], order: int) -> set[str] | None:

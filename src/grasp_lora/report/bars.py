@@ -16,6 +16,7 @@ from grasp_lora.report.examples import leading_metric, marked
 from grasp_lora.storage.processes import is_first
 from grasp_lora.text.display import one_line
 
+_BLOCKS = "▁▂▃▄▅▆▇█"
 _ANSWER_SHOWN = 60  # characters
 A_DAY = 86400.0  # the time left follows from the mean speed: a step may take longer than the half minute that rich looks back
 _TITLES = {  # by the beginning of the step's name
@@ -23,7 +24,7 @@ _TITLES = {  # by the beginning of the step's name
     "target": "train the target adapter",
     "joint": "train on both languages",
     "controller": "learn the prune ratio",
-    "final-0.00": "fine-tune, nothing pruned",
+    "final-0.00": "train, nothing pruned",
     "final": "prune and fine-tune",
     "merge-weights": "search merge weights",
     "answers": "answer the test prompts",
@@ -92,8 +93,9 @@ class TerminalProgress(Progress):
         self._move(completed=report["step"], total=report["steps"], facts=f"loss {report['loss']:.3f}{ratio}")
 
     def round(self, record: Mapping[str, Any]) -> None:
-        """Remember the committed ratio for the bar."""
+        """One line for each controller round; the bar remembers the committed ratio."""
         self._ratio = record["ratio"]
+        self._say(round_line(record))
 
     def answered(self, answered: int, prompts: int) -> None:
         """Move the bar of the answers."""
@@ -143,6 +145,24 @@ def listener_of(progress: Progress | bool) -> Progress:
 def title_of(step: str) -> str:
     """What a step does, in words."""
     return next((title for name, title in _TITLES.items() if step.startswith(name)), step)
+
+
+def round_line(record: Mapping[str, Any]) -> str:
+    """A round in one line: candidates with their rewards, policy, committed ratio, and the curve as it is known so far.
+
+    >>> round_line({"round": 2, "step": 12, "candidates": [0.3, 0.6], "rewards": [-0.02, 0.041], "policy_mean": 0.48,
+    ...             "policy_std": 0.19, "ratio": 0.55, "curve": [[0.1, 0.3], [0.45, 0.0], [0.8, 0.1]]})
+    'round 2, step 12: 30 % (-0.020) 60 % (+0.041); policy 48 ± 19 %; ratio 55 %; loss 10 % █▁▃ 80 %'
+    """
+    probes = zip(record["candidates"], record["rewards"], strict=True)
+    shown = " ".join(f"{100 * ratio:.0f} % ({reward:+.3f})" for ratio, reward in probes)
+    mean, std, ratio = (f"{100 * record[name]:.0f}" for name in ("policy_mean", "policy_std", "ratio"))
+    line = f"round {record['round']}, step {record['step']}: {shown}; policy {mean} ± {std} %; ratio {ratio} %"
+    if not (curve := record.get("curve")):
+        return line
+    (first, _), (last, _), highest = curve[0], curve[-1], max(loss for _, loss in curve) or 1.0
+    bars = "".join(_BLOCKS[round(loss / highest * (len(_BLOCKS) - 1))] for _, loss in curve)
+    return f"{line}; loss {100 * first:.0f} % {bars} {100 * last:.0f} %"
 
 
 def _facts(result: Trained | Learned | Tested) -> str:

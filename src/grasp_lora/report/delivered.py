@@ -17,6 +17,7 @@ from grasp_lora.report.examples import best_guess
 from grasp_lora.report.tables import (
     METRIC_NAMES,
     Difference,
+    duration,
     gain_text,
     in_text,
     is_unpruned,
@@ -34,8 +35,8 @@ NOTHING_LEARNED = "No adapter is shown to be better than the backbone alone."
 
 
 def is_chosen(run: Run) -> bool:
-    """Whether the run says what is handed over; else the recipe asks for GRASP's result."""
-    return run.recipe.final.deliver != "grasp"
+    """Whether there is a choice to explain; else the recipe asks for one final run at a ratio that it gives."""
+    return run.recipe.final.deliver != "grasp" or run.learned is not None
 
 
 def verdict(run: Run, compared: Mapping[str, Difference]) -> str:
@@ -45,6 +46,8 @@ def verdict(run: Run, compared: Mapping[str, Difference]) -> str:
     """
     delivered = run.metrics.delivered
     taken = delivered.title
+    if delivered.name == "grasp" and run.learned:
+        taken = f"the merge of both adapters, pruned at {percent(run.metrics.prune_ratio)} and trained (GRASP)"
     if discarded(run, delivered.name):
         taken += ", not trained further (no step lowered the dev loss)"
     start = f"{NOTHING_LEARNED} Handed over all the same" if delivered.nothing_learned else "Take this adapter"
@@ -131,6 +134,8 @@ def headline(run: Run, compared: Mapping[str, Difference]) -> str:
     )
     if run.metrics.delivered.name != "grasp":
         beside = {"grasp": "what is handed over"}
+    elif "unpruned" in compared:
+        beside = {"unpruned": "the same training with nothing pruned"}
     rival = next((name for name in beside if name in compared), None)
     if rival is not None and not _is_higher(compared[rival]):  # of which `higher` tells
         against, digits = compared[rival], compared[rival].digits
@@ -144,6 +149,25 @@ def headline(run: Run, compared: Mapping[str, Difference]) -> str:
     if not chosen:  # so that this stands in the place of the verdict
         sentences.append(_surpassed(run, compared).strip())
     return " ".join(filter(None, sentences))
+
+
+def search_note(run: Run) -> str | None:
+    """What the learned ratio cost beside a grid, and what a grid found, as sentences; None where the ratio was given."""
+    cost, grid = run.metrics.search, run.metrics.grid
+    if cost is None:
+        return None
+    note = (
+        f"The controller run and the final run took {cost.passes:,} forward passes, {duration(cost.seconds)}; a grid of "
+        f"{cost.grid_runs} final runs takes {cost.grid_passes:,}, about {duration(cost.grid_seconds)}."
+    )
+    test_loss = run.metrics.systems["grasp"].test_loss
+    if grid is None or test_loss is None:
+        return note
+    ratio, lowest = min(grid.losses, key=lambda pair: pair[1])
+    return (
+        f"{note} The grid, {'recorded before' if grid.recorded else 'done here'}: its lowest test loss is {lowest:.3f}, at "
+        f"{percent(ratio)}; at the learned ratio it is {test_loss:.3f} ({100 * (test_loss / lowest - 1):+.1f} %)."
+    )
 
 
 def discarded(run: Run, name: str) -> bool:

@@ -76,6 +76,7 @@ def view_of(run: Run, folder: Path) -> dict[str, Any]:
         "paper": PAPER,
         "info": run.info,
         "estimate": estimate,
+        "grid": metrics.grid is not None,
         "verdict": delivered.verdict(run, compared) if chosen else None,
         "why_delivered": metrics.delivered.why if chosen else None,
         # The result of the final run is another adapter, where there is one.
@@ -85,6 +86,7 @@ def view_of(run: Run, folder: Path) -> dict[str, Any]:
         "headline": delivered.headline(run, compared),
         "gain": delivered.gain(run, compared),
         "higher": delivered.higher(run, compared),
+        "search": delivered.search_note(run),
         "predict": 'grasp-lora predict adapter "..."' if in_chat else delivered.predict_command(),
         "predict_texts": delivered.command_for_texts(run),
         "facts": _facts(run),

@@ -113,21 +113,23 @@ def is_unpruned(run: Run) -> bool:
 
 def final_text(run: Run) -> str:
     """What lies in the folder of the final run, as the beginning of a sentence."""
-    return "The merge, trained further," if is_unpruned(run) else "GRASP's own result"
+    return "GRASP's own result" if run.learned else "The merge, trained further,"
 
 
 def titles_of(run: Run) -> dict[str, str]:
     """What each system is called: its name in files -> its title."""
     sources = names_of(len(run.recipe.source.adapters))
+    grasp = "Merged, trained further" if is_unpruned(run) else "GRASP" if run.learned else "Merged, pruned, trained"
     numbered = (f"Source {number} only" if len(sources) > 1 else "Source only" for number, _ in enumerate(sources, 1))
     return {
         "zero_shot": "Backbone alone",
         **dict(zip(sources, numbered, strict=True)),
         "target": "Target only",
-        "merged": "Merged, not pruned" if run.target_alone else "Target on source, not pruned",
+        "merged": "Merged, not trained" if run.target_alone else "Target on source, not trained",
+        "unpruned": "Merged, trained, not pruned",
         "continued": "Source, continued",
-        "grasp": "Merged, trained further" if is_unpruned(run) else "GRASP",
-        "averaged": f"Mean of continued and {'merge' if is_unpruned(run) else 'GRASP'}",
+        "grasp": grasp,
+        "averaged": f"Mean of continued and {'GRASP' if run.learned else 'merge'}",
     }
 
 

@@ -205,7 +205,10 @@ class GraspController(PrunedTraining):
             # The base class's name for the current ratio; `masks.ratio` is what is on now.
             self.prune_ratio = decision.ratio
         advantages = search.policy.advantages(measured)
-        return decision.to_json(measured, advantages, search.mean, search.std, masks.sparsity())
+        record = decision.to_json(measured, advantages, search.mean, search.std, masks.sparsity())
+        # Every fourth ratio of the grid is enough to see the curve grow.
+        curve = search.best_ratio(interval=False).curve[::4]
+        return record | {"curve": [[ratio, loss] for ratio, loss, *_ in curve]}
 
     def _measure(self, model: torch.nn.Module, probes: ProbeSet) -> list[float]:
         """The loss of each example, or what stands in its place: the negative of a reward of one's own."""
