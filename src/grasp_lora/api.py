@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -67,7 +67,7 @@ def run(
     progress: Progress | bool = True,
     *,
     allow_code: bool = False,
-    grid: Grid | Literal[True] | None = None,
+    grid: Grid | bool = False,
 ) -> RunResult:
     """Do the main job of a recipe: adapters, merge, learn the ratio if it is asked for, final run, scores, report.
 

@@ -95,7 +95,7 @@ def _run(
         from grasp_lora.report.pages import print_table
         from grasp_lora.report.tables import compare_handed_over, final_text, is_unpruned, scores_table
     # A grid on record is that of the recipe as it is.
-    shown = True if grid else recorded_grid(grid_of) if grid_of and not overrides else None
+    shown = grid or (recorded_grid(grid_of) if grid_of and not overrides else None) or False
     progress = TerminalProgress(console, answers)
     result = api.run(recipe, overrides, output, progress, allow_code=allow_code, grid=shown)
     record, metrics, folder = result.record, result.metrics, result.folder

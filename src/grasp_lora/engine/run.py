@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 from grasp_lora.engine import deliver
 from grasp_lora.engine.check import check
@@ -39,7 +38,7 @@ from grasp_lora.storage.claims import working_in
 from grasp_lora.storage.processes import join, on_first_process
 
 
-def run(session: Session, folder: Path, grid: Grid | Literal[True] | None = None) -> Run:
+def run(session: Session, folder: Path, grid: Grid | bool = False) -> Run:
     """Do what is not done yet of the main job, and write its files.
 
     Args:
@@ -124,7 +123,7 @@ def make(steps: Steps) -> Made:
     return Made(sources, parents, learned, ratio, grasp, unpruned, continued, left_out, averaged)
 
 
-def main_job(steps: Steps, info: RunInfo, grid: Grid | Literal[True] | None = None) -> Run:
+def main_job(steps: Steps, info: RunInfo, grid: Grid | bool = False) -> Run:
     """Learn the ratio, make GRASP's result and its rivals, measure them, and say which of them is handed over."""
     made = make(steps)
     learned, rivals = made.learned, made.systems
@@ -167,7 +166,7 @@ def main_job(steps: Steps, info: RunInfo, grid: Grid | Literal[True] | None = No
             prune_ratio_interval=(estimate.low, estimate.high) if estimate else None,
             nothing_learned_about_ratio=estimate is not None and estimate.nothing_learned,
             search=_search_cost(steps, learned, made.grasp) if learned and made.grasp else None,
-            grid=_grid_search(steps, made.parents) if grid is True else grid,
+            grid=grid if isinstance(grid, Grid) else _grid_search(steps, made.parents) if grid else None,
             best_step=last.result.best_step if last else 0,
             signatures={name: score.signature for name, score in measured[delivered.name].metrics.items()},
             test_examples=len(test),
