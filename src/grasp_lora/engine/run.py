@@ -166,7 +166,7 @@ def main_job(steps: Steps, info: RunInfo, grid: Grid | bool = False) -> Run:
             prune_ratio_interval=(estimate.low, estimate.high) if estimate else None,
             nothing_learned_about_ratio=estimate is not None and estimate.nothing_learned,
             search=_search_cost(steps, learned, made.grasp) if learned and made.grasp else None,
-            grid=grid if isinstance(grid, Grid) else _grid_search(steps, made.parents) if grid else None,
+            grid=grid if isinstance(grid, Grid) else grid_search(steps, made.parents) if grid else None,
             best_step=last.result.best_step if last else 0,
             signatures={name: score.signature for name, score in measured[delivered.name].metrics.items()},
             test_examples=len(test),
@@ -191,7 +191,7 @@ def _search_cost(steps: Steps, learned: Finished[Learned], grasp: Adapter) -> Se
     )
 
 
-def _grid_search(steps: Steps, parents: Parents | None) -> Grid | None:
+def grid_search(steps: Steps, parents: Parents | None) -> Grid | None:
     """A final run at each ratio of the grid, and its loss on the test rows; None where nothing is merged."""
     if parents is None:
         return None
