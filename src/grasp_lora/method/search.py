@@ -571,7 +571,7 @@ PRESETS: dict[str, Controller] = {
     "paper": Controller(PaperPolicy(), Rounds(), "best_reward"),
 }
 # Preset `grasp` where the target has no dev set: nothing stops the final run, so the ratio is that of its last step.
-ON_MICRO_DEV = Controller(rounds=Rounds(every=20, at_ends=True, in_turn=8), rule="surrogate_at_end")
+ON_MICRO_DEV = Controller(rounds=Rounds(every=25, at_ends=True, in_turn=8), rule="surrogate_at_end")
 
 
 def preset(name: str | Controller, dev: bool = True) -> Controller:
