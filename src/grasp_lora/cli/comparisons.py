@@ -23,8 +23,16 @@ def compare(
         str | None, typer.Option(help="Prune ratios of the grid search, separated by commas; 0.1 to 0.8 by default.")
     ] = None,
     reference: Annotated[
-        str, typer.Option(help="The method that the others are compared with; it is run in any case.")
-    ] = "grasp",
+        str | None,
+        typer.Option(help="The method that the others are compared with; it is run in any case. Default grasp."),
+    ] = None,
+    planned: Annotated[
+        str | None,
+        typer.Option(
+            help="The comparisons that get a verdict, such as grasp:joint,grasp:grid, whose first method is the reference; or "
+            "`paper` for the paper's own. Default: the reference with grasp, continued, joint and grid."
+        ),
+    ] = None,
     folds: Annotated[
         int | None, typer.Option(help="Cut the target's rows into so many folds, 2 or more; each is tested on once.")
     ] = None,
@@ -58,10 +66,11 @@ def compare(
         from grasp_lora.cli.on_ray import share
         from grasp_lora.report.bars import TerminalProgress
         from grasp_lora.report.pages import COMPARISON_TABLES_FILE, print_comparison
-    lists = {"methods": methods, "seeds": seeds, "grid": grid}
+    lists = {"methods": methods, "seeds": seeds, "grid": grid, "planned": planned}
     arguments: dict[str, Any] = {
-        "recipe": recipe, "overrides": overrides or [], "folder": output, "allow_code": allow_code, "reference": reference,
+        "recipe": recipe, "overrides": overrides or [], "folder": output, "allow_code": allow_code,
         "folds": folds, **{name: _parts(text) for name, text in lists.items() if text is not None},
+        **({} if reference is None else {"reference": reference}),
     }  # fmt: skip
     if on not in (None, "ray") or (on is None and (address is not None or gpus_per_worker or workers is not None)):
         raise RecipeError(

@@ -19,7 +19,6 @@ from grasp_lora.engine.comparison import (
     ComparisonSettings,
     Outcomes,
     expected_width,
-    planned_against,
     summary,
 )
 from grasp_lora.engine.methods import METHODS, most_trained
@@ -180,7 +179,7 @@ class _Work:
         return comparison.model_copy(update={"warnings": [*comparison.warnings, *seen]})
 
     def _say_what_to_expect(self) -> None:
-        planned = planned_against(self.settings.reference, self.settings.names)
+        planned = self.settings.planned_against(self.settings.names)
         test = [row for part in self.sessions for row in part.splits.test]
         groups, seeds = len(set(group_numbers(test))), 1 if self.settings.folds else len(self.settings.seeds)
         metrics = list(self.sessions[0].metrics)

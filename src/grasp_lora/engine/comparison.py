@@ -25,6 +25,8 @@ COMPARISON_FILE = "compare.json"
 PARENTS = ("source", "target")  # steps that train the adapters that are merged
 SEEDS = (42, 1337, 9001)  # Paper: experimental setup
 PLANNED = ("grasp", "continued", "joint", "grid")  # less the reference: GRASP against the other three
+# Sets of planned comparisons by name. Paper: its own claim.
+PLANS = {"paper": ("grasp_paper:grid_paper", "grasp_paper:adaptive_merge", "grasp_paper:target_only")}
 # Standard deviation over examples of the difference of two systems, each the mean of three seeds: the largest of the planned
 # ones in `lab/results`, rounded up. One seed alone has about 1.3 times that, two have 1.1 times.
 ASSUMED_SD = {"f1": 26.0, "exact_match": 28.0, "rougeL": 9.0, "accuracy": 33.0}
@@ -45,8 +47,10 @@ class ComparisonSettings(_Shape):
         seeds: seeds of initialisation, order of the data and controller; the source adapter is that of the recipe's seed. With
             folds there is one.
         grid: prune ratios of the grid search, fractions in [0, 1].
-        reference: the method that the others are compared with; it is run even if `methods` leaves it out. Verdicts are those of
-            the planned comparisons: with grasp, continued, joint and grid.
+        reference: the method that the others are compared with; it is run even if `methods` leaves it out.
+        planned: the comparisons that get a verdict, such as `grasp:joint`, or `paper` for the paper's own: `grasp_paper` with
+            `grid_paper`, `adaptive_merge` and `target_only`. Their first method is the reference, and all are run. None: the
+            reference with grasp, continued, joint and grid, as far as they are run.
         folds: cross-validation: cut the target's pool into so many folds, at least 2, and test on each of them once. None takes
             the recipe's splits.
         resamples: of the bootstrap, at least 1,000.
@@ -59,12 +63,27 @@ class ComparisonSettings(_Shape):
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=SEEDS, min_length=1)
     grid: tuple[Annotated[float, Field(ge=0.0, le=1.0)], ...] = Field(default=GRID, min_length=1)
     reference: str = "grasp"
+    planned: tuple[str, ...] = ()
     folds: int | None = Field(default=None, ge=2)
     resamples: int = Field(default=10_000, ge=1_000)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _plan(cls, values: Any) -> Any:
+        """Write named sets out; the first method of the planned comparisons is the reference."""
+        planned = [pair for name in values.get("planned") or () for pair in PLANS.get(name, (name,))]
+        firsts = list(dict.fromkeys(pair.partition(":")[0] for pair in planned))
+        wanted = values.get("reference", firsts[0] if firsts else None)
+        if any(not all(pair.partition(":")) for pair in planned) or (planned and firsts != [wanted]):
+            raise ValueError(
+                f"planned is {listed(planned)}; write FIRST:SECOND, with one FIRST in all of them, which is the reference, or "
+                f"{' or '.join(PLANS)}"
+            )
+        return {**values, "planned": tuple(planned), "reference": wanted} if planned else values
+
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if unknown := {*self.methods, self.reference} - METHODS.keys():
+        if unknown := {*self.methods, self.reference, *self.with_verdict} - METHODS.keys():
             raise ValueError(f"there is no method {listed(map(repr, sorted(unknown)))}; allowed: {', '.join(METHODS)}")
         if self.folds and len(self.seeds) > 1:
             if "seeds" in self.model_fields_set:
@@ -75,7 +94,17 @@ class ComparisonSettings(_Shape):
     @property
     def names(self) -> list[str]:
         """All methods that are run, in the order of the table."""
-        return [name for name in METHODS if name in {*self.methods, self.reference}]
+        return [name for name in METHODS if name in {*self.methods, self.reference, *self.with_verdict}]
+
+    @property
+    def with_verdict(self) -> tuple[str, ...]:
+        """The methods that `planned` names beside the reference; none where it says nothing."""
+        return tuple(pair.partition(":")[2] for pair in self.planned)
+
+    def planned_against(self, methods: Sequence[str]) -> list[str]:
+        """The methods that the reference is compared with by plan, of those that are there."""
+        by_plan = self.with_verdict or PLANNED
+        return [name for name in methods if name in by_plan and name != self.reference]
 
 
 class FoldSizes(_Shape):
@@ -278,7 +307,7 @@ def _comparisons(
         if len(values[settings.reference][0]) < 2:
             return {}
     ours = values.pop(settings.reference)
-    planned = planned_against(settings.reference, list(values))
+    planned = settings.planned_against(list(values))
     compared = compare_with_baselines(
         ours,
         values,
@@ -399,11 +428,6 @@ def _made_with(rows: Mapping[str, Outcomes]) -> list[dict[str, str]]:
     outcomes = [outcome for row in rows.values() for outcome in row.by_number.values()]
     steps = [step for outcome in outcomes for step in (*outcome.adapter.trail, _tested(outcome))]
     return list({frozenset(step.made_with.items()): dict(step.made_with) for step in steps}.values())
-
-
-def planned_against(reference: str, methods: Sequence[str]) -> list[str]:
-    """The methods that a reference is compared with by plan, of those that are there."""
-    return [name for name in methods if name in PLANNED and name != reference]
 
 
 def saves_over_confidence(against: Mapping[str, Against]) -> bool:

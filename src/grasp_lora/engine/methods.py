@@ -14,12 +14,12 @@ from grasp_lora.engine.check import lack_of_rounds
 from grasp_lora.engine.results import Adapter, Finished, Measured
 from grasp_lora.engine.run import make
 from grasp_lora.engine.session import Session
-from grasp_lora.engine.steps import Steps
+from grasp_lora.engine.steps import Parents, Steps
 from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.method.merging import MERGE_RULES, MergeSettings
 from grasp_lora.method.search import PRESETS
 from grasp_lora.recipes.recipe import Recipe
-from grasp_lora.recipes.stages import ControllerStage, FinalStage
+from grasp_lora.recipes.stages import ControllerStage
 from grasp_lora.storage.claims import Busy
 
 
@@ -65,8 +65,30 @@ class Method:
     paper: bool = False
 
 
+def _in_paper(steps: Steps) -> tuple[Steps, Parents]:
+    """The paper's setting, in any recipe: target adapter on the backbone alone, its merge, and from there on no dropout, no
+    clipping, and a final run that selects its mask anew after each step.
+
+    Epochs, rates and batches stay the recipe's, but for batch 1 in the controller run; so does the merge of unequal ranks.
+    """
+    recipe, final = steps.recipe, steps.recipe.final
+    rule = "paper_apart" if len(steps.session.ranks) == 1 else recipe.merge.rule
+    changes = {
+        "merge": replace(recipe.merge, rule=rule, weights=None, dropout=0.0),
+        "controller": _unclipped(_paper_controller(recipe)),
+        "final": replace(_unclipped(final), mode="reselect"),
+    }
+    changed = steps.with_recipe(recipe.model_copy(update=changes))
+    return changed, changed.parents(in_paper=True)
+
+
+def _unclipped(stage: Any) -> Any:
+    return replace(stage, training=replace(stage.training, max_grad_norm=0.0))
+
+
 def _adaptive_merge(steps: Steps) -> Outcome:
-    return Outcome(steps.finetune(steps.parents(in_paper=True).merged, 0.0), 0.0)
+    steps, parents = _in_paper(steps)
+    return Outcome(steps.finetune(parents.merged, 0.0), 0.0)
 
 
 def _by_rule(rule: str) -> Callable[[Steps], Outcome]:
@@ -87,12 +109,11 @@ def _grid(in_paper: bool) -> Callable[[Steps], Outcome]:
     """A grid search: one final run per ratio, the best of them by the dev loss."""
 
     def run(steps: Steps) -> Outcome:
-        parents = steps.parents(in_paper=in_paper)
-        stage = _paper_final(steps.recipe) if in_paper else None
+        steps, parents = _in_paper(steps) if in_paper else (steps, steps.parents())
         runs, losses, failed, busy = {}, {}, {}, None
         for ratio in steps.grid:
             try:
-                runs[ratio], losses[ratio] = steps.judged(steps.finetune(parents.merged, ratio, stage))
+                runs[ratio], losses[ratio] = steps.judged(steps.finetune(parents.merged, ratio))
             except Busy as error:  # the other ratios need not wait for this one
                 busy = error
             except RecipeError:
@@ -116,18 +137,18 @@ def _grid(in_paper: bool) -> Callable[[Steps], Outcome]:
 
 
 def _grasp(in_paper: bool) -> Callable[[Steps], Outcome]:
-    """GRASP: learn the ratio in one controller run, unless the recipe gives it, then one final run; in the paper's row with its
-    own policy, rule and run."""
+    """GRASP: learn the ratio in one controller run, unless the recipe gives it, then one final run; in the paper's row in
+    the paper's whole setting."""
 
     def run(steps: Steps) -> Outcome:
-        parents, given = steps.parents(in_paper=in_paper), steps.recipe.final.prune_ratio
+        steps, parents = _in_paper(steps) if in_paper else (steps, steps.parents())
+        given = steps.recipe.final.prune_ratio
         if given is not None and not in_paper:
             return Outcome(steps.finetune(parents.merged, float(given)), float(given))
-        stage = _paper_controller(steps.recipe) if in_paper else steps.recipe.controller
-        learned = steps.learn_ratio(parents.merged, stage)
+        learned = steps.learn_ratio(parents.merged)
         ratio = learned.result.estimate.ratio
-        grasp = steps.finetune(parents.merged.after(learned), ratio, _paper_final(steps.recipe) if in_paper else None)
-        return Outcome(grasp, ratio, chosen_on=stage.rounds.pool)
+        grasp = steps.finetune(parents.merged.after(learned), ratio)
+        return Outcome(grasp, ratio, chosen_on=steps.recipe.controller.rounds.pool)
 
     return run
 
@@ -157,11 +178,9 @@ def _paper_controller(recipe: Recipe) -> ControllerStage:
     every = paper.rounds.every if stage.rounds.every == "epoch" else min(paper.rounds.every, stage.rounds.every)
     bounds = {key: getattr(stage.policy, key) for key in ("ratio_min", "ratio_max", "ratio_init")}
     rounds = replace(paper.rounds, every=every)
-    return replace(stage, preset="paper", policy=replace(paper.policy, **bounds), rounds=rounds, rule=paper.rule)
-
-
-def _paper_final(recipe: Recipe) -> FinalStage:
-    return replace(recipe.final, mode="reselect")  # Paper: adaptive LoRA merge
+    training = replace(stage.training, batch_size=1)
+    policy = replace(paper.policy, **bounds)
+    return replace(stage, preset="paper", policy=policy, rounds=rounds, rule=paper.rule, training=training)
 
 
 def _paper_has_no_rounds(session: Session) -> str | None:

@@ -45,7 +45,7 @@ from grasp_lora.models.adapters import attached, fresh_adapter
 from grasp_lora.models.backbone import Backbone
 from grasp_lora.models.generation import answer
 from grasp_lora.models.live import adapter_weights, frozen_adapter, segments_of
-from grasp_lora.recipes.stages import ControllerStage, FinalStage
+from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.storage.processes import distribute, on_first_process, world_size
 from grasp_lora.text.names import without_place
 from grasp_lora.training.probes import ProbeSet, probes_of
@@ -115,6 +115,10 @@ class Steps:
         self._stop_requested = stop_requested
         self._backbone = session.backbone.model
         self._common = computed_with(session.backbone)
+
+    def with_recipe(self, recipe: Recipe) -> "Steps":
+        """The same steps by another recipe, on the same rows, in the same store."""
+        return Steps(self.session.variant(recipe), self.store, self._shared, self.grid, self._stop_requested)
 
     # Adapters
 
@@ -248,14 +252,13 @@ class Steps:
         made = self.store.step(name, inputs, Trained, work, trains=True)
         return _adapter_of(made, [] if on is None else [on], rows)
 
-    def finetune(self, start: Adapter, prune_ratio: float, stage: FinalStage | None = None) -> Adapter:
+    def finetune(self, start: Adapter, prune_ratio: float) -> Adapter:
         """Prune an adapter at a ratio and fine-tune it on the target rows: the final run, or one run of a grid.
 
         Args:
             prune_ratio: fraction in [0, 1].
-            stage: in place of the recipe's own; only its training and mode count.
         """
-        stage = stage or self.recipe.final
+        stage = self.recipe.final
         mask, training, dev = stage.mask_of(self.recipe.mask), stage.training, self.splits.dev
         inputs = self._inputs(
             revision=REVISIONS["training"],
@@ -292,14 +295,14 @@ class Steps:
         """The source adapter, trained on the target rows as the final run is, nothing pruned."""
         return self.finetune(self.source(), 0.0)
 
-    def learn_ratio(self, merged: Adapter, own_stage: ControllerStage | None = None) -> Finished[Learned]:
-        """Run the controller on a merged adapter, which stays as it is; `own_stage` is in place of the recipe's.
+    def learn_ratio(self, merged: Adapter) -> Finished[Learned]:
+        """Run the controller on a merged adapter, which stays as it is.
 
         Raises:
             ProbeError: a loss is not finite.
             GraspError: the run ended before a round followed a step.
         """
-        stage = own_stage or self.recipe.controller
+        stage = self.recipe.controller
         inputs = self._inputs(
             revision=REVISIONS["controller"],
             data=self._data("train", *stage.splits),

@@ -211,6 +211,8 @@ def command_of(comparison: Comparison) -> str:
     if set(settings.methods) != set(METHODS):
         words += ["--methods", ",".join(settings.methods)]
     words += ["--seeds", ",".join(map(str, settings.seeds)), "--grid", ",".join(map(str, settings.grid))]
+    if settings.planned:
+        words += ["--planned", ",".join(settings.planned)]
     words += ["--reference", settings.reference, *(["--folds", str(settings.folds)] if settings.folds else [])]
     return " ".join([*words, "--output", "."])
 
