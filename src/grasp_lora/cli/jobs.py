@@ -102,6 +102,9 @@ def _run(
     compared = compare_handed_over(record)
     print_table(scores_table(record), console)
     say(words.verdict(record, compared), style="bold")
+    if search := words.search_note(record):
+        say(words.headline(record, compared), style="bold")
+        say(search)
     if gain := words.gain(record, compared):
         say(gain, style="bold")
     if higher := words.higher(record, compared, folder):
@@ -110,12 +113,11 @@ def _run(
     if warning := words.warning_of(record):
         say(warning, style="bold yellow")
     learned = not result.delivered.nothing_learned and not is_unpruned(record)
-    if search := words.search_note(record):
-        say(search)
     if metrics.delivered.name != "grasp" and FINAL_FOLDER in record.adapters:
-        say(f"{final_text(record)} lies in {folder / FINAL_FOLDER}{':' if learned else ''}")
+        say(f"{final_text(record)} lies in {folder / FINAL_FOLDER}{':' if learned and not search else ''}")
     if learned:
-        say(result.ratio.summary)
+        if not search:
+            say(result.ratio.summary)
         if result.ratio.wide:
             say("these probes do not settle the ratio; the report says what narrows the interval", style="yellow")
     if metrics.best_step == 0:
