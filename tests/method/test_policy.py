@@ -1,6 +1,5 @@
 """The policies: golden trajectories of the paper's, what every policy keeps to, and when rounds come."""
 
-import itertools
 import json
 import math
 import random
@@ -15,18 +14,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grasp_lora.errors import ProbeError, RecipeError
-from grasp_lora.method import rules
+from grasp_lora.method import surrogate as surrogates
 from grasp_lora.method.rules import RatioEstimate, Round, Rule
 from grasp_lora.method.search import (
+    ON_MICRO_DEV,
     POLICIES,
     PRESETS,
     RULES,
     Controller,
     Decision,
-    Gaussian,
+    GrpoPolicy,
+    PaperPolicy,
     RatioSearch,
     Rounds,
-    Spread,
     plain_policy,
     policy_class,
     preset,
@@ -40,7 +40,7 @@ def quadratic(ratio: float) -> float:
     return (ratio - 0.55) ** 2
 
 
-def of_kind(kind: str, rule: str = "smooth_fit", **settings_: Any) -> RatioSearch:
+def of_kind(kind: str, rule: str = "surrogate_at_end", **settings_: Any) -> RatioSearch:
     return RatioSearch(POLICIES[kind](**settings_), RULES[rule])
 
 
@@ -94,9 +94,9 @@ def test_paper_preset_reproduces_the_golden_trajectory(name):
 def test_paper_preset_has_the_papers_numbers():
     paper = preset("paper")
     settings_: Any = paper.policy
-    assert isinstance(settings_, Gaussian)
+    assert isinstance(settings_, PaperPolicy)
     assert paper.rule == "best_reward"
-    assert paper.rounds == Rounds(10, start=0.0, before_training=False, pool="micro_dev", in_turn=None, patience=None)
+    assert paper.rounds == Rounds(10, at_ends=False, pool="micro_dev", in_turn=None, patience=None)
     assert (settings_.ratio_min, settings_.ratio_max, settings_.ratio_init) == (0.10, 0.80, 0.40)
     assert (settings_.candidates, settings_.max_step, settings_.seed) == (3, 0.10, 42)
     assert (settings_.learning_rate, settings_.kl_coef, settings_.entropy_bonus) == (0.05, 0.05, 0.01)
@@ -120,7 +120,7 @@ def test_draws_cover_the_bounds_fairly(kind):
 @every_policy
 @pytest.mark.parametrize("candidates", [1, 8])
 def test_candidates_lie_within_the_bounds_and_are_others_each_round(kind, candidates):
-    wide: dict[str, Any] = {"std_init": 5.0} if kind == "gaussian" else {}
+    wide: dict[str, Any] = {"std_init": 5.0} if kind == "paper" else {}
     policy = of_kind(kind, candidates=candidates)
     narrow = of_kind(kind, ratio_min=0.2, ratio_max=0.3, ratio_init=0.3, candidates=candidates, **wide)
     seen = set()
@@ -220,6 +220,9 @@ def test_a_round_that_does_not_fit_is_an_error_and_changes_nothing(kind, changes
     with pytest.raises(error, match=message):
         policy.tell(a_round(policy, **changes))
     assert state(policy) == before
+    for places in ((1, 1), (-1, 0)):  # nor are these the places of two examples
+        with pytest.raises(ValueError, match=UNFIT):
+            of_kind(kind).tell(a_round(policy, places=places))
 
 
 def test_candidates_on_some_examples_are_compared_on_those():
@@ -228,20 +231,25 @@ def test_candidates_on_some_examples_are_compared_on_those():
     assert told.rewards == (0.25, 0.5)
     assert told.lowest_loss == 3.0 - 0.5  # the baseline on all four, and what the better one gains on its two
     assert replace(told, candidate_losses=((1.5, 7.0), (1.0, 5.5))).lowest_loss == 3.0
-    search = of_kind("spread", "surrogate")
-    search.tell(told)
-    assert 0.1 <= search.best_ratio().ratio <= 0.8
+    alone = replace(told, baseline_losses=(1.0, 5.0))  # the baseline on those few only
+    assert (alone.common_losses, alone.rewards, alone.lowest_loss) == (told.common_losses, told.rewards, 2.5)
+    for measured in (told, alone):
+        search = of_kind("grpo", "surrogate")
+        search.tell(measured)
+        assert 0.1 <= search.best_ratio().ratio <= 0.8
 
 
 def test_the_surrogate_is_fitted_once_a_round_and_its_dear_root_is_for_intervals_alone(monkeypatch):
     fits, dear = [], []
-    fit, root = rules.Surrogate._fit, rules._root
-    monkeypatch.setattr(rules.Surrogate, "_fit", lambda self, values: (fits.append(1), fit(self, values)))
+    fit, root = surrogates.Surrogate._fit, surrogates._root
+    monkeypatch.setattr(surrogates.Surrogate, "_fit", lambda self, values: (fits.append(1), fit(self, values)))
     monkeypatch.setattr(
-        rules, "_root", lambda matrix: (dear.append(len(matrix) >= rules.RATIOS * rules.TIMES), root(matrix))[1]
+        surrogates,
+        "_root",
+        lambda matrix: (dear.append(len(matrix) >= surrogates.RATIOS * surrogates.TIMES), root(matrix))[1],
     )
-    search = of_kind("spread", "surrogate")
-    rules._process.cache_clear()
+    search = of_kind("grpo", "surrogate")
+    surrogates._process.cache_clear()
     for _ in range(4):
         candidates = tuple(search.ask())
         losses = tuple((ratio, ratio**2) for ratio in candidates)
@@ -254,7 +262,7 @@ def test_the_surrogate_is_fitted_once_a_round_and_its_dear_root_is_for_intervals
 
 
 def test_of_equal_rounds_the_first_is_the_best():
-    search = of_kind("spread")
+    search = of_kind("grpo")
     for _ in range(3):
         candidates = tuple(search.ask())
         search.tell(Round(search.current_ratio, candidates, (1.0,), tuple((2.0,) for _ in candidates)))
@@ -275,8 +283,11 @@ def test_global_seeds_do_not_matter(kind):
     assert drawn[0] == drawn[1]
 
 
-def test_spread_trains_at_every_ratio_equally_often():
-    policy = of_preset("spread")
+# Preset grasp
+
+
+def test_every_ratio_is_trained_at_equally_often():
+    policy = of_preset("grasp")
     for start in (0, 37):
         drawn = sorted(policy.training_ratio(step) for step in range(start, start + 70))
         assert all(0.1 <= ratio <= 0.8 for ratio in drawn)
@@ -284,20 +295,70 @@ def test_spread_trains_at_every_ratio_equally_often():
         assert max(gaps) < 0.03  # 70 uniform draws would leave one of about 0.05
 
 
-def test_spread_spreads_its_candidates_and_holds_none():
-    policy = of_preset("spread", candidates=4)
-    drawn = []
-    for _ in range(10):
-        candidates = policy.ask()
-        assert all(b - a == pytest.approx(0.7 / 4) for a, b in itertools.pairwise(candidates))
-        drawn += candidates
-        tell_rewards(policy, candidates, [-quadratic(ratio) for ratio in candidates])
-    assert len({round(ratio, 3) for ratio in drawn}) == 40
-    assert policy.training_ratio(3) != policy.current_ratio
+@pytest.mark.parametrize(
+    ("rewards", "advantages", "step"),
+    [
+        # In each group the current ratio 0.4 has reward 0; the mean is 0.45.
+        ((0.3, -0.3), (math.sqrt(1.5), -math.sqrt(1.5)), -math.sqrt(1.5) * (0.25 + 0.15) / 3),
+        ((3.0, 6.0), (0.0, math.sqrt(1.5)), math.sqrt(1.5) * (0.05 + 0.15) / 3),
+        ((-1.0, -1.0), (-math.sqrt(0.5), -math.sqrt(0.5)), math.sqrt(2) * (-0.05 + (0.25 - 0.15) / 2) / 3),
+        ((2e-9, 0.0), (math.sqrt(2), -math.sqrt(0.5)), (-0.25 * math.sqrt(2) - math.sqrt(0.5) * (0.15 - 0.05)) / 3),
+    ],
+)
+def test_advantages_are_those_of_the_group_with_the_current_ratio_in_it(rewards, advantages, step):
+    search = of_kind("grpo", candidates=2)
+    mean, std = search.mean, search.std
+    assert (mean, std) == pytest.approx((0.45, 0.7 / math.sqrt(12)))
+    tell_rewards(search, (0.2, 0.6), rewards)
+    assert search.policy.advantages(search.history[0]) == pytest.approx(advantages)
+    assert search.mean == pytest.approx(mean + 0.25 * step)
+    assert search.std == pytest.approx(0.95 * std)
+
+
+def test_the_first_round_goes_from_bound_to_bound_and_later_ones_draw_pairs_around_the_mean():
+    search = of_kind("grpo", candidates=5)
+    assert search.ask() == pytest.approx([0.1, 0.275, 0.45, 0.625, 0.8])
+    run(search, 1)
+    drawn = list(search.policy.draw(search, random.Random(1)))
+    assert len(set(drawn)) == 5
+    for one, other in (drawn[:2], drawn[2:4]):
+        assert (one + other) / 2 == pytest.approx(search.mean)
+    many = [ratio for seed in range(300) for ratio in search.policy.draw(search, random.Random(seed))]
+    assert torch.tensor(many).std().item() == pytest.approx(search.std, rel=0.1)
+
+
+def test_candidates_draw_together_where_losses_are_low():
+    search = of_kind("grpo", "best_reward")
+    before = search.mean
+    run(search, 1)
+    assert before < search.mean < 0.55
+    run(search, 60)
+    assert search.mean == pytest.approx(0.55, abs=0.05)
+    assert search.std == 0.05
+
+
+@pytest.mark.parametrize("lowest", [0.1, 0.3, 0.55, 0.8])
+def test_preset_grasp_finds_a_valley_in_a_few_rounds(lowest):
+    for name in (PRESETS["grasp"], ON_MICRO_DEV):
+        search = RatioSearch(name.policy, name.rule)
+        run(search, 3, lambda ratio: (ratio - lowest) ** 2)
+        assert search.current_ratio == search.best_ratio().ratio == pytest.approx(lowest, abs=0.04)
+
+
+def test_where_all_losses_are_equal_nothing_moves_and_the_papers_policy_commits_a_tie():
+    search = of_preset("grasp")
+    before = state(search)[:3]
+    decision = tell_rewards(search, search.ask(), (0.0,) * 4)
+    assert not decision.committed
+    assert state(search)[:3] == before
+    assert search.policy.advantages(search.history[0]) == (0.0,) * 4
+    paper = of_preset("paper")
+    assert tell_rewards(paper, (0.45, 0.7), (0.0, 0.0)).committed
+    assert paper.policy.advantages(paper.history[0]) == (0.0, 0.0)
 
 
 @dataclass(frozen=True)
-class Decided(Gaussian):
+class Decided(PaperPolicy):
     """Decides what it is told to."""
 
     what: Any = None
@@ -311,7 +372,7 @@ class Decided(Gaussian):
     [(Decision((0.0,), True, 0.9), r"0\.9"), (Decision((0.0,), True, math.nan), "nan"), (0.5, r"0\.5"), (None, "None")],
 )
 def test_a_policy_that_decides_no_ratio_within_its_bounds_is_named(decided, shown):
-    search = RatioSearch(Decided(what=decided), RULES["smooth_fit"])
+    search = RatioSearch(Decided(what=decided), RULES["best_reward"])
     with pytest.raises(RecipeError, match=rf"policy Decided decided {shown} after round 1; .* lies in \[0\.1, 0\.8\]"):
         search.tell(a_round(search))
     assert (search.mean, search.std, search.current_ratio, search.history) == (*search.policy.start, 0.4, [])
@@ -321,22 +382,24 @@ def test_a_policy_that_decides_no_ratio_within_its_bounds_is_named(decided, show
     ("ratio", "low", "high"), [(0.9, 0.9, 0.9), (math.nan, 0.2, 0.6), (0.5, 0.55, 0.6), (0.5, 0.0, 0.6)]
 )
 def test_a_rule_that_gives_a_ratio_outside_the_bounds_or_its_interval_is_named(ratio, low, high):
-    search = RatioSearch(Gaussian(), Rule("mine", lambda told, *_: RatioEstimate(ratio, low, high, "mine", len(told))))
+    search = RatioSearch(
+        PaperPolicy(), Rule("mine", lambda told, *_: RatioEstimate(ratio, low, high, "mine", len(told)))
+    )
     search.tell(a_round(search))
     with pytest.raises(RecipeError, match=rf"rule 'mine' gave ratio {ratio} .* must lie in \[0\.1, 0\.8\]"):
         search.best_ratio()
 
 
 def test_a_search_takes_its_rule_by_name_as_a_controller_does():
-    assert RatioSearch(Gaussian(), "smooth_fit").rule is RULES["smooth_fit"]
+    assert RatioSearch(PaperPolicy(), "best_reward").rule is RULES["best_reward"]
     with pytest.raises(ValueError, match="rule is 'smooth'; allowed: "):
-        RatioSearch(Gaussian(), "smooth")
+        RatioSearch(PaperPolicy(), "smooth")
 
 
 def test_which_steps_a_round_follows_and_its_spacing_turns_and_splits():
-    for before, start, followed in ((False, 0.0, [3, 6, 9]), (True, 0.0, [0, 3, 6, 9]), (False, 0.5, [6, 9, 10])):
-        assert Rounds(every=3, start=start, before_training=before).round_steps(10, 3) == followed
-    assert Rounds(every=3, start=1.0).round_steps(10, 3) == [10]
+    for at_ends, followed in ((False, [3, 6, 9]), (True, [0, 3, 6, 9, 10])):
+        assert Rounds(every=3, at_ends=at_ends).round_steps(10, 3) == followed
+    assert Rounds(every=20, at_ends=True).round_steps(10, 20) == [0, 10]
     assert (Rounds(every="epoch").spacing(7), Rounds(every=4).spacing(7)) == (7, 4)
     assert [Rounds(in_turn=5).turn(pool) for pool in (4, 5, 6)] == [None, None, 5]
     assert Rounds().turn(6) is None
@@ -346,14 +409,20 @@ def test_which_steps_a_round_follows_and_its_spacing_turns_and_splits():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Spread(ratio_min=-0.1), r"ratio_min is -0.1; it must lie in \[0, 1\] and below ratio_max 0.8"),
-        (lambda: Spread(ratio_init=0.05), "ratio_init is 0.05; it must lie between ratio_min 0.1 and ratio_max 0.8"),
-        (lambda: Spread(candidates=0), "candidates is 0; it must be a whole number, at least 1"),
-        (lambda: Spread(candidates=2.5), "candidates is 2.5; it must be a whole number"),
-        (lambda: Gaussian(std_init=0.0), "std_init is 0.0; it must be a positive number, or left out"),
-        (lambda: Gaussian(learning_rate=-0.1), "learning_rate is -0.1; it must be a number >= 0"),
-        (lambda: Gaussian(max_step=math.nan), r"max_step is nan; it must lie in \(0, 1\]"),
-        (lambda: policy_class("grid"), "policy kind is 'grid'; allowed: gaussian, spread, or the import path"),
+        (lambda: GrpoPolicy(ratio_min=-0.1), r"ratio_min is -0.1; it must lie in \[0, 1\] and below ratio_max 0.8"),
+        (
+            lambda: GrpoPolicy(ratio_init=0.05),
+            "ratio_init is 0.05; it must lie between ratio_min 0.1 and ratio_max 0.8",
+        ),
+        (lambda: GrpoPolicy(candidates=0), "candidates is 0; it must be a whole number, at least 1"),
+        (lambda: GrpoPolicy(candidates=2.5), "candidates is 2.5; it must be a whole number"),
+        (lambda: PaperPolicy(std_init=0.0), "std_init is 0.0; it must be a positive number, or left out"),
+        (lambda: PaperPolicy(learning_rate=-0.1), "learning_rate is -0.1; it must be a number >= 0"),
+        (lambda: PaperPolicy(max_step=math.nan), r"max_step is nan; it must lie in \(0, 1\]"),
+        (lambda: GrpoPolicy(learning_rate=math.inf), "learning_rate is inf; it must be a number >= 0"),
+        (lambda: GrpoPolicy(shrink=1.1), r"shrink is 1.1; it must lie in \(0, 1\]"),
+        (lambda: GrpoPolicy(std_min=0.0), "std_min is 0.0; it must be a positive number"),
+        (lambda: policy_class("grid"), "policy kind is 'grid'; allowed: grpo, paper, or the import path"),
         (
             lambda: policy_class("math:sqrt"),
             "policy kind 'math:sqrt' is a builtin_function_or_method; it must be a type",
@@ -361,17 +430,12 @@ def test_which_steps_a_round_follows_and_its_spacing_turns_and_splits():
         (lambda: policy_class("pathlib:Path"), "policy kind 'pathlib:Path' is no RatioPolicy; derive it"),
         (lambda: Rounds(every=0), "every is 0; it must be at least 1 optimizer step, a whole number, or 'epoch'"),
         (lambda: Rounds(every="week"), "every is 'week'"),
-        (lambda: Rounds(start=math.nan), r"start is nan; it must be a share of the run, in \[0, 1\]"),
-        (
-            lambda: Rounds(start=0.5, before_training=True),
-            "before_training is True; it must be false where start is 0.5",
-        ),
         (lambda: Rounds(pool="test"), "pool is 'test'; it must be one of micro_dev, dev, both"),
         (lambda: Rounds(in_turn=2.5), "in_turn is 2.5; it must be at least 1 example, a whole number, or null for all"),
         (lambda: Rounds(patience=0), "patience is 0; it must be at least 1 round, a whole number, or null"),
-        (lambda: preset("fast"), "preset is 'fast'; allowed: spread, late, paper"),
-        (lambda: Controller("paper"), r"policy is 'paper'; it must be a policy, such as Spread\(\)"),
-        (lambda: Controller(rule="mean"), "rule is 'mean'; allowed: surrogate, smooth_fit, best_reward"),
+        (lambda: preset("fast"), "preset is 'fast'; allowed: grasp, paper"),
+        (lambda: Controller("paper"), r"policy is 'paper'; it must be a policy, such as GrpoPolicy\(\)"),
+        (lambda: Controller(rule="mean"), "rule is 'mean'; allowed: surrogate, surrogate_at_end, best_reward"),
     ],
 )
 def test_a_setting_that_cannot_be_is_an_error(make, message):
@@ -380,39 +444,27 @@ def test_a_setting_that_cannot_be_is_an_error(make, message):
 
 
 def test_presets_are_policy_rounds_and_rule():
-    assert set(PRESETS) == {"spread", "late", "paper"}
-    assert preset("spread") == Controller()
-    assert Controller() == Controller(
-        Spread(candidates=2), Rounds("epoch", before_training=True, pool="dev", in_turn=12, patience=1), "surrogate"
-    )
-    assert preset("late") == Controller(Spread(candidates=3, bounds_first=True), Rounds(start=0.5), "smooth_fit")
-    assert preset("paper") == Controller(Gaussian(), Rounds(), "best_reward")
-    rule = ratio_rule("smooth_fit")
-    assert ratio_rule(rule) is ratio_rule("grasp_lora.method.rules:smooth_fit") is rule
-    assert policy_class("grasp_lora.method.search:Spread") is Spread
+    assert set(PRESETS) == {"grasp", "paper"}
+    on_dev = Rounds("epoch", at_ends=True, pool="dev", in_turn=7, patience=1)
+    assert preset("grasp") == Controller() == Controller(GrpoPolicy(), on_dev, "surrogate")
+    assert preset("grasp", dev=False) == ON_MICRO_DEV
+    assert Controller(GrpoPolicy(), Rounds(20, at_ends=True, in_turn=8), "surrogate_at_end") == ON_MICRO_DEV
+    for dev in (True, False):
+        assert preset("paper", dev) == Controller(PaperPolicy(), Rounds(), "best_reward")
+        assert preset(ON_MICRO_DEV, dev) is ON_MICRO_DEV
+    rule = ratio_rule("surrogate")
+    assert ratio_rule(rule) is ratio_rule("grasp_lora.method.surrogate:surrogate") is rule
+    assert policy_class("grasp_lora.method.search:GrpoPolicy") is GrpoPolicy
 
 
 @pytest.mark.parametrize(
     ("rounds", "rule", "pool", "examples"),
     [
-        (Rounds(), "smooth_fit", 16, 16 + 2 * 16),
-        (Rounds(in_turn=12), "smooth_fit", 50, 12 + 2 * 12),
-        (Rounds(in_turn=12), "surrogate", 50, 50 + 2 * 12),
-        (Rounds(in_turn=12, patience=1), "smooth_fit", 50, 50 + 2 * 12),
+        (Rounds(), "surrogate_at_end", 16, 16 + 4 * 16),
+        (Rounds(in_turn=12), "surrogate_at_end", 50, 12 + 4 * 12),
+        (Rounds(in_turn=12), "surrogate", 50, 50 + 4 * 12),
+        (Rounds(in_turn=12, patience=1), "surrogate_at_end", 50, 50 + 4 * 12),
     ],
 )
 def test_a_baseline_needs_all_examples_where_rounds_are_compared(rounds, rule, pool, examples):
     assert Controller(rounds=rounds, rule=rule).probed_examples(pool) == examples
-
-
-def test_the_late_preset_probes_the_second_half_all_over_the_range():
-    assert preset("late").rounds.round_steps(50, 12) == [36, 48, 50]
-    search = of_preset("late")
-    candidates = [ratio for told in run(search, 3) for ratio in told.candidates]
-    assert len(set(candidates)) == 9
-    assert candidates[:3] == pytest.approx([0.1, 0.45, 0.8])
-    assert quadratic(search.best_ratio().ratio) < 0.002
-    for slope, bound in ((-1.0, 0.8), (1.0, 0.1)):  # it can choose its bounds
-        search = of_preset("late")
-        run(search, 3, lambda ratio, slope=slope: slope * ratio)
-        assert search.best_ratio().ratio == bound

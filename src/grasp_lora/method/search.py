@@ -249,6 +249,7 @@ class RatioSearch:
             not places
             or len(measured.candidates) != len(measured.candidate_losses)
             or {len(losses) for losses in measured.candidate_losses} != {len(places)}
+            or (measured.places is None) != (first.places is None)
             or len(set(places)) < len(places)
             or (examples, len(places)) != (len(first.baseline_losses), len(first.candidate_losses[0]))
             or not (min(places) >= 0 and (examples == len(places) or max(places) < examples))
