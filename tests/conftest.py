@@ -258,7 +258,7 @@ data:
 lora: {rank: 2, alpha: 4}
 source: {training: {epochs: 1, batch_size: 2, learning_rate: 1.0e-2}}
 target: {training: {epochs: 1, learning_rate: 1.0e-2}}
-controller: {preset: paper, rule: smooth_fit, rounds: {every: 3}, training: {epochs: 1, learning_rate: 1.0e-2}}
+controller: {preset: paper, rule: surrogate_at_end, rounds: {every: 3}, training: {epochs: 1, learning_rate: 1.0e-2}}
 final: {deliver: grasp, training: {epochs: 1, learning_rate: 1.0e-2}}
 generation: {max_new_tokens: 4}
 """

@@ -69,7 +69,7 @@ def test_a_batch_of_the_accelerators_size_fits(cuda, make_tiny_model):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("preset", ["spread", "paper"])
+@pytest.mark.parametrize("preset", ["grasp", "paper"])
 def test_a_run_on_a_gpu(cuda, tiny_workspace, preset):
     overrides = [f"controller={{preset: {preset}, training: {{epochs: 1, learning_rate: 1.0e-2}}}}"]
     result = api.run("tiny.yaml", overrides=overrides, folder="runs/tiny")

@@ -10,7 +10,7 @@ import pytest
 
 from grasp_lora.method.masks import MaskSettings
 from grasp_lora.method.merging import MergeSettings
-from grasp_lora.method.search import Gaussian, Rounds
+from grasp_lora.method.search import PaperPolicy, Rounds
 from grasp_lora.models.model_settings import LoraSettings
 from grasp_lora.recipes.load import builtin_recipes, load_recipe
 from grasp_lora.training.training_settings import TrainingSettings
@@ -143,7 +143,7 @@ def test_the_papers_recipes_are_as_the_released_code_runs(name, tokens):
     assert recipe.lora == LoraSettings(8, 32.0, 0.05, ("q_proj", "v_proj"))
     assert recipe.merge == MergeSettings("paper_apart", dropout=0.0)
     assert recipe.mask == MaskSettings("magnitude")
-    assert (recipe.controller.policy, recipe.controller.rounds) == (Gaussian(), Rounds(10))
+    assert (recipe.controller.policy, recipe.controller.rounds) == (PaperPolicy(), Rounds(10))
     assert recipe.controller.rule == "best_reward"
     assert (recipe.final.mode, recipe.final.mask_of(recipe.mask)) == ("reselect", MaskSettings("gradient_of_delta"))
     assert (recipe.generation.max_new_tokens, recipe.generation.stop) == (tokens, ())
@@ -156,7 +156,7 @@ def test_a_shipped_recipe_can_be_checked_and_run(name, arguments, cli, tmp_path)
     assert checked.status == 0, checked.err
     assert "source_train 6, source_dev 3, train 6, dev 3, micro_dev 2, test 4" in checked.out
     stage = load_recipe(name)[0].controller
-    rounds = 4 + stage.rounds.before_training  # one before the first step
+    rounds = 4 + stage.rounds.at_ends  # one before the first step
     most = "" if stage.rounds.patience is None and stage.training.patience is None else "at most "
     assert f"controller will run {most}{rounds} rounds" in checked.out
     result = cli("run", name, *settings)

@@ -31,7 +31,7 @@ from grasp_lora.errors import AdapterError, Interrupted, ProbeError, RecipeError
 from grasp_lora.evaluation.statistics import compare_with_baselines
 from grasp_lora.method.lora import AdapterWeights, LoraPair
 from grasp_lora.method.merging import MergeSettings, merge
-from grasp_lora.method.search import Gaussian, Rounds
+from grasp_lora.method.search import PaperPolicy, Rounds
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.storage import checkpoints
 from grasp_lora.storage.claims import claim
@@ -388,7 +388,7 @@ class TestMethods:
     def test_the_papers_controller_is_run_as_its_authors_do(self, name) -> None:
         recipe, _ = load_recipe(name)
         policy, paper = recipe.controller.policy, methods._paper_controller(recipe)
-        assert (type(paper.policy), paper.rule, paper.rounds) == (Gaussian, "best_reward", Rounds(10))
+        assert (type(paper.policy), paper.rule, paper.rounds) == (PaperPolicy, "best_reward", Rounds(10))
         assert (paper.policy.ratio_min, paper.policy.ratio_max) == (policy.ratio_min, policy.ratio_max)
         assert paper.training == recipe.controller.training
 

@@ -63,7 +63,7 @@ TABLE: dict[str, str] = {
     "controller.preset": NOTHING,  # by the policy, rounds and rule that it gives
     "controller.policy": "controller",
     **{f"controller.rounds.{name}": "controller" for name in (
-        "every", "start", "before_training", "pool", "in_turn", "patience",
+        "every", "at_ends", "pool", "in_turn", "patience",
     )},
     "controller.rule": "controller",
     **{f"controller.training.{name}": "controller" for name in TRAINING},
@@ -82,7 +82,7 @@ TABLE: dict[str, str] = {
 
 OTHER: dict[str, Any] = {  # where not any other value will do
     "source.adapters": ("given",), "target.adapter": "given", "target.on": "source", "merge.rule": "ties",
-    "controller.policy": POLICIES["spread"](), "controller.rounds.pool": "dev",
+    "controller.policy": POLICIES["grpo"](), "controller.rounds.pool": "dev",
     "metrics": ("rouge1",), "data.target.language": "fr",
     "data.task": "translation",
 }  # fmt: skip

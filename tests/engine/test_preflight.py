@@ -245,13 +245,14 @@ def test_few_rows_and_few_rounds_are_warned_of(check: Check) -> None:
     assert "3 rounds; raise controller.training.epochs or lower controller.rounds.every" in found["rounds"].text
     assert found["probes"] == Finding("warning", "probes", "4 examples choose the ratio; 16 are usual")
     assert "probes" not in check("controller.rounds.pool=both")  # 4 micro-dev and 6 dev examples
-    spread = ("controller.preset=spread", "controller.rounds.every=10")
-    assert "at most 2 rounds; raise controller.training.epochs or lower" in check(*spread)["rounds"].text
-    more = check(*spread, "controller.training.epochs=2")["rounds"]
+    grasp = ("controller.preset=grasp", "controller.rounds.every=10")
+    assert "at most 2 rounds; raise controller.training.epochs or lower" in check(*grasp)["rounds"].text
+    more = check(*grasp, "controller.training.epochs=2")["rounds"]
     assert (more.level, more.text) == ("ok", "the controller will run at most 3 rounds")
-    late = check("controller.preset=late", "controller.rounds.pool=both", "controller.rounds.in_turn=5")
-    assert (late["rounds"].level, late["rounds"].text) == ("ok", "the controller will run 3 rounds")
-    assert "and 60 probed ones," in late["cost"].text  # the baseline and 3 candidates on 5 examples
+    rounds = [f"controller.rounds.{one}" for one in ("pool=both", "in_turn=3", "every=5", "patience=null")]
+    few = check("controller.preset=grasp", *rounds)
+    assert (few["rounds"].level, few["rounds"].text) == ("ok", "the controller will run 3 rounds")
+    assert "and 45 probed ones," in few["cost"].text  # the baseline and 4 candidates on 3 examples
 
 
 def test_what_the_recipe_asks_for_is_counted(check: Check) -> None:

@@ -557,7 +557,7 @@ class TestWays:
         assert result_of("run", "controller")["measured_examples"] == 4 * probed + 6 * 2  # micro-dev; dev twice
 
     def test_a_ratio_is_not_learned_from_the_round_before_training_alone(self, finished_run: Path) -> None:
-        still = ("controller.training={epochs: 4, learning_rate: 1.0e-30, patience: 1}", "controller.rounds.before_training=true",
+        still = ("controller.training={epochs: 4, learning_rate: 1.0e-30, patience: 1}", "controller.rounds.at_ends=true",
                  "controller.policy={ratio_min: 0.4, ratio_max: 0.401}", "controller.rounds.every=15")  # fmt: skip
         with pytest.raises(
             GraspError, match=r"stopped by its dev loss at step 10, before a round .*controller\.rounds\.every"
@@ -590,11 +590,12 @@ class TestWays:
         for name, mask in finished.items():
             assert torch.equal(mask, zeros[0][name]), name
 
-    def test_late_rounds_on_examples_in_turn(self, tiny_workspace: Path) -> None:
-        rounds = ("controller.rounds.pool=both", "controller.rounds.in_turn=3", "controller.rounds.every=2")
-        metrics = run_tiny("controller.preset=late", "controller.policy.candidates=2", *rounds).metrics
+    def test_rounds_on_examples_in_turn(self, tiny_workspace: Path) -> None:
+        rounds = [f"controller.rounds.{one}" for one in ("pool=both", "in_turn=3", "every=5", "patience=null")]
+        metrics = run_tiny("controller.preset=grasp", *rounds).metrics  # the tiny recipe's rule compares no rounds
         rows = rows_of("run/controller/rounds.jsonl")
-        assert [row["step"] for row in rows] == [6, 8, 10]
+        assert [row["step"] for row in rows] == [0, 5, 10]
+        assert [row["places"] for row in rows] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
         assert all(len(row["baseline_losses"]) == 3 for row in rows)
         assert len({loss for row in rows for loss in row["baseline_losses"]}) == 9  # of 4 micro-dev and 6 dev examples
         assert metrics.prune_ratio == read("run/controller/ratio.json")["ratio"]

@@ -152,7 +152,7 @@ def test_with_dev_rows_a_ratio_can_be_learned(start: Callable[..., Path]) -> Non
     stage = load_recipe(file, ["data.target.dev=16", "final.prune_ratio=null", "final.deliver=best"])[0].controller
     # Before training and after each of five epochs.
     assert stage.round_steps(100) == [number * 100 for number in range(6)]
-    assert (stage.policy, stage.rounds) == (PRESETS["spread"].policy, PRESETS["spread"].rounds)
+    assert (stage.policy, stage.rounds) == (PRESETS["grasp"].policy, PRESETS["grasp"].rounds)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import yaml
 
 from grasp_lora.errors import RecipeError
 from grasp_lora.method.masks import MaskSettings
-from grasp_lora.method.search import PRESETS, Gaussian, Spread
+from grasp_lora.method.search import GrpoPolicy, PaperPolicy, preset
 from grasp_lora.recipes.load import load_recipe, validate
 from grasp_lora.recipes.recipe import Recipe, recipe_keys, schema_text
 from grasp_lora.recipes.text import SCHEMA_LINE, builtin_recipes, builtin_text, parse
@@ -71,7 +71,7 @@ def test_paths_are_written_as_they_are_seen_from_the_folder(load: Load, tmp_path
     [
         "seed=7", "backbone.name=other", "backbone.dtype=float32", "data.max_tokens=100", "data.target.train=9", "lora.rank=4",
         "source.training.epochs=1", "target.adapter=x", "merge.rule=svd", "mask.score=input_aware", "controller.preset=paper",
-        "controller.rounds.every=3", "controller.rule=smooth_fit", "final.mode=reselect",
+        "controller.rounds.every=3", "controller.rule=best_reward", "final.mode=reselect",
         "final.training.batch_size=2", "generation.max_new_tokens=5", "metrics=[bleu]",
     ],
 )  # fmt: skip
@@ -95,33 +95,29 @@ def test_parts_of_an_experiment_have_seeds_of_their_own(load: Load) -> None:
 
 class TestPresets:
     @pytest.mark.parametrize(
-        ("changes", "name"),
+        ("changes", "name", "dev"),
         [
-            ((), "spread"),
-            (("data.target.dev=0",), "late"),
-            (("data.target.files={train: a.csv, test: b.csv}",), "late"),
-            (("data.target.files={train: a.csv, dev: b.csv}",), "spread"),
-            (("data.target.dev=0", "controller.preset=paper"), "paper"),
-            (("controller={policy: null, rounds: null}",), "spread"),
+            ((), "grasp", True),
+            (("data.target.dev=0",), "grasp", False),
+            (("data.target.files={train: a.csv, test: b.csv}",), "grasp", False),
+            (("data.target.files={train: a.csv, dev: b.csv}",), "grasp", True),
+            (("data.target.dev=0", "controller.preset=paper"), "paper", False),
+            (("controller={policy: null, rounds: null}",), "grasp", True),
         ],
     )
-    def test_what_is_left_out_is_the_presets(self, load: Load, changes: tuple[str, ...], name: str) -> None:
-        stage = load(SMALL, *changes).controller
-        assert (stage.policy, stage.rounds, stage.rule) == (
-            PRESETS[name].policy,
-            PRESETS[name].rounds,
-            PRESETS[name].rule,
-        )
+    def test_what_is_left_out_is_the_presets(self, load: Load, changes: tuple[str, ...], name: str, dev: bool) -> None:
+        stage, chosen = load(SMALL, *changes).controller, preset(name, dev)
+        assert (stage.policy, stage.rounds, stage.rule) == (chosen.policy, chosen.rounds, chosen.rule)
         assert stage.preset == name
         assert stage.training.patience is None
 
     def test_keys_are_put_on_top_of_the_preset(self, load: Load) -> None:
-        stage = load(SMALL, "controller={preset: late, policy: {ratio_min: 0.5}, rounds: {every: 3}}").controller
-        assert stage.policy == Spread(ratio_min=0.5, ratio_init=0.5, bounds_first=True)
-        assert (stage.rounds.every, stage.rounds.start) == (3, 0.5)
-        gaussian = load(SMALL, "controller.policy={kind: gaussian, ratio_max: 0.3}").controller
-        assert gaussian.policy == Gaussian(ratio_max=0.3, ratio_init=0.3)
-        assert gaussian.rounds == PRESETS["spread"].rounds
+        stage = load(SMALL, "controller={preset: grasp, policy: {ratio_min: 0.5}, rounds: {every: 3}}").controller
+        assert stage.policy == GrpoPolicy(ratio_min=0.5, ratio_init=0.5)
+        assert (stage.rounds.every, stage.rounds.at_ends) == (3, True)
+        papers = load(SMALL, "controller.policy={kind: paper, ratio_max: 0.3}").controller
+        assert papers.policy == PaperPolicy(ratio_max=0.3, ratio_init=0.3)
+        assert papers.rounds == preset("grasp").rounds
 
     def test_the_papers_preset_sets_its_own(self, load: Load) -> None:
         paper, usual = load(SMALL, "controller.preset=paper", "source.training.epochs=3", "final.mode=reselect"), load()
@@ -191,9 +187,9 @@ class TestCode:
     ) -> None:
         monkeypatch.delitem(sys.modules, "own_of_recipes", raising=False)
         (tmp_path / "own_of_recipes.py").write_text(
-            "from dataclasses import dataclass\nfrom grasp_lora.method.search import Spread\n"
+            "from dataclasses import dataclass\nfrom grasp_lora.method.search import GrpoPolicy\n"
             "from grasp_lora.method.merging import MERGE_RULES\nrule = MERGE_RULES['exact']\n"
-            "@dataclass(frozen=True)\nclass Mine(Spread):\n    step: float = 0.1\n"
+            "@dataclass(frozen=True)\nclass Mine(GrpoPolicy):\n    step: float = 0.1\n"
         )
         importlib.invalidate_caches()
         path = list(sys.path)
@@ -261,15 +257,15 @@ MISTAKES = {
     "a share": ("final: {prune_ratio: 50%}", r"prune_ratio: .*valid number.* \(it is '50%'\)"),
     "a text for a list": ("metrics: bleu", r"metrics: must be a list, such as \[first, second\] \(it is 'bleu'\)"),
     "a text for a section": ("lora: 3", r"lora: must be a section of keys and values \(it is 3\)"),
-    "a preset": ("controller: {preset: papr}", r"controller\.preset is 'papr'; allowed: spread, late, paper"),
-    "a policy": ("controller: {policy: spread}", r"controller\.policy: must be a section .*\(it is 'spread'\)"),
-    "a kind": ("controller: {policy: {kind: gausian}}", "policy kind is 'gausian'; allowed: gaussian, spread"),
+    "a preset": ("controller: {preset: papr}", r"controller\.preset is 'papr'; allowed: grasp, paper"),
+    "a policy": ("controller: {policy: grpo}", r"controller\.policy: must be a section .*\(it is 'grpo'\)"),
+    "a kind": ("controller: {policy: {kind: grbo}}", "policy kind is 'grbo'; allowed: grpo, paper"),
     "patience of a run at many ratios": ("controller: {training: {patience: 1}}", r"training\.patience is 1, but this policy"),
     "a merge on the source": ("target: {on: source}\nmerge: {rule: svd}", r"target\.on is 'source', .* remove merge\.rule"),
     "a choice": ("final: {deliver: both}", r"final\.deliver: input should be 'best', 'grasp' or 'continued' \(it is 'both'\)"),
     "a ratio of no merge": ("final: {deliver: continued}", r"which merges nothing; .* \(they are None and None\)"),
     "an adapter of no merge": ("final: {deliver: continued, prune_ratio: 0}\ntarget: {adapter: a}", r"\(they are 0\.0 and a\)"),
-    "code in a preset": ("controller: {preset: 'json:loads'}", r"controller\.preset is 'json:loads'; allowed: spread"),
+    "code in a preset": ("controller: {preset: 'json:loads'}", r"controller\.preset is 'json:loads'; allowed: grasp"),
     "endless": ("final: {training: {epochs: 1.0e+9}}", r"epochs is 1000000000\.0; it must be above 0 and at most 10000"),
     "out of range": ("final: {training: {epochs: -1}}", r"final\.training: epochs is -1\.0; it must be above 0"),
     "no number": ("lora: {alpha: .nan}", r"lora\.alpha.*finite number"),

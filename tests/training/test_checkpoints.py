@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from grasp_lora.errors import GraspError, Interrupted
 from grasp_lora.method.masks import MaskSettings
-from grasp_lora.method.search import Controller, Gaussian, Rounds
+from grasp_lora.method.search import Controller, PaperPolicy, Rounds
 from grasp_lora.models.adapters import attached
 from grasp_lora.models.live import segments_of
 from grasp_lora.storage import checkpoints as checkpoint_module
@@ -93,7 +93,7 @@ class Training:
         weights = random_merged(backbone, (3, 3 if self.apart else 2), 0.3, self.apart)
         callbacks, controller = [], None
         if self.kind == "controller":
-            settings = Controller(Gaussian(), Rounds(2), "smooth_fit")
+            settings = Controller(PaperPolicy(), Rounds(2), "surrogate_at_end")
             controller = GraspController(PROBES, settings, self.mask, segments_of(weights), self.folder)
         elif self.kind != "plain":
             callbacks.append(PrunedTraining(0.5, PROBES, self.mask, self.kind, segments_of(weights)))

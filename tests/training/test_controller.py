@@ -5,10 +5,12 @@ import itertools
 import json
 import math
 import statistics
+from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -23,7 +25,8 @@ from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.masks import RANK_DIMENSION, MaskSet, MaskSettings, prune_count, survival
 from grasp_lora.method.merging import MergeSettings, merge
 from grasp_lora.method.rules import RatioEstimate, Round
-from grasp_lora.method.search import POLICIES, PRESETS, Controller, Decision, Gaussian, Rounds, Spread
+from grasp_lora.method.search import POLICIES, PRESETS, Controller, Decision, GrpoPolicy, PaperPolicy, Rounds
+from grasp_lora.models import generation
 from grasp_lora.models.adapters import attached, fresh_adapter
 from grasp_lora.models.live import adapter_weights, live_pairs, segments_of
 from grasp_lora.models.loss import collate
@@ -38,7 +41,7 @@ from grasp_lora.training.pruned import PrunedTraining
 from grasp_lora.training.trainer import finetune
 from grasp_lora.training.training_settings import TrainingSettings
 
-both_policies = pytest.mark.parametrize("kind", ["gaussian", "spread"])
+both_policies = pytest.mark.parametrize("kind", ["paper", "grpo"])
 TRAINERS = ["ours", "transformers", "trl"]
 ANY_TRAINER = ["transformers", "trl"]
 PAD = 0
@@ -88,11 +91,11 @@ def own_adapters(make_tiny_model, *names: str, architecture: str = "llama", **co
 
 
 def controller_for(
-    weights, probes=PROBES, mask=None, folder=None, every=3, patience=None, kind="gaussian", rule="smooth_fit",
-    start=0.0, policy=None, **changes,
+    weights, probes=PROBES, mask=None, folder=None, every=3, patience=None, kind="paper", rule="surrogate_at_end",
+    policy=None, **changes,
 ):  # fmt: skip
     policy = policy or POLICIES[kind](**changes)
-    rounds = Rounds(every, start, policy.regime == "each_step" and start == 0, patience=patience)
+    rounds = Rounds(every, policy.regime == "each_step", patience=patience)
     return GraspController(
         probes, Controller(policy, rounds, rule), mask=mask, segments=segments_of(weights), folder=folder
     )
@@ -202,7 +205,7 @@ class Watch(TrainerCallback):
 
 
 @dataclass(frozen=True)
-class NeverCommits(Gaussian):
+class NeverCommits(PaperPolicy):
     """Draws and learns as always, but takes every reward for a negative one."""
 
     def decide(self, search, measured):
@@ -210,7 +213,7 @@ class NeverCommits(Gaussian):
 
 
 @dataclass(frozen=True)
-class Scripted(Gaussian):
+class Scripted(PaperPolicy):
     """Commits these ratios, one a round."""
 
     ratio_min: float = 0.0
@@ -221,7 +224,7 @@ class Scripted(Gaussian):
 
 
 @dataclass(frozen=True)
-class InForce(Spread):
+class InForce(GrpoPolicy):
     """Its first candidate is the ratio in force."""
 
     def draw(self, search, generator):
@@ -247,7 +250,7 @@ def test_a_resumed_training_of_any_trainer_ends_in_the_same_bits(
     whole, resumed = train(resume=None), train(resume=5)
     assert all(torch.equal(one, other) for one, other in zip(whole[0], resumed[0], strict=True))
     assert whole[1:] == resumed[1:]
-    assert [row["step"] for row in resumed[2]] == ([0] if kind == "spread" else []) + [3, 6, 9, 12]
+    assert [row["step"] for row in resumed[2]] == ([0] if kind == "grpo" else []) + [3, 6, 9, 12]
 
 
 @pytest.mark.parametrize(
@@ -338,6 +341,11 @@ def test_trackers_receive_the_rounds_and_the_trainers_own_log_keeps_its_rows(
         assert row["grasp/prune_ratio"] == measured["ratio"]
         assert row["grasp/best_reward"] == max(measured["rewards"])
         assert row["grasp/micro_dev_loss"] == pytest.approx(sum(measured["baseline_losses"]) / 5)
+        for name in ("candidate", "reward", "advantage"):
+            assert [row[f"grasp/{name}_{number}"] for number in (1, 2, 3)] == measured[f"{name}s"]
+        assert measured["advantages"] == pytest.approx(
+            [r - statistics.fmean(measured["rewards"]) for r in measured["rewards"]]
+        )
         assert all(key.startswith("grasp/") or key in ("step", "epoch") for key in row)
 
 
@@ -416,7 +424,7 @@ def test_data_that_are_streamed_have_one_epoch(model, weights, tmp_path):
 
 
 @pytest.mark.parametrize("compared_by", ["nothing", "patience", "surrogate"])
-@pytest.mark.parametrize("kind", ["spread", "gaussian"])
+@pytest.mark.parametrize("kind", ["grpo", "paper"])
 def test_examples_take_turns_and_a_baseline_is_of_all_where_rounds_are_compared(
     model, weights, tmp_path, monkeypatch, kind, compared_by
 ):
@@ -428,13 +436,17 @@ def test_examples_take_turns_and_a_baseline_is_of_all_where_rounds_are_compared(
     train_ours(model, tmp_path, controller)
     rows = read_rows(tmp_path / "rounds.jsonl")
     whole, turns = probes.whole.ids, [probes.at(number).ids for number in range(len(rows))]
-    # The baseline and three candidates of a round on the same ones, or the baseline on all.
-    expected = [[turn if compared_by == "nothing" else whole, *[turn] * 3] for turn in turns]
+    # The baseline and each other ratio of a round on the same ones, or the baseline on all.
+    others = [len(set(row["candidates"]) - ({row["ratio_before"]} if kind == "grpo" else set())) for row in rows]
+    expected = [
+        [turn if compared_by == "nothing" else whole, *[turn] * count]
+        for turn, count in zip(turns, others, strict=True)
+    ]
     assert probed == list(itertools.chain(*expected))
     for turn, row, measured in zip(turns, rows, controller.search.history, strict=True):
         baseline = row["baseline_losses"]
+        assert [whole[place] for place in row["places"]] == turn
         if compared_by != "nothing":
-            assert [whole[place] for place in row["places"]] == turn
             assert len(baseline) == 7
             baseline = [baseline[place] for place in row["places"]]
         assert {len(losses) for losses in [baseline, *row["candidate_losses"]]} == {3}
@@ -587,19 +599,11 @@ def test_a_ratio_of_zero_trains_as_if_there_were_no_masks(make_tiny_model, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("kind", "every", "start", "accumulation", "steps"),
-    [
-        ("gaussian", 2, 0.0, 3, [2, 4, 6, 8]),
-        ("gaussian", "epoch", 0.0, 5, [3, 6]),
-        ("gaussian", 10, 0.6, 1, [20, 24]),
-        ("spread", 10, 0.6, 1, [20, 24]),
-        ("spread", 10, 1.0, 1, [24]),
-    ],
+    ("kind", "every", "accumulation", "steps"),
+    [("paper", 2, 3, [2, 4, 6, 8]), ("paper", "epoch", 5, [3, 6]), ("grpo", 10, 1, [0, 10, 20, 24])],
 )
-def test_rounds_count_optimizer_steps_and_may_begin_late(
-    model, weights, tmp_path, kind, every, start, accumulation, steps
-):
-    controller = controller_for(weights, folder=tmp_path, kind=kind, start=start, every=every)
+def test_rounds_count_optimizer_steps(model, weights, tmp_path, kind, every, accumulation, steps):
+    controller = controller_for(weights, folder=tmp_path, kind=kind, every=every)
     result = train_ours(model, tmp_path, controller, accumulation=accumulation, epochs=2)
     rows = read_rows(tmp_path / "rounds.jsonl")
     assert [row["step"] for row in rows] == steps
@@ -611,7 +615,7 @@ def test_rounds_count_optimizer_steps_and_may_begin_late(
 class ScriptedBaselines(ProbeSet):
     """Measures these baselines; candidates are measured as always."""
 
-    def __init__(self, baselines, candidates: int = 3) -> None:
+    def __init__(self, baselines, candidates: int = 4) -> None:
         super().__init__(MICRO_DEV, PAD)
         self._baselines = iter(baselines)
         self._calls = itertools.cycle([True] + candidates * [False])
@@ -632,7 +636,7 @@ class ScriptedBaselines(ProbeSet):
 )
 def test_training_stops_when_no_ratio_gets_lower(model, weights, tmp_path, baselines, patience, rounds):
     probes = ScriptedBaselines(baselines)
-    controller = controller_for(weights, probes, folder=tmp_path, kind="spread", patience=patience)
+    controller = controller_for(weights, probes, folder=tmp_path, kind="grpo", patience=patience)
     result = train_ours(model, tmp_path, controller)
     assert len(read_rows(tmp_path / "rounds.jsonl")) == rounds
     assert result.steps == 3 * (rounds - 1)  # the first round comes before training
@@ -644,7 +648,7 @@ def test_a_training_that_patience_had_stopped_stops_again_without_a_round(make_t
     def train(resume: int | None) -> tuple[int, list[dict]]:
         with adapted(make_tiny_model) as (model, weights):
             probes = ScriptedBaselines([1.0, *itertools.repeat(9.0, 9)])
-            controller = controller_for(weights, probes, folder=tmp_path, kind="spread", patience=1)
+            controller = controller_for(weights, probes, folder=tmp_path, kind="grpo", patience=1)
             trainer = train_any(model, tmp_path, controller, resume=resume, save_strategy="steps", save_steps=3)
         return trainer.state.global_step, read_rows(tmp_path / "rounds.jsonl")
 
@@ -653,11 +657,9 @@ def test_a_training_that_patience_had_stopped_stops_again_without_a_round(make_t
     assert train(resume=3) == (4, rounds)
 
 
-def test_a_training_without_rounds_ends_before_it_begins(model, weights, tmp_path, caplog):
+def test_a_training_without_rounds_ends_before_it_begins(model, weights, tmp_path):
     with pytest.raises(GraspError, match=r"no round falls into \d+ steps; lower rounds"):
         train_ours(model, tmp_path, controller_for(weights, every=500))
-    train_ours(model, tmp_path, controller_for(weights, every=500, policy=Spread()))
-    assert "the only round of this training comes before its first step" in caplog.text
 
 
 # All ratios together
@@ -681,10 +683,10 @@ class WatchSteps(TrainerCallback):
 
 
 @pytest.mark.parametrize("trainer_name", TRAINERS)
-def test_each_step_of_spread_trains_at_its_own_ratio(make_tiny_model, tiny_tokenizer, tmp_path, trainer_name):
+def test_each_step_trains_at_its_own_ratio(make_tiny_model, tiny_tokenizer, tmp_path, trainer_name):
     probes = ProbeSet.from_rows(ROWS[:5], tiny_tokenizer) if trainer_name == "trl" else PROBES
     with adapted(make_tiny_model, dropout=0.05) as (model, weights):
-        controller = controller_for(weights, probes, folder=tmp_path, every=4, kind="spread")
+        controller = controller_for(weights, probes, folder=tmp_path, every=4, kind="grpo")
         watch = WatchSteps(controller)
         train_with(trainer_name, model, tmp_path, tiny_tokenizer, controller, [watch])
         left = torch.cat([(weight == 0).flatten() for weight in controller.masks.weights.values()])
@@ -702,16 +704,16 @@ def test_each_step_of_spread_trains_at_its_own_ratio(make_tiny_model, tiny_token
     assert left.double().mean().item() == pytest.approx(controller.search.current_ratio, abs=0.02)
 
 
-def test_the_first_round_of_spread_sees_the_untrained_adapter(model, weights, tmp_path):
+def test_the_first_round_sees_the_untrained_adapter(model, weights, tmp_path):
     masks = MaskSet(live_pairs(model, segments_of(weights)), MaskSettings())
     with masks.probe(0.4):
         untrained = PROBES.losses(model)
-    train_ours(model, tmp_path, controller_for(weights, folder=tmp_path, every=5, kind="spread", ratio_init=0.4))
+    train_ours(model, tmp_path, controller_for(weights, folder=tmp_path, every=5, kind="grpo", ratio_init=0.4))
     assert read_rows(tmp_path / "rounds.jsonl")[0]["baseline_losses"] == pytest.approx(untrained, abs=1e-6)
 
 
 def test_a_weight_that_is_masked_for_a_step_is_not_trained_in_it(model, weights, tmp_path):
-    controller = controller_for(weights, every=50, kind="spread")
+    controller = controller_for(weights, every=50, kind="grpo")
     watch = WatchSteps(controller)
     train_ours(model, tmp_path, controller, callbacks=[watch])
     for (before, after), pruned in zip(itertools.pairwise(watch.dense), watch.pruned, strict=False):
@@ -723,7 +725,7 @@ def test_a_weight_that_is_masked_for_a_step_is_not_trained_in_it(model, weights,
 
 
 @pytest.mark.parametrize("strategy", ["steps", "epoch"])
-def test_a_run_of_spread_is_saved_evaluated_and_reloaded_at_the_policys_ratio(
+def test_a_run_that_holds_no_ratio_is_saved_evaluated_and_reloaded_at_the_policys_ratio(
     make_tiny_model, model, weights, tmp_path, strategy
 ):
     shares = []
@@ -735,7 +737,7 @@ def test_a_run_of_spread_is_saved_evaluated_and_reloaded_at_the_policys_ratio(
 
         on_evaluate = on_save
 
-    controller = controller_for(weights, kind="spread", every=5)
+    controller = controller_for(weights, kind="grpo", every=5)
     saving = {"save_strategy": strategy, "save_steps": 4, "eval_strategy": strategy, "eval_steps": 4}
     trainer = train_any(model, tmp_path, controller, [Note()], load_best_model_at_end=True, **saving)
     best = PeftModel.from_pretrained(make_tiny_model("llama"), trainer.state.best_model_checkpoint)
@@ -789,7 +791,7 @@ def test_a_training_does_not_resume_with_other_masks(make_tiny_model, tmp_path, 
         with adapted(make_tiny_model) as (model, weights):
             options = {"segments": segments_of(weights)} | options
             if controls:
-                callback = GraspController(PROBES, Controller(Gaussian(), Rounds(3), "smooth_fit"), **options)
+                callback = GraspController(PROBES, Controller(PaperPolicy(), Rounds(3), "surrogate_at_end"), **options)
             else:
                 callback = PrunedTraining(**{"prune_ratio": 0.4, "calibration": PROBES} | options)
             train_any(model, tmp_path, callback, resume=resume, **EVERY_FIFTH)
@@ -816,7 +818,7 @@ def test_a_checkpoint_of_another_folder_is_refused(make_tiny_model, tmp_path):
 @pytest.mark.parametrize("callback", [
     lambda: PrunedTraining(0.5, PROBES),
     lambda: GraspController(PROBES, Controller()),
-    lambda: GraspController(PROBES, Controller(Spread(ratio_min=0.0, ratio_init=0.0))),  # it may prune later
+    lambda: GraspController(PROBES, Controller(GrpoPolicy(ratio_min=0.0, ratio_init=0.0))),  # it may prune later
 ])  # fmt: skip
 def test_an_untrained_adapter_is_not_pruned_by_position(make_tiny_model, tmp_path, callback):
     with fresh_adapter(make_tiny_model("llama"), LoraSettings(), 0) as model:
@@ -850,7 +852,7 @@ def test_the_best_checkpoint_brings_its_own_masks_rounds_and_stash(model, weight
     values, tensors = read_state(tmp_path / "run" / "checkpoint-4", controller.state_name)
     masks, search = controller.masks, controller.search
     rounds = values["rows"]["rounds.jsonl"]
-    assert [row["step"] for row in rounds] == ([0, 3] if kind == "spread" else [3])
+    assert [row["step"] for row in rounds] == ([0, 3] if kind == "grpo" else [3])
     assert len(search.history) == len(rounds)
     assert read_rows(tmp_path / "rounds.jsonl") == controller.rows()[0] == rounds
     assert controller.learned.ratio > 0
@@ -1003,15 +1005,114 @@ def test_from_rows_builds_the_measured_default(model, weights, tiny_tokenizer, t
     assert controller.settings == Controller()
     written = read_rows(tmp_path / "rounds.jsonl")
     assert [row["step"] for row in written] == [0, 12]  # before training and after the epoch of 12 steps
-    assert {(len(row["baseline_losses"]), len(row["candidate_losses"][0])) for row in written} == {(14, 12)}
+    assert {(len(row["baseline_losses"]), len(row["candidate_losses"][0])) for row in written} == {(14, 7)}
     assert controller.learned == controller.search.best_ratio()
     assert controller.learned.ratio == controller.search.current_ratio
-    whole = GraspController.from_rows(rows[:5], tiny_tokenizer, Controller(Gaussian(), Rounds(4), "best_reward"))
+    whole = GraspController.from_rows(rows[:5], tiny_tokenizer, Controller(PaperPolicy(), Rounds(4), "best_reward"))
     assert whole.micro_dev.at(0) is whole.micro_dev.at(1)
     assert GraspController.from_rows(rows, tiny_tokenizer, "paper").settings == PRESETS["paper"]
     slip = {f"base_model.model.{name}": parts for name, parts in segments_of(weights).items()}
     with pytest.raises(AdapterError, match=r"segments names 'base_model\.model\.\S+', which the adapter does not have"):
         train_any(model, tmp_path, GraspController.from_rows(rows, tiny_tokenizer, segments=slip))
+
+
+# A reward of one's own
+
+
+def overlap(probe) -> list[float]:
+    """The F1 of characters of each answer."""
+    scores = []
+    for answer, reference in zip(probe.answers, probe.references, strict=True):
+        common = (Counter(answer) & Counter(reference)).total()
+        scores.append(2 * common / max(1, len(answer) + len(reference)))
+    assert probe.answers is probe.answers
+    return scores
+
+
+def mean_of_losses(probe) -> torch.Tensor:
+    return -torch.tensor(probe.losses).mean()
+
+
+@pytest.mark.parametrize("reward", [overlap, mean_of_losses])
+@pytest.mark.parametrize("kind", ["grasp", "paper"])
+def test_a_reward_of_ones_own_takes_the_place_of_losses(
+    model, weights, tiny_tokenizer, tmp_path, monkeypatch, kind, reward
+):
+    asked, generate = [], generation.answer
+    monkeypatch.setattr(generation, "answer", lambda *call, **more: asked.append(1) or generate(*call, **more))
+    seen = []
+
+    def watched(probe):
+        seen.append((probe.references, sum(int((factor == 0).sum()) for factor in factors(probe.model))))
+        return reward(probe)
+
+    settings = replace(PRESETS[kind], rounds=Rounds(6, kind == "grasp", in_turn=3), rule="surrogate_at_end")
+    options = {"segments": segments_of(weights), "folder": tmp_path, "reward": watched}
+    controller = GraspController.from_rows(ROWS[:7], tiny_tokenizer, settings, **options)
+    train_any(model, tmp_path, controller, tokenizer=tiny_tokenizer)
+    rounds = read_rows(tmp_path / "rounds.jsonl")
+    assert [row["step"] for row in rounds] == ([0, 6, 12] if kind == "grasp" else [6, 12])
+    assert len(asked) == (len(seen) if reward is overlap else 0)  # answers are computed when they are asked for, once
+    assert {len(references) for references, _ in seen} == {3}
+    assert all(one == f"It is {one[6:-1]}." for references, _ in seen for one in references)
+    assert len({zeros for _, zeros in seen}) > 3  # each under the mask of its ratio
+    for row in rounds:
+        losses = [row["baseline_losses"], *row["candidate_losses"]]
+        assert {len(one) for one in losses} == ({3} if reward is overlap else {1})
+        assert all(0 <= -one <= 1 for one in losses[0]) or reward is mean_of_losses
+    learned = controller.learned
+    assert 0.1 <= learned.low <= learned.ratio <= learned.high <= 0.8
+    assert (learned.low, learned.high) == (0.1, 0.8) or reward is overlap  # one number for all rows leaves it open
+
+
+def test_rewards_of_losses_are_as_none_equal_ones_commit_nothing_and_answers_leave_no_trace(
+    make_tiny_model, tiny_tokenizer, tmp_path
+):
+    def train(reward) -> tuple[GraspController, AdapterWeights]:
+        settings = Controller(GrpoPolicy(), Rounds(6, True, in_turn=3), "surrogate_at_end")
+        with adapted(make_tiny_model) as (model, weights):
+            options = {"segments": segments_of(weights), "reward": reward}
+            controller = GraspController.from_rows(ROWS[:7], tiny_tokenizer, settings, **options)
+            train_any(model, tmp_path, controller, tokenizer=tiny_tokenizer)
+            return controller, adapter_weights(model)
+
+    (plain, _), (same_losses, _) = train(None), train(lambda probe: [-loss for loss in probe.losses])
+    assert searched(plain) == searched(same_losses)
+    (equal, one), (_, other) = train(lambda probe: 0.5), train(lambda probe: 0.0 * len(probe.answers))
+    assert same_adapters(one, other)
+    assert {(row["committed"], *row["advantages"]) for row in equal.rows()[0]} == {(False, 0.0, 0.0, 0.0, 0.0)}
+    assert (equal.search.mean, equal.search.std, equal.prune_ratio) == (*GrpoPolicy().start, 0.4)
+    with pytest.raises(GraspError, match=r"began with reward None and resumes with '.*lambda>'"):
+        same_losses.restore({"decided_by": plain.state()[0]["decided_by"]}, {})
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [(None, "None"), (math.nan, "nan"), ([1.0, 2.0], "2 values"), ([], "0 values"), ([1.0, "x", 3.0], "'x'")],
+)
+def test_a_reward_that_is_none_is_named(given, shown):
+    def mine(probe):
+        return given
+
+    probe = SimpleNamespace(examples=[1, 2, 3])
+    message = rf"^reward mine gave {shown}; it must return a finite number, or one for each of the 3 rows$"
+    with pytest.raises(ProbeError, match=message):
+        probing.rewarded(mine, probe)
+
+
+@pytest.mark.parametrize("kind", [float, torch.tensor, np.array])
+def test_rewards_are_numbers_tensors_or_arrays(kind):
+    probe = SimpleNamespace(examples=[1, 2, 3])
+    assert probing.rewarded(lambda _: kind(2.5), probe) == [-2.5]
+    if kind is not float:
+        assert probing.rewarded(lambda _: kind([1.0, 2.0, 3.0]), probe) == [-1.0, -2.0, -3.0]
+
+
+def test_a_reward_needs_rows(model, weights, tmp_path):
+    settings = Controller(PaperPolicy(), Rounds(3), "best_reward")
+    controller = GraspController(PROBES, settings, segments=segments_of(weights), reward=overlap)
+    with pytest.raises(GraspError, match=r"a reward of your own needs the rows; .*from_rows"):
+        train_any(model, tmp_path, controller)
 
 
 @pytest.mark.parametrize("changed", ["EOS token", "chat template"])
@@ -1025,5 +1126,5 @@ def test_rows_are_encoded_with_what_the_trainer_trains_on(model, tiny_tokenizer,
     with pytest.raises(DataError, match=message):
         early.add_to(trainer)
     assert early not in trainer.callback_handler.callbacks
-    late = GraspController.from_rows(ROWS, trainer.processing_class).add_to(trainer)
-    assert late in trainer.callback_handler.callbacks
+    again = GraspController.from_rows(ROWS, trainer.processing_class).add_to(trainer)
+    assert again in trainer.callback_handler.callbacks

@@ -61,7 +61,7 @@ def counted_steps(make_tiny_model, tmp_path, layers: int, kind: str) -> list[Cou
     if kind == "final":
         pruned = PrunedTraining(0.4, probes, segments=segments)
     else:
-        settings = Controller(POLICIES[kind](), Rounds(STEPS), "smooth_fit")
+        settings = Controller(POLICIES[kind](), Rounds(STEPS), "surrogate_at_end")
         pruned = GraspController(probes, settings, segments=segments)
     steps = count_operations(pruned)
     with attached(backbone, weights) as model:
@@ -71,7 +71,7 @@ def counted_steps(make_tiny_model, tmp_path, layers: int, kind: str) -> list[Cou
     return [steps[step] for step in range(2, STEPS)]
 
 
-@pytest.mark.parametrize("kind", ["final", "gaussian", "spread"])
+@pytest.mark.parametrize("kind", ["final", "paper", "grpo"])
 def test_the_work_of_a_step_neither_grows_with_the_modules_nor_waits(make_tiny_model, tmp_path, kind):
     few, many = (counted_steps(make_tiny_model, tmp_path / str(layers), layers, kind) for layers in (2, 6))
     assert few == many

@@ -31,7 +31,7 @@ from transformers import TrainerCallback, TrainingArguments
 from grasp_lora.method.masks import MaskSet, MaskSettings
 from grasp_lora.training import trainer as finetune_module
 from grasp_lora.models.adapters import attached
-from grasp_lora.method.search import Controller, Gaussian, Rounds
+from grasp_lora.method.search import Controller, PaperPolicy, Rounds
 from grasp_lora.training.controller import GraspController
 from grasp_lora.training.trainer import FineTuneTrainer, finetune
 from grasp_lora.training.probes import NormCollector, ProbeSet, calibrate
@@ -86,7 +86,7 @@ for score in ("input_aware", "magnitude"):
     with attached(backbone, random_adapter(backbone), dropout=0.3) as model:
         micro_dev = ProbeSet(MICRO_DEV, 0, MICRO_DEV_BUDGET)
         controller = GraspController(
-            micro_dev, Controller(Gaussian(), Rounds(2), "smooth_fit"), MaskSettings(score), folder=folder / score
+            micro_dev, Controller(PaperPolicy(), Rounds(2), "surrogate_at_end"), MaskSettings(score), folder=folder / score
         )
         callbacks = [First()] if score == "input_aware" else []
         found = finetune(

@@ -22,7 +22,7 @@ from random_examples import make_examples
 from grasp_lora.method.lora import AdapterWeights, LoraPair
 from grasp_lora.method.masks import MaskSet
 from grasp_lora.method.merging import MergeSettings, merge
-from grasp_lora.method.search import Controller, Gaussian, Rounds
+from grasp_lora.method.search import Controller, PaperPolicy, Rounds
 from grasp_lora.models.adapters import attached
 from grasp_lora.models.live import segments_of
 from grasp_lora.training.controller import GraspController
@@ -81,7 +81,7 @@ def our_run(folder: Path) -> tuple[list[int], list[dict[str, Any]]]:
 
     controller = GraspController(
         ProbeSet(MICRO_DEV, PAD),
-        Controller(Gaussian(seed=3), Rounds(EVERY), "best_reward"),
+        Controller(PaperPolicy(seed=3), Rounds(EVERY), "best_reward"),
         segments=segments_of(merged),
         on_round=keep,
     )

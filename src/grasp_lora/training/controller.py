@@ -370,9 +370,10 @@ class GraspController(PrunedTraining):
         policy = {f"policy.{name}": value for name, value in plain_policy(self.settings.policy).items()}
         rounds = {f"rounds.{name}": value for name, value in asdict(self.settings.rounds).items()}
         probed = f"{self.micro_dev.whole.fingerprint()}, {len(self.micro_dev.at(0))} in a round"
-        more = {"rule": ratio_rule(self.settings.rule).name, "probed rows of hash": probed}
-        if self._reward is not None:
-            more["reward"] = getattr(self._reward, "__qualname__", type(self._reward).__qualname__)
+        reward = (
+            None if self._reward is None else getattr(self._reward, "__qualname__", type(self._reward).__qualname__)
+        )
+        more = {"rule": ratio_rule(self.settings.rule).name, "probed rows of hash": probed, "reward": reward}
         return (
             {name: value for name, value in super()._decided_by().items() if name != "prune_ratio"}
             | policy

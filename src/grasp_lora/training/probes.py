@@ -226,8 +226,8 @@ class Probe:
 
     @property
     def references(self) -> list[str]:
-        """The right answer to each row."""
-        return [example.references[0] for example in self.examples]
+        """The right answer to each row, without the white space around it, as `answers` has them."""
+        return [example.references[0].strip() for example in self.examples]
 
     @cached_property
     def losses(self) -> list[float]:
@@ -255,13 +255,16 @@ def rewarded(reward: Reward, probe: Probe) -> list[float]:
     Raises:
         ProbeError: it gives no finite number, or neither one nor one a row.
     """
-    given = reward(probe)
-    values = list(given) if isinstance(given, Sequence | Tensor) and not isinstance(given, str) else [given]
+    given: Any = reward(probe)
+    given = given.tolist() if hasattr(given, "tolist") else given  # of PyTorch or NumPy
+    values = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else [given]
     name, rows = getattr(reward, "__name__", type(reward).__name__), len(probe.examples)
-    numbers = all(isinstance(value, Real | Tensor) and math.isfinite(value) for value in values)
-    if not numbers or len(values) not in (1, rows):
+    wrong = [quoted(value) for value in values if not isinstance(value, Real | Tensor) or not math.isfinite(value)]
+    if len(values) not in (1, rows):
+        wrong = [f"{len(values)} values"]
+    if wrong:
         raise ProbeError(
-            f"reward {name} gave {quoted(given)}; it must return a finite number, or one for each of the {rows} rows"
+            f"reward {name} gave {wrong[0]}; it must return a finite number, or one for each of the {rows} rows"
         )
     return [-float(value) for value in values]
 
