@@ -97,6 +97,6 @@ def test_the_home_folder_is_found_in_names_of_recipes_and_folders(tmp_path, monk
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "mine.yaml").write_text(builtin_text("demo-ar"), encoding="utf-8")
     assert gl.load_recipe("~/mine.yaml")[1] == tmp_path
-    monkeypatch.setattr(api.running, "run", lambda session, place: pytest.fail(f"in {place}"))
+    monkeypatch.setattr(api.running, "run", lambda session, place, grid: pytest.fail(f"in {place}"))
     with pytest.raises(pytest.fail.Exception, match=f"^in {tmp_path}/out$"):
         gl.run("~/mine.yaml", folder="~/out")

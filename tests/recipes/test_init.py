@@ -150,8 +150,8 @@ def test_with_dev_rows_a_ratio_can_be_learned(start: Callable[..., Path]) -> Non
     file = start(write(Path("t.jsonl"), completion(216)))
     assert load_recipe(file)[0].final.prune_ratio == 0
     stage = load_recipe(file, ["data.target.dev=16", "final.prune_ratio=null", "final.deliver=best"])[0].controller
-    # Before training and after each of five epochs.
-    assert stage.round_steps(100) == [number * 100 for number in range(6)]
+    # Before training and after each of three epochs, as the final run has.
+    assert stage.round_steps(100) == [number * 100 for number in range(4)]
     assert (stage.policy, stage.rounds) == (PRESETS["grasp"].policy, PRESETS["grasp"].rounds)
 
 
@@ -405,7 +405,7 @@ def test_questions_on_the_embedded_model_have_a_source_that_comes_along(
     file, _ = write_recipe(write(Path("q.jsonl"), questions(60)), "sw", None, [], "en")
     recipe, _ = load_recipe(file)
     assert (recipe.source.adapters, recipe.data.source, recipe.backbone.name) == (("english-qa",), None, "gemma3-270m")
-    assert "comes along" in file.read_text(encoding="utf-8")
+    assert "included" in file.read_text(encoding="utf-8")
     assert recipe.lora.target_modules == ("all-linear",)
     other, _ = write_recipe(Path("q.jsonl"), "sw", Path("other.yaml"), [], "en", "tiny-llama")
     assert load_recipe(other)[0].source.adapters == ()
@@ -456,6 +456,39 @@ def test_the_backbone_is_that_of_the_source_adapters(start: Callable[..., Path],
         start(data, (one, other), backbone=None)
     with pytest.raises(AdapterError, match="name the backbones None; name one with --backbone"):
         start(data, (silent,), backbone=None)
+
+
+def test_a_learned_ratio_has_rows_to_probe_and_says_how_many_are_missing(start: Callable[..., Path]) -> None:
+    recipe, _ = load_recipe(start(write(Path("t.jsonl"), completion(48)), learn_ratio=True))
+    target = recipe.data.target
+    assert (target.test, target.micro_dev, target.dev, target.train) == (12, 16, 0, None)
+    assert (recipe.final.deliver, recipe.final.prune_ratio, recipe.target.adapter) == ("grasp", None, None)
+    assert (recipe.controller.rounds.pool, recipe.controller.rule) == ("micro_dev", "surrogate_at_end")
+    assert recipe.controller.training.epochs == recipe.final.training.epochs
+    with pytest.raises(
+        DataError, match=r"has 47 examples; to learn a prune ratio at least 48 are needed.*: 1 are missing$"
+    ):
+        start(write(Path("few.jsonl"), completion(47)), output=Path("few.yaml"), learn_ratio=True)
+
+
+def test_two_given_adapters_are_merged_at_a_learned_ratio(start: Callable[..., Path], tmp_path: Path) -> None:
+    data = write(Path("t.jsonl"), questions(60))
+    english, german = adapter("english", "org/llama"), adapter("german", "org/llama")
+    both = {"backbone": None, "target_adapter": german, "language": "de"}
+    with pytest.raises(RecipeError, match=r'adapter german does not say what prompt .* such as --prompt "Context: '):
+        start(data, (english,), **both)
+    asked = {"prompt": r"{question}\nIn: {context}\nA:"}
+    recipe, _ = load_recipe(start(data, (english,), **both, **asked))
+    assert recipe.data.prompt == "{question}\nIn: {context}\nA:"
+    assert (recipe.source.adapters, recipe.target.adapter) == ((english,), german)
+    assert (recipe.backbone.name, recipe.final.deliver, recipe.data.target.micro_dev) == ("org/llama", "grasp", 16)
+    how = {"task": "qa", "prompt": "Frage: {question} {context}", "completion": " {answer}", "chat_template": False}
+    (tmp_path / "german/grasp_lora.json").write_text(json.dumps({"answers": how}))
+    said, _ = load_recipe(start(data, (english,), Path("said.yaml"), **both))
+    assert (said.data.prompt, said.data.completion) == (how["prompt"], how["completion"])
+    for source, message in (((), "give that with --source$"), (("t.jsonl",), "is the data file t.jsonl now, or leave")):
+        with pytest.raises(RecipeError, match=f"--target-adapter german is merged .*{message}"):
+            start(data, source, Path("more.yaml"), **both | {"backbone": "org/llama"}, **asked)
 
 
 def test_the_backbone_of_an_adapter_on_the_hub_is_looked_up(

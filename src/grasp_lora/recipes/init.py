@@ -122,7 +122,7 @@ def write_recipe(
     given = [*adapters, *([target_adapter] if target_adapter else [])]
     learn_ratio = learn_ratio or target_adapter is not None
     backbone = backbone or _backbone_of(given)
-    asked = _how_asked(target_adapter, target.task, prompt) if target_adapter else {"prompt": prompt}
+    asked = _how_asked(target_adapter, target.task, prompt)
     sources = [
         read_corpus(
             name,
@@ -188,15 +188,15 @@ def _sort_out(source: Sequence[str]) -> tuple[list[str], list[str]]:
     return files, adapters
 
 
-def _how_asked(adapter: str, task: str, prompt: str | None) -> dict[str, Any]:
-    """The prompt that an adapter was trained on, and whether it goes through the chat template.
+def _how_asked(adapter: str | None, task: str, prompt: str | None) -> dict[str, Any]:
+    """The prompt that a given adapter was trained on, and whether it goes through the chat template.
 
     Raises:
         RecipeError: the adapter does not say it, and it is not given.
     """
+    if prompt is not None or adapter is None:
+        return {"prompt": prompt and prompt.replace("\\n", "\n"), "completion": None, "chat_template": False}
     answers, _ = read_how_asked(adapter)
-    if prompt is not None:
-        return {"prompt": prompt.replace("\\n", "\n")}
     if answers is None or answers.prompt is None:
         templates = TEMPLATES[task]
         example = json.dumps(templates.get(FALLBACK_LANGUAGE, next(iter(templates.values()))).prompt)
@@ -224,8 +224,8 @@ def _render(file: Path, target: Corpus, sizes: Sizes, sources: Sequence[Corpus],
     environment.filters["yaml"] = lambda value: json.dumps(value, ensure_ascii=False)
     splits = sizes.splits
     builtin, asked = built_in_template(target.task, facts["language"]), facts["asked"]
-    if builtin and asked.get("prompt") == builtin.prompt:
-        facts["asked"] = asked = {}  # as it is by itself
+    if builtin and asked["prompt"] == builtin.prompt:
+        asked["prompt"] = None  # as it is by itself
     all_layers = read_how_asked(adapter)[1] if (adapter := facts["target_adapter"]) else target.task == "qa"
     # A split takes whole groups, so that a single one would be all dev.
     source_dev = 0 if sizes.one_source_group else min(sizes.source // 10, MOST_SOURCE // 10)
@@ -249,7 +249,7 @@ def _render(file: Path, target: Corpus, sizes: Sizes, sources: Sequence[Corpus],
         epochs=2 if target.task == "qa" else 3,
         most_tokens=token_limit(target, sources),
         cut_document=CUT_DOCUMENT,
-        template=None if builtin or asked.get("prompt") else TEMPLATES[target.task][FALLBACK_LANGUAGE],
+        template=None if builtin or asked["prompt"] else TEMPLATES[target.task][FALLBACK_LANGUAGE],
         separates=_lacks_separator(target, sources),
         embedded_adapter=EMBEDDED_ADAPTER,
         unanswered=sum(corpus.unanswered for corpus in (target, *sources)),
