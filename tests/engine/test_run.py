@@ -45,12 +45,13 @@ from grasp_lora.storage.writing import discard
 from grasp_lora.training.controller import GraspController
 from grasp_lora.training.pruned import PrunedTraining
 
-SYSTEMS = ("zero_shot", "source", "target", "merged", "grasp")
+SYSTEMS = ("zero_shot", "source", "target", "merged", "unpruned", "grasp")
+FINAL = "final-0.[1-9]*"  # the final run at the learned ratio; beside it stands that of nothing pruned
 FILES = {
     "recipe.yaml", "run.json", "data.json", "prompt.jsonl", "metrics.json", "cost.json",
-    *(f"{adapter}/{file}" for adapter in ("source", "target", "merged", "final", "adapter")
+    *(f"{adapter}/{file}" for adapter in ("source", "target", "merged", "unpruned", "final", "adapter")
       for file in ("adapter_config.json", "adapter_model.safetensors", "grasp_lora.json")),
-    *(f"{stage}/history.jsonl" for stage in ("source", "target", "controller", "final")),
+    *(f"{stage}/history.jsonl" for stage in ("source", "target", "controller", "unpruned", "final")),
     "controller/rounds.jsonl", "controller/timings.jsonl", "controller/ratio.json", "final/sparsity.json",
     *(f"evaluation/{name}.jsonl" for name in (*SYSTEMS, "prompts")),
 }  # fmt: skip
@@ -117,7 +118,7 @@ class TestFiles:
         assert sum(tensor.numel() for tensor in tensors.values()) == sum(row["weights"] for row in rows)
 
     def test_the_best_step_is_the_minimum_of_the_history(self, reference_run: Path) -> None:
-        for stage, step in (("source", "source"), ("target", "target"), ("final", "final-*")):
+        for stage, step in (("source", "source"), ("target", "target"), ("final", FINAL)):
             history = [row for row in rows_of(reference_run / stage / "history.jsonl") if "dev_loss" in row]
             best = min(history, key=lambda row: row["dev_loss"])
             trained = result_of(reference_run, step)
@@ -135,7 +136,7 @@ class TestFiles:
             scores = score(names, [row["prediction"] for row in rows], [tuple(row["references"]) for row in rows], "de")
             assert values["metrics"] == {name: entry.value for name, entry in scores.items()}
             assert metrics["signatures"] == {name: entry.signature for name, entry in scores.items()}
-        final = result_of(reference_run, "final-*")
+        final = result_of(reference_run, FINAL)
         assert metrics["systems"]["grasp"]["dev_loss"] == pytest.approx(final["dev_loss"], rel=1e-6)
         assert metrics["best_step"] == final["best_step"]
         assert (metrics["test_examples"], metrics["language"]) == (8, "de")
@@ -147,8 +148,8 @@ class TestFiles:
 
     def test_the_cost_is_that_of_the_steps(self, reference_run: Path) -> None:
         cost = read(reference_run / "cost.json")
-        [final] = step_folders(reference_run, "final-*")
-        assert set(cost) == {"source", "target", "controller", final.name.rpartition("-")[0], "evaluation"}
+        [final] = step_folders(reference_run, FINAL)
+        assert set(cost) == {"source", "target", "controller", "final-0.00", final.name.rpartition("-")[0], "evaluation"}
         for name in set(cost) - {"evaluation"}:
             [step] = step_folders(reference_run, name)
             assert cost[name] == read(step / "done.json")["seconds"] >= 0
@@ -177,7 +178,7 @@ class TestFiles:
             with torch.no_grad():
                 logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
             losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(answer)).item())
-        assert fmean(losses) == pytest.approx(result_of("run", "final-*")["dev_loss"], rel=1e-6)
+        assert fmean(losses) == pytest.approx(result_of("run", FINAL)["dev_loss"], rel=1e-6)
 
     def test_the_merge_holds_each_parent_under_its_own_name(self, reference_run: Path) -> None:
         adapters = {name: read_adapter(reference_run / name).weights for name in ("source", "target", "merged")}
@@ -326,7 +327,7 @@ class TestAgain:
             ):
                 run_tiny()
         run_tiny("backbone.gradient_checkpointing=true", progress=recorder)
-        assert [name.partition("-")[0] for name in recorder.did] == ["final"]
+        assert [name.partition("-")[0] for name in recorder.did] == ["final"] * 2
         after = files_of(finished_run)
         for name in (f"adapter/{WEIGHTS}", "metrics.json"):
             assert after[name] == before[name]
@@ -344,7 +345,7 @@ class TestAgain:
         recorder = Recorder()
         run_tiny(*changes, folder="other", progress=recorder)
         assert not recorder.trained
-        for name in ("source", "target", "merged", "final", "adapter"):
+        for name in ("source", "target", "merged", "unpruned", "final", "adapter"):
             answers = read(Path("other", name, "grasp_lora.json"))["answers"]
             assert (answers["max_new_tokens"], answers["stop"]) == (9, ["."])
 
@@ -502,13 +503,13 @@ class TestWays:
         shutil.copytree("run/target", "two")
         run_tiny("data.source=null", "source.adapters=[one, two]", "merge.weights=[0.5, 0.25, 0.25]", folder="given")
         systems = read("given/metrics.json")["systems"]
-        assert set(systems) == {"zero_shot", "source", "source_2", "target", "merged", "grasp"}
+        assert set(systems) == {*SYSTEMS, "source_2"}
         assert {row["segment"] for row in read("given/final/sparsity.json")} == {"source", "source_2", "target"}
         assert rows_of("given/evaluation/source_2.jsonl")[0]["id"]
 
     def test_without_a_dev_set_the_last_step_is_kept(self, tiny_workspace: Path) -> None:
         run_tiny("data.target.dev=0", "data.source.dev=0")
-        for stage, steps in (("source", 6), ("target", 10), ("final-*", 10)):
+        for stage, steps in (("source", 6), ("target", 10), (FINAL, 10)):
             trained = result_of("run", stage)
             assert (trained["steps"], trained["best_step"], trained["dev_loss"]) == (steps, steps, None)
         systems = read("run/metrics.json")["systems"]

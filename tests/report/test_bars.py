@@ -72,7 +72,8 @@ def test_answers_say_which_system_gives_them(screen: Screen) -> None:
 def test_no_word_of_the_bar_is_cut_at_100_columns(screen: Screen) -> None:
     screen.progress.method("GRASP, the recipe's own final runs, and their grid", 3, 12)
     screen.progress.begin("controller")
-    screen.progress.round({"ratio": 0.4125})
+    at = {"round": 1, "step": 3, "candidates": [0.3], "rewards": [0.1], "policy_mean": 0.4, "policy_std": 0.2}
+    screen.progress.round({"ratio": 0.4125, **at})
     screen.now = 10.0
     screen.progress.step({"step": 1, "steps": 5000, "loss": 1.25})
     shown = screen.bar()

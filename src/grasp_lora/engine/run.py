@@ -182,13 +182,8 @@ def _search_cost(steps: Steps, learned: Finished[Learned], grasp: Adapter) -> Se
     assert final is not None
     # Where no dev set stops the final runs, a grid has to measure each on the probed rows to choose one.
     choosing = 0 if final.result.dev_loss is not None else len(steps.session.probe_pool)
-    return SearchCost(
-        passes=learned.result.passes + final.result.passes,
-        seconds=learned.seconds + final.seconds,
-        grid_runs=runs,
-        grid_passes=runs * (final.result.passes + choosing),
-        grid_seconds=runs * final.seconds,
-    )
+    passes = learned.result.passes + final.result.passes
+    return SearchCost(passes, runs, runs * (final.result.passes + choosing))
 
 
 def grid_search(steps: Steps, parents: Parents | None) -> Grid | None:

@@ -172,16 +172,14 @@ class SystemScores:
 
 @dataclass(frozen=True)
 class SearchCost:
-    """What a learned ratio cost with its final run, beside a grid of final runs, as one of those took here.
+    """What a learned ratio cost with its final run, beside a grid of such final runs.
 
-    Passes are forward passes of one example; a training example counts as two.
+    Passes are forward passes of one example; a training example counts as two. Seconds are those of `cost.json`.
     """
 
     passes: int
-    seconds: float
     grid_runs: int
     grid_passes: int
-    grid_seconds: float
 
 
 @dataclass(frozen=True)

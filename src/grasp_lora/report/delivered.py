@@ -153,12 +153,13 @@ def headline(run: Run, compared: Mapping[str, Difference]) -> str:
 
 def search_note(run: Run) -> str | None:
     """What the learned ratio cost beside a grid, and what a grid found, as sentences; None where the ratio was given."""
-    cost, grid = run.metrics.search, run.metrics.grid
-    if cost is None:
+    cost, grid, final = run.metrics.search, run.metrics.grid, run.adapters.get(FINAL_FOLDER)
+    if cost is None or run.learned is None or final is None or final.made is None:
         return None
+    seconds = final.made.seconds
     note = (
-        f"The controller run and the final run took {cost.passes:,} forward passes, {duration(cost.seconds)}; a grid of "
-        f"{cost.grid_runs} final runs takes {cost.grid_passes:,}, about {duration(cost.grid_seconds)}."
+        f"The controller run and the final run took {cost.passes:,} forward passes, {duration(run.learned.seconds + seconds)}; a "
+        f"grid of {cost.grid_runs} final runs takes {cost.grid_passes:,}, about {duration(cost.grid_runs * seconds)}."
     )
     test_loss = run.metrics.systems["grasp"].test_loss
     if grid is None or test_loss is None:
