@@ -11,6 +11,7 @@ lab/controllers.md.
 
 import argparse
 import json
+import random
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -43,9 +44,18 @@ from smoothing import smooth
 
 from grasp_lora.errors import GraspError
 from grasp_lora.method.rules import RatioEstimate, Round
-from grasp_lora.method.search import PRESETS, Controller, RatioSearch, plain_policy, policy_class, preset, ratio_rule
+from grasp_lora.method.search import (
+    GOLDEN,
+    ON_MICRO_DEV,
+    Controller,
+    Decision,
+    RatioPolicy,
+    RatioSearch,
+    Rounds,
+    policy_class,
+    preset,
+)
 
-POOLS = ("micro_dev", "dev", "both")
 RESAMPLES = 2000
 FRACTIONS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)  # of training, for signals
 MEASURES = (("dev", "smooth"), ("dev", "recorded"), ("test", "smooth"), ("test", "recorded"))
@@ -60,83 +70,104 @@ Contestant = Callable[[Setting, int], Choice]
 
 
 @dataclass(frozen=True)
+class Even(RatioPolicy):
+    """Candidates spread evenly over the range, each round beginning at another place: that of the former preset `spread`."""
+
+    regime = "each_step"
+
+    def draw(self, search: RatioSearch, generator: random.Random) -> list[float]:
+        width = (self.ratio_max - self.ratio_min) / self.candidates
+        offset = (random.Random(f"{self.seed}/candidates").random() + len(search.history) * GOLDEN) % 1.0
+        return [self.ratio_min + (place + offset) * width for place in range(self.candidates)]
+
+    def decide(self, search: RatioSearch, measured: Round) -> Decision:
+        ratio = search.best_ratio(interval=False).ratio
+        return Decision(measured.rewards, ratio != search.current_ratio, ratio)
+
+
+# What `--policy` begins with, and its title where that says it better.
+CONTROLLERS = {
+    "grasp": preset("grasp"),
+    "grasp_on_micro_dev": ON_MICRO_DEV,
+    "paper": preset("paper"),
+    "even": Controller(Even(candidates=2), Rounds("epoch", at_ends=True, pool="dev", in_turn=12, patience=1)),
+}
+TITLES = {
+    "grasp": "preset grasp",
+    "grasp_on_micro_dev": "preset grasp without dev rows, on micro-dev",
+    "paper": "preset paper",
+    "even": "even proposals (preset spread as it was)",
+}
+
+
+@dataclass(frozen=True)
 class Plan:
-    """A policy with its rule, and how its rounds are run.
+    """A controller, and on what it is replayed.
 
     Args:
-        controller: policy, rule, and of the rounds their start and whether one comes before training.
-        every: optimizer steps between rounds, or "epoch"; None takes the setting's.
-        patience: rounds without a lower loss at any ratio, after which the run ends. None goes on to the end.
-        pool: the examples that are probed: `micro_dev`, `dev`, or `both`. The latter two need a policy that holds no ratio and a
-            landscape with a shared trajectory on dev.
-        turn: examples of a round, taken from the pool in turn. None measures all of them in each round. Where rounds are
-            compared, the baseline is measured on all, as a controller does.
+        controller: policy, rounds and rule. A pool other than `micro_dev` needs a policy that holds no ratio and a landscape with
+            a shared trajectory on dev.
         size: micro-dev examples, drawn with replacement from the recorded ones. None draws as many as there are.
     """
 
     controller: Controller
-    every: int | str | None = None
-    patience: int | None = None
-    pool: str = "micro_dev"
-    turn: int | None = None
     size: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("every", "patience", "turn", "size"):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1) and (name, value) != ("every", "epoch"):
-                raise ValueError(f"{name} is {value!r}; it must be a whole number, at least 1")
-        if self.pool not in POOLS:
-            raise ValueError(f"pool is {self.pool!r}; allowed: {', '.join(POOLS)}")
-        if self.pool != "micro_dev" and self.controller.policy.regime == "held":
+        if self.size is not None and (type(self.size) is not int or self.size < 1):
+            raise ValueError(f"size is {self.size!r}; it must be a whole number, at least 1")
+        if self.on_dev and self.controller.policy.regime == "held":
             raise ValueError(
-                f"pool is {self.pool}; dev was measured along the trajectory of all ratios only: take a policy that holds none"
+                f"pool is {self.controller.rounds.pool}; dev was measured along the trajectory of all ratios only: take a policy "
+                "that holds none"
             )
 
+    @property
+    def on_dev(self) -> bool:
+        """Whether rounds measure dev."""
+        return self.controller.rounds.pool != "micro_dev"
 
-def replay(landscape: Landscape, plan: Plan, seed: int, probe_every: int = 10) -> tuple[RatioEstimate, Cost]:
+
+def replay(landscape: Landscape, plan: Plan, seed: int) -> tuple[RatioEstimate, Cost]:
     """Let a policy run through a recorded training.
 
-    It starts at its own first ratio. Every `probe_every` steps it is asked for candidates, gets the recorded losses of a network
-    trained at its current ratio, and commits as it likes. A policy that holds no ratio gets those of the shared trajectory.
+    It starts at its own first ratio. In each round it is asked for candidates, gets the recorded losses of a network trained at
+    its current ratio, and commits as it likes. A policy that holds no ratio gets those of the shared trajectory.
 
     Args:
         landscape: the recorded losses.
         plan: the policy, whose seed is replaced, and its rounds.
         seed: of the policy, and of the micro-dev examples: as many are drawn with replacement as there are.
-        probe_every: optimizer steps between rounds, unless the plan has its own.
 
     Returns:
         The learned ratio, and the cost of the controller run.
     """
-    rule = ratio_rule(plan.controller.rule)
-    policy = RatioSearch(replace(plan.controller.policy, seed=seed), rule)
-    pool = pool_of(landscape, plan.pool, seed, plan.size)
+    rounds = plan.controller.rounds
+    search = RatioSearch(replace(plan.controller.policy, seed=seed), plan.controller.rule)
+    pool = pool_of(landscape, rounds.pool, seed, plan.size)
     last, facts = landscape.last_step, landscape.facts
-    measured = 0
-    compared = plan.patience is not None or rule.compares_rounds
-    every = plan.every or probe_every
-    if isinstance(every, str):  # "epoch"
+    every = rounds.every
+    if every == "epoch":
         every = round(last * facts["examples"]["train"] / facts["trained_examples"])
-    for number, step in enumerate(plan.controller.rounds.round_steps(last, every)):
-        current, candidates = policy.current_ratio, tuple(policy.ask())
-        train_ratio = current if plan.controller.policy.regime == "held" else None
-        losses = np.array([pool(train_ratio, step, ratio) for ratio in (current, *candidates)])
-        places = None
-        if plan.turn is not None:
-            chosen = (number * plan.turn + np.arange(min(plan.turn, losses.shape[1]))) % losses.shape[1]
-            places = tuple(chosen.tolist()) if compared else None
-            losses = losses if compared else losses[:, chosen]
-        few = losses.shape[1] if places is None else len(places)
-        measured += losses.shape[1] + len(set(candidates)) * few  # a controller measures no candidate twice
-        others = losses[1:] if places is None else losses[1:, places]
-        policy.tell(Round(current, candidates, tuple(losses[0].tolist()), tuple(map(tuple, others.tolist())), places))
-        if plan.patience is not None and policy.rounds_since_best >= plan.patience:
+    measured = 0
+    for number, step in enumerate(rounds.round_steps(last, every)):
+        current, candidates = search.current_ratio, tuple(search.ask())
+        train_ratio = current if search.policy.regime == "held" else None
+        baseline, *others = (pool(train_ratio, step, ratio) for ratio in (current, *candidates))
+        size, places = len(baseline), None
+        if (turn := rounds.turn(size)) is not None:
+            places = tuple((number * turn + place) % size for place in range(turn))
+            others = [losses[list(places)] for losses in others]
+            baseline = baseline if plan.controller.compares_rounds else baseline[list(places)]
+        measured += len(baseline) + len(set(candidates)) * len(others[0])  # a controller measures no candidate twice
+        told = tuple(tuple(losses.tolist()) for losses in others)
+        search.tell(Round(current, candidates, tuple(baseline.tolist()), told, places))
+        if rounds.patience is not None and search.rounds_since_best >= rounds.patience:
             break
     else:
         step = last
     training = landscape.controller_cost(0) * (step / last)
-    return policy.best_ratio(interval=False), training + Cost(0, measured)
+    return search.best_ratio(interval=False), training + Cost(0, measured)
 
 
 def pool_of(
@@ -169,7 +200,7 @@ def pool_of(
 
 def learned(plan: Plan, setting: Setting, seed: int) -> Choice:
     """A policy's ratio after a controller run."""
-    estimate, cost = replay(setting.landscape, plan, seed, setting.probe_every)
+    estimate, cost = replay(setting.landscape, plan, seed)
     return Choice(estimate.ratio, cost + setting.landscape.final_cost(estimate.ratio))
 
 
@@ -178,18 +209,22 @@ def contestants(settings: Sequence[Setting], extra: Sequence[str] = ()) -> tuple
 
     Args:
         settings: on which they will be judged.
-        extra: more policies, each a preset and changes to it: `paper,candidates=5`; see `plan_of`.
+        extra: more policies, each one of `CONTROLLERS` and changes to it: `paper,candidates=5`; see `plan_of`.
 
     Raises:
         GraspError: an extra one is none.
     """
-    plans = {f"preset {name}": Plan(one) for name, one in PRESETS.items()} | {text: plan_of(text) for text in extra}
+    plans = {TITLES[name]: Plan(one) for name, one in CONTROLLERS.items()} | {text: plan_of(text) for text in extra}
     found: dict[str, Contestant] = {}
     missing: list[str] = []
-    recorded = all(one.landscape.shared is not None for one in settings)
+    shared, on_dev = (
+        all(getattr(one.landscape, name) is not None for one in settings) for name in ("shared", "shared_dev")
+    )
     for name, plan in plans.items():
-        if not recorded and plan.controller.policy.regime == "each_step":
+        if not shared and plan.controller.policy.regime == "each_step":
             missing.append(f"{name} is left out: not every landscape has a shared trajectory.")
+        elif not on_dev and plan.on_dev and name not in extra:
+            missing.append(f"{name} is left out: not every landscape has a shared trajectory on dev.")
         else:
             found[name] = partial(learned, plan)
     found[f"fixed {FIXED}"] = partial(fixed, FIXED)
@@ -205,25 +240,28 @@ def contestants(settings: Sequence[Setting], extra: Sequence[str] = ()) -> tuple
 
 
 def plan_of(text: str) -> Plan:
-    """Read `PRESET,KEY=VALUE,...`; the keys are those of the policy, its `kind`, `rule`, `start` and those of `Plan`.
+    """Read `NAME,KEY=VALUE,...`, a name of `CONTROLLERS`; the keys are those of its policy and rounds, `kind`, `rule` and `size`.
+
+    `turn` is short for `in_turn`.
 
     Raises:
-        GraspError: there is no such preset or setting, or a value is not allowed.
+        GraspError: there is no such controller or setting, or a value is not allowed.
     """
     name, *changes = text.split(",")
     try:
+        if name not in CONTROLLERS:
+            raise ValueError(f"there is no {name!r}; allowed: {', '.join(CONTROLLERS)}")
+        base = CONTROLLERS[name]
         values = {key: yaml.safe_load(value) for key, value in (one.split("=", 1) for one in changes)}
-        own = {one.name for one in fields(Plan)} - {"controller"}
-        plan = {key: values.pop(key) for key in own & set(values)}
-        base = preset(name)
-        rule, start = values.pop("rule", base.rule), values.pop("start", base.rounds.start)
-        before = base.policy.regime == "each_step" and start == 0
-        rounds = replace(base.rounds, start=start, before_training=before)
-        settings = plain_policy(base.policy) if values.get("kind") is None else {"kind": values["kind"]}
-        settings |= values
-        return Plan(Controller(policy_class(settings.pop("kind"))(**settings), rounds, rule), **plan)
+        values = {"in_turn" if key == "turn" else key: value for key, value in values.items()}
+        size, rule, kind = (
+            values.pop(key, usual) for key, usual in (("size", None), ("rule", base.rule), ("kind", None))
+        )
+        rounds = {one.name: values.pop(one.name) for one in fields(Rounds) if one.name in values}
+        policy = replace(base.policy, **values) if kind is None else policy_class(kind)(**values)
+        return Plan(Controller(policy, replace(base.rounds, **rounds), rule), size)
     except (ValueError, TypeError, yaml.YAMLError) as error:
-        raise GraspError(f"--policy {text}: {error}; write PRESET,KEY=VALUE,...") from error
+        raise GraspError(f"--policy {text}: {error}; write NAME,KEY=VALUE,...") from error
 
 
 # Figures of merit
@@ -418,12 +456,11 @@ def main() -> int:
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     parser.add_argument("--seeds", type=int, default=200)
     parser.add_argument("--signals", action="store_true", help="judge signals instead of contestants")
-    parser.add_argument("--policy", action="append", default=[], help="one more policy: PRESET,KEY=VALUE,...")
-    parser.add_argument("--probe-every", type=int, help="steps between rounds; else the recipe's")
+    parser.add_argument("--policy", action="append", default=[], help="one more policy: NAME,KEY=VALUE,...")
     parser.add_argument("--output", type=Path, help="write all figures as JSON")
     arguments = parser.parse_args()
     try:
-        settings = [Setting(name_of(file), Landscape.load(file), arguments.probe_every) for file in arguments.files]
+        settings = [Setting(name_of(file), Landscape.load(file)) for file in arguments.files]
         if len({one.name for one in settings}) < len(settings):
             raise GraspError("two landscapes have the same name; give each file a name of its own")
         rivals, missing = contestants(settings, arguments.policy)

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from landscape import Cost, Landscape
 
-from grasp_lora.errors import GraspError
 from grasp_lora.method.search import preset
 
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # Paper: grid search
@@ -39,22 +38,17 @@ class Setting:
         name: for tables.
         landscape: the recorded losses.
         low, high: the ratios that may be chosen: the bounds of the default policy.
-        probe_every: optimizer steps between rounds; None takes the recipe's.
 
     Raises:
-        GraspError: the landscape does not say how often its recipe probes, or what a controller run trains on.
+        GraspError: the landscape does not say what a controller run trains on.
     """
 
-    def __init__(self, name: str, landscape: Landscape, probe_every: int | None = None) -> None:
+    def __init__(self, name: str, landscape: Landscape) -> None:
         self.name = name
         self.landscape = landscape
         bounds = preset("paper").policy
         recorded = sorted(run.ratio for run in landscape.finals)
         self.low, self.high = max(bounds.ratio_min, recorded[0]), min(bounds.ratio_max, recorded[-1])
-        every = landscape.facts.get("probe_every") if probe_every is None else probe_every
-        if not isinstance(every, int) or every < 1:
-            raise GraspError(f"{name}: the fact probe_every is {every!r}; give --probe-every")
-        self.probe_every = every
         landscape.controller_cost(probes=0)  # raises where the costs of a controller run are not known
         self.smooth = {split: landscape.smooth_final(split, self.low, self.high) for split in ("dev", "test")}
         inside = [ratio for ratio in recorded if self.low <= ratio <= self.high]

@@ -29,11 +29,11 @@ ROUND = (
     "step", "candidates", "baseline_losses", "candidate_losses", "places", "rewards", "policy_mean", "policy_std",
     "committed", "clipped", "ratio_before", "ratio", "measured_sparsity",
 )  # fmt: skip
-SPREAD = "controller={preset: spread, rounds: {every: 3}, training: {epochs: 1, learning_rate: 1.0e-2}}"
+GRASP = "controller={preset: grasp, rounds: {every: 3}, training: {epochs: 1, learning_rate: 1.0e-2}}"
 RUNS: dict[str, tuple[str, ...]] = {
-    "spread": (SPREAD, "controller.training.epochs=3"),
-    "spread_rounds": ("controller={preset: spread, rounds: {every: 2}, training: {epochs: 1, learning_rate: 3.0e-3}}",),
-    "late": ("controller={preset: late, rounds: {every: 2}, training: {epochs: 2, learning_rate: 1.0e-2}}",),
+    "grasp": (GRASP, "controller.training.epochs=3"),
+    "grasp_rounds": ("controller={preset: grasp, rounds: {every: 2}, training: {epochs: 1, learning_rate: 3.0e-3}}",),
+    "grasp_without_dev": (GRASP, "controller.training.epochs=2", "data.target.dev=0", "final.training.patience=null"),
     "paper": (
         "controller.rule=best_reward",
         "controller.rounds.every=2",
@@ -41,17 +41,14 @@ RUNS: dict[str, tuple[str, ...]] = {
         "merge={rule: paper_sum_unscaled, weights: [1.0, 1.0]}",
     ),
     "input_aware": ("controller.rule=best_reward", "mask={score: input_aware}"),
-    "component": (
-        "controller={preset: late, rounds: {every: 3}, training: {epochs: 1, learning_rate: 1.0e-2}}",
-        "merge={rule: svd, rank: 3}",
-    ),
+    "component": (GRASP, "merge={rule: svd, rank: 3}"),
     "given": ("final.prune_ratio=0.45", "merge.rule=dare_ties", "final.training.epochs=2"),
-    "best": (SPREAD, "final.deliver=best"),
-    "on_source": (SPREAD, "target.on=source", "final.deliver=best"),
+    "best": (GRASP, "final.deliver=best"),
+    "on_source": (GRASP, "target.on=source", "final.deliver=best"),
     "no_dev": ("data.target.dev=0", "final.training.patience=null", "merge.rule=paper_sum"),
 }
 # The optimizer step after which a signal comes.
-INTERRUPTED = {"spread": 22, "paper": 31, "given": 17}
+INTERRUPTED = {"grasp": 22, "paper": 31, "given": 17}
 METHODS = (
     "zero_shot,source_only,target_only,continued,joint,ties,dare_ties,lorahub,merged,adaptive_merge,grid_paper,grid,grasp,"
     "grasp_paper"
@@ -116,9 +113,9 @@ def cases(only: str) -> Iterator[tuple[str, dict[str, str]]]:
             yield "compare", of_comparison(Path("compared"))
         for name, arguments in EXPORTS.items():
             if f"export {name}".startswith(only):
-                if not Path("spread").is_dir():
-                    call("run", "tiny.yaml", "--output", "spread", *sets(RUNS["spread"]))
-                call("export", "spread/adapter", "--output", f"export-{name}", *arguments)
+                if not Path("grasp").is_dir():
+                    call("run", "tiny.yaml", "--output", "grasp", *sets(RUNS["grasp"]))
+                call("export", "grasp/adapter", "--output", f"export-{name}", *arguments)
                 yield (
                     f"export {name}",
                     {file.name: of_tensors(file) for file in Path(f"export-{name}").glob("*.safetensors")},

@@ -18,7 +18,7 @@ from landscape import Cost, FinalRun, Landscape, Trajectory
 from grasp_lora.engine.steps import GRID
 from grasp_lora.errors import GraspError
 from grasp_lora.method.rules import Round
-from grasp_lora.method.search import POLICIES, Controller, Gaussian, RatioSearch, Rounds, Spread, preset
+from grasp_lora.method.search import POLICIES, Controller, PaperPolicy, RatioSearch, Rounds, preset
 
 BEST = 0.5
 RATIOS = tuple(number / 20 for number in range(17))
@@ -30,23 +30,20 @@ Curve = Callable[[float | None, float, float], float]
 FRACTIONS = benchmark.FRACTIONS
 
 
-def plan(name: str, **changes: Any) -> Any:
-    """A policy whose rounds are the setting's."""
-    return benchmark.Plan(changed(name, **changes))
+def paper(every: int = 10, patience: int | None = None, **changes: Any) -> Any:
+    """The paper's preset with other rounds, and other settings of its policy."""
+    policy = replace(preset("paper").policy, **changes)
+    return benchmark.Plan(Controller(policy, Rounds(every, patience=patience), "best_reward"))
 
 
-def changed(name: str, **changes: Any) -> Controller:
-    """A preset with another policy's settings."""
-    return replace(preset(name), policy=replace(preset(name).policy, **changes))
-
-
-# Trains all ratios together, else the paper's: what the benchmark reads is seen apart from what Spread draws.
+# Trains all ratios together, else the paper's: what the benchmark reads is seen apart from what preset grasp draws.
 @dataclass(frozen=True)
-class Together(Gaussian):
+class Together(PaperPolicy):
     regime = "each_step"
 
 
-TOGETHER = Controller(Together(), Rounds(before_training=True), "best_reward")
+def together(**rounds: Any) -> Any:
+    return benchmark.Plan(Controller(Together(), Rounds(40, at_ends=True, **rounds), "best_reward"))
 
 
 def final_loss(ratio: float) -> float:
@@ -65,7 +62,7 @@ def landscape(curve: Curve, shared: bool = True, noise: float = 0.0) -> Landscap
     for ratio in RATIOS:
         losses = {"micro_dev": (final_loss(ratio),) * EXAMPLES, "dev": (final_loss(ratio),) * 3, "test": (2.0, 2.0)}
         finals.append(FinalRun(ratio, 10, 10, losses, trained_examples=100, measured_examples=50))
-    return Landscape({"probe_every": 10, "trained_examples": 80}, tuple(trajectories), tuple(finals))
+    return Landscape({"trained_examples": 80, "examples": {"train": 40}}, tuple(trajectories), tuple(finals))
 
 
 def rising(train_ratio: float | None, step: float, ratio: float) -> float:
@@ -101,19 +98,16 @@ class TestRegret:
         assert one.regret(0.7, "dev", "smooth") > 1.0
 
     def test_the_range_is_that_of_the_default_policy(self, setting: Any) -> None:
-        default = Gaussian()
+        default = PaperPolicy()
         assert (setting.low, setting.high) == (default.ratio_min, default.ratio_max)
         early = replace(
             setting.landscape, finals=tuple(replace(one, ratio=one.ratio / 2) for one in setting.landscape.finals)
         )
         assert benchmark.Setting("early", early).high == pytest.approx(0.4)
 
-    @pytest.mark.parametrize("missing", ["probe_every", "trained_examples"])
-    def test_a_landscape_without_the_facts_is_refused(self, missing: str) -> None:
-        whole = landscape(telling)
-        facts = {name: value for name, value in whole.facts.items() if name != missing}
-        with pytest.raises(GraspError, match=missing):
-            benchmark.Setting("poor", replace(whole, facts=facts))
+    def test_a_landscape_without_the_facts_is_refused(self) -> None:
+        with pytest.raises(GraspError, match="trained_examples"):
+            benchmark.Setting("poor", replace(landscape(telling), facts={}))
 
 
 class TestRivals:
@@ -178,45 +172,43 @@ class TestRivals:
 class TestReplay:
     def test_a_reward_that_always_falls_with_the_ratio_sends_the_paper_policy_to_the_wrong_place(self) -> None:
         wrong, right = benchmark.Setting("wrong", landscape(rising)), benchmark.Setting("right", landscape(telling))
-        paper = partial(benchmark.learned, plan("paper"))
-        misled = [paper(wrong, seed).ratio for seed in range(10)]
+        learned = partial(benchmark.learned, paper())
+        misled = [learned(wrong, seed).ratio for seed in range(10)]
         assert np.mean(misled) < 0.3
         assert np.mean([wrong.regret(ratio, "dev", "smooth") for ratio in misled]) > 4.0
-        found = [paper(right, seed).ratio for seed in range(10)]
+        found = [learned(right, seed).ratio for seed in range(10)]
         assert np.mean([right.regret(ratio, "dev", "smooth") for ratio in found]) < 0.5
 
     @pytest.mark.parametrize("kind", POLICIES)
     def test_every_policy_finds_what_its_probes_show(self, kind: str, setting: Any) -> None:
-        held = benchmark.Plan(Controller(POLICIES[kind](), Rounds(), "smooth_fit"))
-        ratios = [benchmark.learned(held, setting, seed).ratio for seed in range(2)]
+        told = benchmark.Plan(Controller(POLICIES[kind](), Rounds(), "surrogate_at_end"))
+        ratios = [benchmark.learned(told, setting, seed).ratio for seed in range(2)]
         assert max(setting.regret(ratio, "dev", "smooth") for ratio in ratios) < 0.5
 
     def test_the_cost_is_training_and_probes(self) -> None:
         one = landscape(telling)
-        _, cost = benchmark.replay(one, plan("paper", candidates=3), seed=0, probe_every=20)
+        _, cost = benchmark.replay(one, paper(20, candidates=3), seed=0)
         assert cost == Cost(80, 4 * (1 + 3) * EXAMPLES)  # rounds after steps 20, 40, 60 and 80
-        _, cost = benchmark.replay(one, plan("paper", candidates=1), seed=0, probe_every=30)
+        _, cost = benchmark.replay(one, paper(30, candidates=1), seed=0)
         assert cost == Cost(80, 2 * (1 + 1) * EXAMPLES)
-        choice = benchmark.learned(plan("paper"), benchmark.Setting("one", one, probe_every=40), 0)
+        choice = benchmark.learned(paper(40), benchmark.Setting("one", one), 0)
         assert choice.cost.trained_examples == pytest.approx(180)
         assert choice.cost.measured_examples == pytest.approx(2 * 4 * EXAMPLES + 50)
 
     def test_rounds_may_follow_epochs(self) -> None:
-        one = landscape(telling)
-        one = replace(one, facts=one.facts | {"examples": {"train": 40}})  # two epochs of 40 steps
-        _, cost = benchmark.replay(one, benchmark.Plan(preset("spread"), every="epoch"), seed=0, probe_every=7)
-        assert cost.measured_examples <= 3 * 4 * EXAMPLES  # rounds at 0, 40 and 80
-        assert cost == benchmark.replay(one, benchmark.Plan(preset("spread"), every=40), seed=0)[1]
+        one = landscape(telling)  # two epochs of 40 steps
+        found = [benchmark.replay(one, benchmark.plan_of(f"grasp_on_micro_dev,every={n}"), 0) for n in ("epoch", 40)]
+        assert found[0] == found[1]
+        assert found[0][1].measured_examples <= 3 * 5 * EXAMPLES  # rounds at 0, 40 and 80
 
     def test_a_run_may_end_when_no_ratio_gets_lower(self) -> None:
         rising_with_time = landscape(lambda train_ratio, step, ratio: 1 + step / 100 + (ratio - BEST) ** 2)
-        patient = benchmark.Plan(changed("paper", candidates=1), patience=2)
-        _, cost = benchmark.replay(rising_with_time, patient, seed=0, probe_every=20)
+        _, cost = benchmark.replay(rising_with_time, paper(20, patience=2, candidates=1), seed=0)
         assert cost == Cost(60, 3 * 2 * EXAMPLES)  # the round after 20 steps is the best, those after 40 and 60 are not
 
     def test_candidates_that_coincide_are_measured_once(self) -> None:
-        at_the_bound = benchmark.Plan(changed("paper", ratio_max=0.101, ratio_init=0.1, std_init=9.0, candidates=64))
-        _, cost = benchmark.replay(landscape(telling), at_the_bound, seed=0, probe_every=80)
+        at_the_bound = paper(80, ratio_max=0.101, ratio_init=0.1, std_init=9.0, candidates=64)
+        _, cost = benchmark.replay(landscape(telling), at_the_bound, seed=0)
         assert cost.measured_examples < 5 * EXAMPLES  # nearly all are clamped to one of the two bounds
 
     def test_the_dev_set_can_be_probed_a_few_examples_in_turn(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,30 +218,29 @@ class TestReplay:
         finals = tuple(replace(run, losses={**run.losses, "dev": (1.0,) * 6}) for run in plain.finals)
         on_dev = replace(plain.shared, losses=plain.shared.losses[:, :, :1] + own, split="dev")
         one = replace(plain, trajectories=(*plain.trajectories, on_dev), finals=finals)
-        _, cost = benchmark.replay(one, benchmark.Plan(TOGETHER, pool="dev", turn=2), seed=0, probe_every=40)
+        _, cost = benchmark.replay(one, together(pool="dev", in_turn=2), seed=0)
         seen = [tuple(round(loss / 100) for loss in measured.baseline_losses) for measured in told]
         assert len(seen) == 3
         assert all(len(number) == 2 for number in seen)
         assert sorted(sum(seen, ())) == list(range(6))  # each example once
+        assert [measured.places for measured in told] == [(0, 1), (2, 3), (4, 5)]
         assert cost == Cost(80, 3 * 4 * 2)
         told.clear()
-        _, cost = benchmark.replay(
-            one, benchmark.Plan(TOGETHER, pool="dev", turn=2, patience=9), seed=0, probe_every=40
-        )
+        _, cost = benchmark.replay(one, together(pool="dev", in_turn=2, patience=9), seed=0)
         assert [(len(measured.baseline_losses), len(measured.candidate_losses[0])) for measured in told] == [(6, 2)] * 3
         assert sorted(place for measured in told for place in measured.places or ()) == list(range(6))
         assert all(min(measured.rewards) > -50 for measured in told)  # on the same examples, whose levels are 100 apart
         assert cost == Cost(80, 3 * (6 + 3 * 2))
         told.clear()
-        benchmark.replay(one, benchmark.Plan(TOGETHER, pool="both"), seed=0, probe_every=40)
+        benchmark.replay(one, together(pool="both"), seed=0)
         assert {len(measured.baseline_losses) for measured in told} == {6 + EXAMPLES}
         with pytest.raises(GraspError, match="no shared trajectory on dev"):
-            benchmark.replay(plain, benchmark.Plan(TOGETHER, pool="dev"), seed=0)
+            benchmark.replay(plain, together(pool="dev"), seed=0)
 
     def test_a_round_is_what_the_network_at_the_current_ratio_shows(self, monkeypatch: pytest.MonkeyPatch) -> None:
         told = watch(monkeypatch)
         one = landscape(lambda train_ratio, step, ratio: 10 * (train_ratio or 0) + step / 100 - ratio)
-        estimate, _ = benchmark.replay(one, plan("paper", ratio_init=0.4), seed=3, probe_every=20)
+        estimate, _ = benchmark.replay(one, paper(20, ratio_init=0.4), seed=3)
         assert len(told) == 4
         assert told[0].current_ratio == 0.4
         assert len({measured.current_ratio for measured in told}) > 1  # it committed
@@ -267,14 +258,14 @@ class TestReplay:
     def test_a_policy_that_holds_no_ratio_reads_the_shared_trajectory(self, monkeypatch: pytest.MonkeyPatch) -> None:
         told = watch(monkeypatch)
         one = landscape(lambda train_ratio, step, ratio: 100.0 if train_ratio is None else 1.0)
-        benchmark.replay(one, benchmark.Plan(TOGETHER), seed=0, probe_every=20)
+        benchmark.replay(one, together(), seed=0)
         assert min(min(measured.baseline_losses) for measured in told) >= 100
         with pytest.raises(GraspError, match="no shared trajectory"):
-            benchmark.replay(landscape(telling, shared=False), benchmark.Plan(TOGETHER), seed=0)
+            benchmark.replay(landscape(telling, shared=False), together(), seed=0)
 
     def test_a_seed_decides_policy_and_examples(self) -> None:
         one = landscape(telling, noise=0.05)
-        estimates = [benchmark.replay(one, plan("paper"), seed)[0] for seed in (0, 0, 1)]
+        estimates = [benchmark.replay(one, paper(), seed)[0] for seed in (0, 0, 1)]
         assert estimates[0] == estimates[1] != estimates[2]
         drawn = [benchmark.drawn_examples(one, seed).tolist() for seed in range(5)]
         assert len({tuple(one) for one in drawn}) > 1
@@ -322,11 +313,11 @@ class TestFigures:
         assert 0 < narrow[1] - narrow[0] < high - low
 
     def test_all_contestants_stand_in_both_tables(self, setting: Any) -> None:
-        rivals, left_out = benchmark.contestants([setting], ["paper,kind=gaussian,candidates=2"])
-        own = {"preset paper", "preset spread", "preset late", "paper,kind=gaussian,candidates=2"}
+        on_dev = replace(setting.landscape.shared, split="dev", losses=setting.landscape.shared.losses[:, :, :3])
+        whole = replace(setting.landscape, trajectories=(*setting.landscape.trajectories, on_dev))
+        rivals, left_out = benchmark.contestants([benchmark.Setting("whole", whole)], ["paper,kind=grpo,candidates=2"])
+        own = {*benchmark.TITLES.values(), "paper,kind=grpo,candidates=2"}
         assert own | {"fixed 0.4"} <= set(rivals)
-        policies = {contestant.args[0].controller.policy for name, contestant in rivals.items() if name in own}
-        assert policies == {Gaussian(), Spread(candidates=2), Spread(bounds_first=True), Gaussian(candidates=2)}
         few = {name: rivals[name] for name in ("preset paper", "fixed 0.4")}
         found = json.loads(json.dumps(benchmark.judge([setting], few, seeds=2)))
         text = benchmark.merit_tables(found)
@@ -337,17 +328,43 @@ class TestFigures:
         assert not left_out
 
     def test_a_smaller_micro_dev_set_costs_less(self, setting: Any) -> None:
-        costs = [benchmark.learned(benchmark.Plan(preset("paper"), size=size), setting, 0).cost for size in (None, 2)]
+        costs = [benchmark.learned(replace(paper(), size=size), setting, 0).cost for size in (None, 2)]
         final = setting.landscape.final_cost(BEST).measured_examples
         assert costs[1].measured_examples - final == (costs[0].measured_examples - final) / 2  # two of four examples
         assert costs[1].trained_examples == costs[0].trained_examples
 
     def test_policies_are_left_out_where_they_cannot_be_replayed(self) -> None:
-        one = benchmark.Setting("unshared", landscape(telling, shared=False))
-        rivals, left_out = benchmark.contestants([one])
-        assert "preset spread" not in rivals
-        assert "preset paper" in rivals
-        assert any(line.startswith("preset spread is left out") for line in left_out)
+        for shared, missing in (
+            (False, {"grasp", "grasp_on_micro_dev", "even"}),
+            (True, {"grasp", "even"}),
+        ):  # none on dev
+            one = benchmark.Setting("unshared", landscape(telling, shared))
+            rivals, left_out = benchmark.contestants([one])
+            titles = {benchmark.TITLES[name] for name in missing}
+            assert set(benchmark.TITLES.values()) - set(rivals) == titles
+            assert {line.partition(" is left out: not every")[0] for line in left_out} == titles
+
+    def test_a_policy_is_a_controller_with_changes(self) -> None:
+        told = benchmark.plan_of("grasp,candidates=2,turn=5,patience=null,every=20,rule=best_reward,size=3")
+        assert told.controller == Controller(
+            replace(preset("grasp").policy, candidates=2),
+            Rounds(20, at_ends=True, pool="dev", in_turn=5),
+            "best_reward",
+        )
+        assert told.size == 3
+        assert benchmark.plan_of("paper,kind=grpo,at_ends=true").controller.policy == preset("grasp").policy
+
+    def test_even_proposals_are_evenly_spaced_and_hold_no_ratio(self) -> None:
+        policy = replace(benchmark.CONTROLLERS["even"].policy, candidates=4)
+        drawn = []
+        for rounds in range(10):
+            search = RatioSearch(policy, "surrogate")
+            search.history = [None] * rounds  # type: ignore[list-item]
+            candidates = search.ask()
+            assert np.diff(candidates) == pytest.approx([0.7 / 4] * 3)
+            drawn += candidates
+        assert len({round(ratio, 3) for ratio in drawn}) == 40
+        assert np.diff(sorted([0.1, *drawn, 0.8])).max() < 0.05
 
     @pytest.mark.parametrize(
         "text",
@@ -356,15 +373,15 @@ class TestFigures:
             "paper,candidates",
             "paper,candidates=0",
             "paper,colour=1",
-            "spread,every=0",
-            "spread,pool=test",
-            "spread,max_step=0.1",
+            "spread",
+            "grasp,every=0",
+            "grasp,pool=test",
+            "grasp,max_step=0.1",
             "paper,kind=grid",
             "paper,pool=dev",
             "paper,patience=epoch",
-            "late,race=1",
-            "late,fixed=3",
-            "spread,rule=mean",
+            "grasp,size=0",
+            "grasp,rule=mean",
         ],
     )
     def test_a_policy_that_is_none(self, text: str) -> None:
@@ -447,5 +464,5 @@ class TestCommand:
         assert self.run(monkeypatch, tmp_path / "one.parquet", tmp_path / "one.parquet") == 2
         assert "same name" in capsys.readouterr().err
         # known only when the policy is replayed: nothing was measured on dev
-        assert self.run(monkeypatch, tmp_path / "one.parquet", "--policy", "spread,pool=both", "--seeds", 1) == 2
+        assert self.run(monkeypatch, tmp_path / "one.parquet", "--policy", "grasp,pool=both", "--seeds", 1) == 2
         assert capsys.readouterr().err.startswith("error: a landscape has no shared trajectory on dev")

@@ -38,7 +38,7 @@ def lab(tiny_workspace: Path) -> Iterator[speed_lab.Lab]:
         nonlocal passed
         passed += len(named["input_ids"])
 
-    stages = {name: speed.stage_of(recipe, name) for name in ("paper", "spread")}
+    stages = {name: speed.stage_of(recipe, name) for name in ("paper", "grasp")}
     lab = speed_lab.Lab(recipe, base, ["tiny.yaml"], examples=6, pairs=1, stages=stages, now=lambda: passed)
     handle = lab.session.backbone.model.get_decoder().register_forward_pre_hook(count, with_kwargs=True)
     yield lab
@@ -128,14 +128,14 @@ class TestMeasures:
     def test_controller_runs_are_compared_with_the_training_alone(self, lab: speed_lab.Lab) -> None:
         lab.pairs = 2
         found = ratios(speed.controller(lab))
-        for name, before in (("paper", 0), ("spread", 1)):  # rounds before the first step
+        for name, before in (("paper", 0), ("grasp", 1)):  # rounds before the first step, and as many after the tenth
             a_round = (1 + preset(name).policy.candidates) * MICRO_DEV
             rounds = before + 6 // PROBE_EVERY
             size = f"6 examples, {rounds} rounds"
             assert found[f"controller run ({name}) / training without, {size}"] == (6 + rounds * a_round) / 6
             share = rounds * a_round / (6 + rounds * a_round)
             assert found[f"its rounds / controller run ({name}), {size}"] == share
-            whole = 10 + (before + 10 // PROBE_EVERY) * a_round  # ten training examples, one epoch
+            whole = 10 + (2 * before + 10 // PROBE_EVERY) * a_round  # ten training examples, one epoch
             assert found[f"controller run ({name}) / training without, all epochs"] == pytest.approx(whole / 10)
             with_dev = whole / (10 + 2 * 6)  # 6 dev examples, measured before and after
             assert found[f"controller run ({name}) / training with dev, all epochs"] == pytest.approx(with_dev)
@@ -150,9 +150,9 @@ class TestMeasures:
         assert paper.note == f"in passes {work:.2f}"
 
     def test_examples_in_turn_are_timed_and_counted_as_such(self, lab: speed_lab.Lab) -> None:
-        preset_stage, policy = lab.stages["spread"], lab.stages["spread"].policy
+        preset_stage, policy = lab.stages["grasp"], lab.stages["grasp"].policy
         rounds = replace(preset_stage.rounds, pool="both", in_turn=3)
-        turn = replace(preset_stage, rule="smooth_fit", rounds=rounds)
+        turn = replace(preset_stage, rule="surrogate_at_end", rounds=rounds)
         lab.stages = {
             "all": preset_stage, "in turn": turn, "rare": replace(turn, rounds=replace(rounds, every=100)),
             "compared": replace(turn, rule="surrogate"),
@@ -169,7 +169,9 @@ class TestMeasures:
             "rare": [probes * 3],
             "compared": [whole + policy.candidates * 3],  # the baseline on all
         }
-        assert lab.parts.whole_controller("rare") == [10 + probes * 3]  # the round before the first step
+        assert lab.parts.whole_controller("rare") == [
+            10 + 2 * probes * 3
+        ]  # the rounds before the first step and after the last
 
     def test_whole_runs_follow_the_recipe(self, lab: speed_lab.Lab) -> None:
         final = replace(lab.recipe.final.training, epochs=3, evaluate_every=0.5)
@@ -255,9 +257,9 @@ class TestCommand:
     def test_every_row_of_a_measurement_has_a_policy_that_was_asked_for(
         self, tiny_workspace: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        speed.main(["tiny.yaml", "--only", "end", "--policy", "late", "--pairs", "1", "--examples", "3"])
+        speed.main(["tiny.yaml", "--only", "end", "--policy", "grasp", "--pairs", "1", "--examples", "3"])
         lines = capsys.readouterr().out.splitlines()
-        names = ("the recipe's", "late")
+        names = ("the recipe's", "grasp")
         assert [name in line for name, line in zip(names, lines[2:], strict=True)] == [True, True]
 
     def test_a_policy_may_name_its_spacing(self) -> None:
@@ -273,7 +275,7 @@ class TestCommand:
             (["--only", "step,nothing"], "--only names nothing; allowed: start"),
             (["--pairs", "0"], "at least 1"),
             (["--policy", "paper@often"], "'often' is no number of steps"),
-            (["--policy", "quick"], "preset is 'quick'; allowed: spread"),
+            (["--policy", "quick"], "preset is 'quick'; allowed: grasp"),
         ],
     )
     @pytest.mark.usefixtures("tiny_workspace")
