@@ -355,10 +355,8 @@ class TestFigures:
         assert benchmark.plan_of("paper,kind=grpo,at_ends=true").controller.policy == preset("grasp").policy
 
     def test_even_proposals_are_evenly_spaced_and_hold_no_ratio(self) -> None:
-        policy = replace(benchmark.CONTROLLERS["even"].policy, candidates=4)
-        drawn = []
+        search, drawn = RatioSearch(benchmark.Even(candidates=4), "surrogate"), []
         for rounds in range(10):
-            search = RatioSearch(policy, "surrogate")
             search.history = [None] * rounds  # type: ignore[list-item]
             candidates = search.ask()
             assert np.diff(candidates) == pytest.approx([0.7 / 4] * 3)

@@ -436,12 +436,9 @@ def test_examples_take_turns_and_a_baseline_is_of_all_where_rounds_are_compared(
     train_ours(model, tmp_path, controller)
     rows = read_rows(tmp_path / "rounds.jsonl")
     whole, turns = probes.whole.ids, [probes.at(number).ids for number in range(len(rows))]
-    # The baseline and each other ratio of a round on the same ones, or the baseline on all.
-    others = [len(set(row["candidates"]) - ({row["ratio_before"]} if kind == "grpo" else set())) for row in rows]
-    expected = [
-        [turn if compared_by == "nothing" else whole, *[turn] * count]
-        for turn, count in zip(turns, others, strict=True)
-    ]
+    # The baseline and the candidates of a round on the same ones, or the baseline on all.
+    count = 4 if kind == "grpo" else 3
+    expected = [[turn if compared_by == "nothing" else whole, *[turn] * count] for turn in turns]
     assert probed == list(itertools.chain(*expected))
     for turn, row, measured in zip(turns, rows, controller.search.history, strict=True):
         baseline = row["baseline_losses"]
@@ -1021,12 +1018,9 @@ def test_from_rows_builds_the_measured_default(model, weights, tiny_tokenizer, t
 
 def overlap(probe) -> list[float]:
     """The F1 of characters of each answer."""
-    scores = []
-    for answer, reference in zip(probe.answers, probe.references, strict=True):
-        common = (Counter(answer) & Counter(reference)).total()
-        scores.append(2 * common / max(1, len(answer) + len(reference)))
     assert probe.answers is probe.answers
-    return scores
+    pairs = zip(probe.answers, probe.references, strict=True)
+    return [2 * (Counter(one) & Counter(other)).total() / (len(one) + len(other)) for one, other in pairs]
 
 
 def mean_of_losses(probe) -> torch.Tensor:
@@ -1049,7 +1043,7 @@ def test_a_reward_of_ones_own_takes_the_place_of_losses(
     settings = replace(PRESETS[kind], rounds=Rounds(6, kind == "grasp", in_turn=3), rule="surrogate_at_end")
     options = {"segments": segments_of(weights), "folder": tmp_path, "reward": watched}
     controller = GraspController.from_rows(ROWS[:7], tiny_tokenizer, settings, **options)
-    train_any(model, tmp_path, controller, tokenizer=tiny_tokenizer)
+    train_any(model, tmp_path, controller)
     rounds = read_rows(tmp_path / "rounds.jsonl")
     assert [row["step"] for row in rounds] == ([0, 6, 12] if kind == "grasp" else [6, 12])
     assert len(asked) == (len(seen) if reward is overlap else 0)  # answers are computed when they are asked for, once
@@ -1094,18 +1088,16 @@ def test_a_reward_that_is_none_is_named(given, shown):
     def mine(probe):
         return given
 
-    probe = SimpleNamespace(examples=[1, 2, 3])
     message = rf"^reward mine gave {shown}; it must return a finite number, or one for each of the 3 rows$"
     with pytest.raises(ProbeError, match=message):
-        probing.rewarded(mine, probe)
+        probing.rewarded(mine, SimpleNamespace(examples=[1, 2, 3]))
 
 
-@pytest.mark.parametrize("kind", [float, torch.tensor, np.array])
-def test_rewards_are_numbers_tensors_or_arrays(kind):
-    probe = SimpleNamespace(examples=[1, 2, 3])
-    assert probing.rewarded(lambda _: kind(2.5), probe) == [-2.5]
-    if kind is not float:
-        assert probing.rewarded(lambda _: kind([1.0, 2.0, 3.0]), probe) == [-1.0, -2.0, -3.0]
+@pytest.mark.parametrize("kind", [lambda value: value, torch.tensor, np.array])
+@pytest.mark.parametrize("given", [2.5, [1.0, 2.0, 3.0]])
+def test_rewards_are_numbers_tensors_or_arrays(kind, given):
+    losses = probing.rewarded(lambda probe: kind(given), SimpleNamespace(examples=[1, 2, 3]))
+    assert losses == (-np.atleast_1d(given)).tolist()
 
 
 def test_a_reward_needs_rows(model, weights, tmp_path):
