@@ -365,7 +365,12 @@ def test_quick_commands_do_without_torch_and_shells_complete_recipes(tiny_worksp
 
 def test_the_end_of_a_run_names_systems_and_metrics_as_the_report_does(cli: Cli, finished_run: Path) -> None:
     shown = output(cli("run", "tiny.yaml", "--output", finished_run))
-    for name in ("Backbone alone", "Merged, not pruned", "Exact match", "Take this adapter: GRASP's result."):
+    for name in (
+        "Backbone alone",
+        "Merged, not trained",
+        "Exact match",
+        "Take this adapter: the merge of both adapters, pruned at",
+    ):
         assert name in shown
     assert "exact_match" not in shown
 

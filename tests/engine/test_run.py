@@ -149,7 +149,14 @@ class TestFiles:
     def test_the_cost_is_that_of_the_steps(self, reference_run: Path) -> None:
         cost = read(reference_run / "cost.json")
         [final] = step_folders(reference_run, FINAL)
-        assert set(cost) == {"source", "target", "controller", "final-0.00", final.name.rpartition("-")[0], "evaluation"}
+        assert set(cost) == {
+            "source",
+            "target",
+            "controller",
+            "final-0.00",
+            final.name.rpartition("-")[0],
+            "evaluation",
+        }
         for name in set(cost) - {"evaluation"}:
             [step] = step_folders(reference_run, name)
             assert cost[name] == read(step / "done.json")["seconds"] >= 0

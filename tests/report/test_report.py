@@ -117,7 +117,7 @@ def page_of(record: Run, folder: Path) -> Page:
 
 def test_the_table_holds_the_scores_and_the_measured_ratio(run: Run, tmp_path: Path) -> None:
     page = page_of(run, tmp_path)
-    for system, name in zip(SYSTEMS, ("Source only", "Target only", "Merged, not pruned", "GRASP"), strict=True):
+    for system, name in zip(SYSTEMS, ("Source only", "Target only", "Merged, not trained", "GRASP"), strict=True):
         scores = run.metrics.systems[system]
         measured = [f"{scores.metrics[key]:.1f}" for key in ("f1", "exact_match")]
         ratio = percent(1 - kept_share(run.sparsity), 1) if system == "grasp" else percent(0)
@@ -131,8 +131,9 @@ def test_best_of_each_column_is_bold_and_what_is_handed_over_is_marked(run: Run,
     bold = re.findall(r"<td><strong>([^<]*)</strong></td>", page)
     assert bold == ["26.0", "43.2", "26.0", "0.857", "0.822"]  # exact match is a tie of merged and GRASP
     assert page.count('<tr class="chosen"><th scope="row">GRASP<small>, handed over</small></th>') == 1
-    head = "<h1>Prune 46 % of the merged adapter (95 % interval 38 to 55 %). Test F1 43.2 against 35.0 for the target"
-    assert head in page
+    head = "<h1>Take this adapter: the merge of both adapters, pruned at 46 % and trained (GRASP).</h1>"
+    assert head in page.replace("\u00a0", " ")
+    assert "It prunes 46 % of the merged adapter (95 % interval 38 to 55 %). Test F1 43.2 against 35.0" in page
     assert "grasp-lora predict" in page
 
 
@@ -163,7 +164,7 @@ def test_losses_are_compared_where_scores_are_not_there_by_example(run: Run, tmp
         run = answered(run, system, lambda place, more=more: {"loss": 1.0 + 0.01 * place + more, "scores": {}})
     page = text_of(run, tmp_path)
     assert "GRASP against target only: F1 +8.2 points; test loss -0.500 (-0.500 to -0.500): better." in page
-    assert "against merged, not pruned: F1 +1.1 points; test loss +0.000, the same in every draw." in page
+    assert "against merged, not trained: F1 +1.1 points; test loss +0.000, the same in every draw." in page
     assert "for the target adapter alone.</h1>" in page
 
 
@@ -212,7 +213,7 @@ def test_the_first_line_says_that_the_test_rows_show_another_system_to_be_better
 ) -> None:
     run = with_delivered(with_recipe(run, final={"deliver": deliver}), title="this one")
     run = with_f1(run, lambda name, place: 40.0 + place % 3 + (4.0 + place % 2) * (name == "merged"))
-    sentence = "The test rows show another to be better (merged, not pruned): F1 40.9 against 45.4, -4.5 (-5."
+    sentence = "The test rows show another to be better (merged, not trained): F1 40.9 against 45.4, -4.5 (-5."
     assert sentence in text_of(run, tmp_path).partition("</h1>")[0]
     assert sentence in verdict(run, compare_handed_over(run)).replace("\u2212", "-")  # the terminal's first line
     assert sentence in card(run, tmp_path).replace("\u2212", "-")
@@ -226,7 +227,7 @@ def test_a_score_that_is_higher_perhaps_by_chance_is_named_with_the_folder_of_it
 ) -> None:
     run = with_delivered(with_recipe(run, final={"deliver": "best"}), name="target", title="the target adapter")
     run = with_f1(run, lambda name, place: 40.0 + (9.0 * (place % 2) - 4.0) * (name in ("merged", "grasp")))
-    said = "A higher test F1 than its 40.0: merged, not pruned (40.5, in {}merged/); GRASP (40.5, in {}final/). 8 test rows cannot show"
+    said = "A higher test F1 than its 40.0: merged, not trained (40.5, in {}merged/); GRASP (40.5, in {}final/). 8 test rows cannot show"
     assert said.format("", "") in text_of(run, tmp_path)
     assert said.format("runs/a/", "runs/a/") in str(higher(run, compare_handed_over(run), Path("runs/a")))
     run = with_scores(run, target={"f1": 41.0})
@@ -313,7 +314,7 @@ def test_every_one_of_several_sources_has_its_row(run: Run, tmp_path: Path) -> N
     run = replace(run, predictions={**run.predictions, "source_2": run.predictions["source"]})
     run = with_recipe(run, source={"adapters": ["owner/first", "owner/second"]})
     names = [row[0].text for row in scores_table(run).rows]
-    assert sorted(names) == ["GRASP", "Merged, not pruned", "Source 1 only", "Source 2 only", "Target only"]
+    assert sorted(names) == ["GRASP", "Merged, not trained", "Source 1 only", "Source 2 only", "Target only"]
     page = text_of(run, tmp_path)
     assert "GRASP against source 2 only: F1 +11.7 points" in page
 
@@ -515,7 +516,8 @@ def test_of_many_examples_twenty_are_shown(run: Run, tmp_path: Path) -> None:
 
 
 def test_what_can_be_done_next_names_what_it_costs(run: Run, tmp_path: Path) -> None:
-    assert next_step(run, "tiny.yaml", [], tmp_path, False) is None  # the recipe asks for GRASP's result
+    given = with_recipe(replace(run, learned=None), final={"deliver": "grasp", "prune_ratio": 0.4})
+    assert next_step(given, "tiny.yaml", [], tmp_path, False) is None  # the recipe asks for one run at its ratio
     run = with_recipe(run, final={"deliver": "best"})
     compare = next_step(run, "tiny.yaml", ["seed=1"], tmp_path, True) or ""
     assert compare.startswith(
