@@ -265,8 +265,6 @@ def test_what_the_recipe_asks_for_is_counted(check: Check) -> None:
     ("changes", "error", "message"),
     [
         (("controller.rounds.every=11",), RecipeError, "10 optimizer steps and probes every 11, so no round follows a step"),
-        # The round before training alone learns nothing of it.
-        (("controller.preset=spread", "controller.rounds.every=11"), RecipeError, "so no round follows a step"),
         (("controller.rounds.pool=both", "data.target.dev=0"), RecipeError,
          "probes both, but data.target.dev is 0; give it examples"),
         (("data.target.dev=0", "data.target.micro_dev=0"), RecipeError, "there are none: set data.target.dev, to 16 for"),
