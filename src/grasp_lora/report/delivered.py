@@ -46,7 +46,7 @@ def verdict(run: Run, compared: Mapping[str, Difference]) -> str:
     """
     delivered = run.metrics.delivered
     taken = delivered.title
-    if delivered.name == "grasp" and run.learned:
+    if run.recipe.final.deliver == "grasp" and run.learned:
         taken = f"the merge of both adapters, pruned at {percent(run.metrics.prune_ratio)} and trained (GRASP)"
     if discarded(run, delivered.name):
         taken += ", not trained further (no step lowered the dev loss)"
@@ -125,7 +125,9 @@ def headline(run: Run, compared: Mapping[str, Difference]) -> str:
     if run.metrics.delivered.nothing_learned:
         sentences = [] if chosen else [NOTHING_LEARNED]  # which the verdict begins with
     beside = {"continued": "the source adapter continued"}
-    if chosen:  # where no step of that lowered the dev loss, the usual practice leaves the source adapter
+    if (
+        run.recipe.final.deliver != "grasp"
+    ):  # where no step lowered the dev loss, the usual practice leaves the source adapter
         beside["source"] = "the source adapter as it is"
     beside |= (
         {"target": "the target adapter alone"}

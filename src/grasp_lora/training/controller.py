@@ -177,7 +177,7 @@ class GraspController(PrunedTraining):
         masks, search, number = self.masks, self.search, len(self.search.history)
         # Candidates are compared on the few examples whose turn it is; where rounds are compared, too, the baseline needs all.
         few, places = self.micro_dev.at(number), self.micro_dev.places(number)
-        whole = self.micro_dev.whole if self.settings.compares_rounds and self._reward is None else few
+        whole = self.micro_dev.whole if self.settings.compares_rounds else few
 
         self._rest()
         if self._each_step:
@@ -185,6 +185,8 @@ class GraspController(PrunedTraining):
         else:
             seen, order = calibrate(model, masks, whole), masks.rank()
         baseline = self._measure(model, whole) if seen is None or self._reward else seen
+        if places is not None and len(baseline) < len(places):  # a reward of one number, that of the candidates' rows
+            baseline, places = baseline if whole is few else self._measure(model, few), None
         candidates, before = search.ask(), search.current_ratio
         of_turn = baseline if whole is few or places is None else [baseline[place] for place in places]
         # Equal ratios have equal masks where all are of one order; else the mask that is on may be of an older one.
@@ -194,8 +196,6 @@ class GraspController(PrunedTraining):
                 with masks.probe(ratio, order):
                     losses[ratio] = self._measure(model, few)
         by_candidate = [losses[ratio] for ratio in candidates]
-        if places is not None and len(baseline) < len(places):  # a reward of one number for all rows
-            places = None
         measured = Round(before, tuple(candidates), tuple(baseline), tuple(map(tuple, by_candidate)), places)
         decision = search.tell(measured)
         if decision.committed:
