@@ -183,20 +183,8 @@ def test_every_page_with_python_is_run():
     assert found == {"README.md", "script.md", "search-settings.md", "serve.md"}
     script = "guide/script.md"
     headings = re.findall(r"^##+ (.+)$", (ROOT / "docs" / script).read_text(encoding="utf-8"), re.MULTILINE)
-    run = ["The whole job", "In your own training", "The final run", "Merge, prune, save"]
+    run = ["The whole job", "In your own training", "The final run", "A reward of your own", "Merge, prune, save"]
     assert [heading for heading in headings if python_of(script, heading)] == run
-
-
-def test_the_readme_runs_and_judges(tiny_workspace, capsys):
-    shutil.copy("tiny.yaml", "my-examples.yaml")
-    write_adapter("first-adapter")
-    rows = [f"fresh {number}: what?, {number}" for number in range(4)]
-    Path("test.csv").write_text("\n".join(["prompt,completion", *rows]), encoding="utf-8")
-    exec(compile(python_of("../README.md"), "README.md", "exec"), {})
-    title, ratio, ranking, *_ = capsys.readouterr().out.splitlines()
-    assert title.endswith("adapter")
-    assert "prune" in ratio
-    assert set(ast.literal_eval(ranking)) == {"first-adapter", "adapter"}
 
 
 def test_the_guide_learns_a_ratio_and_trains_at_it(tiny_workspace, capsys):
@@ -210,6 +198,11 @@ def test_the_guide_learns_a_ratio_and_trains_at_it(tiny_workspace, capsys):
     ratio = names["controller"].learned.ratio
     for tensor in load_file("final/adapter_model.safetensors").values():
         assert int((tensor == 0).sum()) == prune_count(ratio, tensor.numel())
+    for page, heading in (("guide/script.md", "A reward of your own"), ("../README.md", "")):
+        code = python_of(page, heading)
+        assert len(code.splitlines()) <= 40
+        exec(compile(without_gpu(code), page, "exec"), names)
+        assert "RatioEstimate(ratio=" in capsys.readouterr().out
 
 
 def test_the_recipe_that_the_guide_shows_is_the_one_that_comes_along(tmp_path):
