@@ -338,8 +338,7 @@ class Steps:
             with attached(self._backbone, weights, dropout=recipe.dropout) as model:
                 result = finetune(model, train, self.splits.dev, controller=controller, **how)
             rounds, timings = controller.rows()
-            # A round before training shows nothing of training. It is enough only where none but it was planned.
-            if not any(row["step"] for row in rounds) and stage.round_steps(len(train)) != [0]:
+            if not any(row["step"] for row in rounds):  # a round before training shows nothing of training
                 raise GraspError(
                     f"the controller run stopped by its dev loss at step {result.steps}, before a round followed a step; "
                     "lower controller.rounds.every, or raise controller.training.patience"

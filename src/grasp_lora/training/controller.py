@@ -227,12 +227,10 @@ class GraspController(PrunedTraining):
         """Prune at the first ratio and start the records; a resume cuts off rounds after its checkpoint."""
         every = self.settings.rounds.every
         self._spacing = _steps_per_epoch(args, kwargs["train_dataloader"]) if every == "epoch" else every
-        if not (planned := self.settings.rounds.round_steps(state.max_steps, self._spacing)) and state.max_steps:
+        if state.max_steps and not self.settings.rounds.round_steps(state.max_steps, self._spacing):
             raise GraspError(
                 f"no round falls into {state.max_steps} steps; lower rounds.every ({every!r}), or train longer"
             )
-        if planned == [0]:
-            logger.warning("the only round of this training comes before its first step, and shows nothing of training")
         if self._masks is not None:  # a training of this controller's has begun before
             self._start_anew()
         super().on_train_begin(args, state, control, **kwargs)
