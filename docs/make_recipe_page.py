@@ -36,7 +36,8 @@ The model card, `adapter/README.md` in the folder of a run, shows the prompt tha
 PRESET_INTRO = """
 ## Presets
 
-What `controller.preset` stands for, where the target has a dev set. Without one `grasp` probes the micro-dev rows: [presets](../method/presets.md).
+What `controller.preset` stands for, where the target has a dev set.
+Without one `grasp` probes the micro-dev rows: [presets](../method/presets.md).
 Only what differs from the defaults of the policy and of rounds (`every: 10`, on all of `micro_dev`, to the end) is shown.
 All of it but the bounds, the spacing of the rounds and the rule is fixed in a recipe; a script sets it in `Controller`.
 With `paper` no training clips its gradients, and the merge is trained without dropout.

@@ -4,7 +4,6 @@ In the gate: the command line takes every command, every program that is not run
 In `make slow`: the commands of a page run one after the other, in the folder of a newcomer.
 """
 
-import ast
 import importlib
 import json
 import re
