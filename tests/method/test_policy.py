@@ -448,7 +448,7 @@ def test_presets_are_policy_rounds_and_rule():
     on_dev = Rounds("epoch", at_ends=True, pool="dev", in_turn=7, patience=1)
     assert preset("grasp") == Controller() == Controller(GrpoPolicy(), on_dev, "surrogate")
     assert preset("grasp", dev=False) == ON_MICRO_DEV
-    assert Controller(GrpoPolicy(), Rounds(20, at_ends=True, in_turn=8), "surrogate_at_end") == ON_MICRO_DEV
+    assert Controller(GrpoPolicy(), Rounds(25, at_ends=True, in_turn=8), "surrogate_at_end") == ON_MICRO_DEV
     for dev in (True, False):
         assert preset("paper", dev) == Controller(PaperPolicy(), Rounds(), "best_reward")
         assert preset(ON_MICRO_DEV, dev) is ON_MICRO_DEV
