@@ -12,7 +12,8 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import pairwise, takewhile
+from operator import eq
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -84,7 +85,12 @@ def answer(
             likeliest = max(labels, key=lambda label: found[tuple(labels[label])])
             rows.append((likeliest, abs(found[tuple(right[place])]) / len(right[place]) if right else 0.0))
     else:
-        rows = _greedy_answers(model, tokenizer, prompts, right, settings, progress, ends)
+        ending = _Ending(tokenizer, settings, {*find_stop_ids(model, tokenizer), *ends})
+        losses, texts = _ask(model, prompts, right, progress, ending)
+        rows = [
+            (text, loss / len(right[place]) if right else 0.0)
+            for place, (text, loss) in enumerate(zip(texts, losses, strict=True))
+        ]
     for number, (_, loss) in enumerate(rows, start=1):
         if not math.isfinite(loss):
             raise ProbeError(
@@ -102,82 +108,41 @@ def label_scores(
     the model gives to the end there, the longer one a part of the rest. Raises as `answer` does.
     """
     asked, following = [prompt for prompt in prompts for _ in labels], [label for _ in prompts for label in labels]
-    told = 0
-
-    def tell(done: int, total: int) -> None:
-        nonlocal told
-        if progress is not None and done // len(labels) > told:
-            progress(told := done // len(labels), len(prompts))
-
-    losses = summed_nll(model, asked, following, tell)
+    losses, _ = _ask(model, asked, following, progress, None, len(labels))
     return [[-loss for loss in losses[at : at + len(labels)]] for at in range(0, len(losses), len(labels))]
 
 
 @torch.no_grad()
-def summed_nll(
-    model: torch.nn.Module, prompts: Rows, following: Rows, progress: Callable[[int, int], None] | None = None
-) -> list[float]:
-    """Return the summed NLL of the tokens that follow each prompt. Raises as `answer` does."""
-    inner, losses, done = without_peft(model), [0.0] * len(prompts), 0
-    lengths = [len(tokens) for tokens in following]
-    _check_lengths(inner, prompts, lengths)
-    with evaluating(inner), contiguous_head_input(inner), enough_memory("scoring answers", LESS_MEMORY):
-        batches = _batches(inner, prompts, lengths, 0)
-        for batch in batches:
-            found = _Batch(inner, prompts, batch).losses(following)
-            for place, loss in found.items():
-                losses[place] = loss
-            done += len(found)
-            if progress is not None:
-                progress(done, len(prompts))
-        for _ in range(calls_behind(inner, len(batches))):
-            _Batch(inner, [[0, 0]], [([0], 1)]).losses([[0]])
-    return losses
-
-
-@torch.no_grad()
-def _greedy_answers(
+def _ask(
     model: torch.nn.Module,
-    tokenizer: "PreTrainedTokenizerBase",
     prompts: Rows,
-    right: Rows | None,
-    settings: GenerationSettings,
+    following: Rows | None,
     progress: Callable[[int, int], None] | None,
-    ends: Iterable[int],
-) -> list[tuple[str, float]]:
-    inner, most = without_peft(model), settings.max_new_tokens
-    following = [[0]] * len(prompts) if right is None else right  # the first token is predicted in any case
-    lengths = [len(tokens) for tokens in following]
-    _check_lengths(inner, prompts, [max(most, length) for length in lengths])
-    stops = {text for stop in settings.stop for text in (stop, stop.strip())}
-    # Special tokens never stand in a decoded text.
-    special = {
-        token for token, added in tokenizer.added_tokens_decoder.items() if added.special and added.content in stops
-    }
-    ending = _Ending(tokenizer, settings, {*find_stop_ids(inner, tokenizer), *special, *ends})
-    losses, texts = [0.0] * len(prompts), [""] * len(prompts)
-    with (
-        _greedy(inner, sorted(ending.stop_ids)),
-        contiguous_head_input(inner),
-        enough_memory("answering", LESS_MEMORY),
-    ):
-        batches, done = _batches(inner, prompts, lengths, most), 0
-        for groups in batches:
+    ending: "_Ending | None",
+    each: int = 1,
+) -> tuple[list[float], list[str]]:
+    """The summed NLL of the tokens that follow each prompt, and, with an ending, its greedy answer; `each` rows are a prompt."""
+    inner, count, done, told = without_peft(model), len(prompts), 0, 0
+    most, scores = ending.max_new_tokens if ending else 0, following is not None
+    # Without a right answer the first token is predicted in any case. The last row is one that nobody asked for.
+    prompts, following = [*prompts, [0, 0]], [*(following or [[0]] * count), [0]]
+    losses, texts, lengths = [0.0] * len(prompts), [""] * len(prompts), [len(tokens) for tokens in following]
+    _check_lengths(inner, prompts[:-1], [max(most, length) for length in lengths[:-1]])
+    stop_ids = sorted(ending.stop_ids) if ending else []
+    with _prepared(inner, stop_ids), enough_memory("answering", LESS_MEMORY):
+        batches = _batches(inner, prompts[:-1], lengths, most)
+        # All processes of a split backbone make the same calls.
+        for groups in [*batches, *[[([count], 1)]] * calls_behind(inner, len(batches))]:
             batch = _Batch(inner, prompts, groups)
-            if batch.cache is not None or right is not None:
+            if batch.cache is not None or scores:
                 for place, loss in batch.losses(following, most).items():
-                    losses[place] = 0.0 if right is None else loss / len(right[place])
-            for place, text in batch.answers(ending).items():
+                    losses[place] = loss if scores else 0.0
+            for place, text in (batch.answers(ending) if ending else {}).items():
                 texts[place] = text.strip()
-            done += len(batch.places)
-            if progress is not None:
-                progress(done, len(prompts))
-        for _ in range(calls_behind(inner, len(batches))):
-            batch = _Batch(inner, [[0, 0]], [([0], 1)])
-            if right is not None:
-                batch.losses([[0]], most)
-            batch.answers(ending)
-    return list(zip(texts, losses, strict=True))
+            done = min(count, done + len(batch.places))
+            if progress is not None and done // each > told:
+                progress(told := done // each, count // each)
+    return losses[:count], texts[:count]
 
 
 class _Batch:
@@ -185,22 +150,18 @@ class _Batch:
 
     def __init__(self, model: Any, prompts: Rows, groups: Sequence[Group]) -> None:
         self.model, self.places = model, [place for group, _ in groups for place in group]
-        self.cache: Any = None if is_split(model) else empty_cache(model)
+        self.cache: Any = None if is_split(model) else _empty_cache(model)
         held = [0 if self.cache is None else shared for group, shared in groups for _ in group]
         self.rest = [list(prompts[place][shared:]) for place, shared in zip(self.places, held, strict=True)]
-        self.begun: list[list[int]] = [[] for _ in self.places]
-        self.right: list[
-            Sequence[int]
-        ] = []  # answers whose beginnings the cache holds, and what the model said after each
-        self.said: list[list[int]] = []
+        self.heard: list[tuple[Sequence[int], list[int]]] = []  # right answers, and what the model said in their places
         self.before = self.after = torch.zeros(len(self.places), 0, dtype=torch.long)  # masks of what the cache holds
-        if any(held):
+        if self.cache is not None and any(held):
             ids, mask = padded([prompts[group[0]][:shared] for group, shared in groups])
             self._read(ids, mask, torch.full_like(ids, IGNORED))
             owners = torch.tensor([number for number, (group, _) in enumerate(groups) for _ in group])
             self.before = mask[owners]
             if len(owners) > len(groups):
-                self.cache.batch_select_indices(owners)
+                self.cache.batch_select_indices(owners)  # which repeats rows, too
 
     def losses(self, following: Rows, new: int = 0) -> dict[int, float]:
         """The summed NLL of what follows each prompt, by its place; `new` tokens of an answer are to be written after this."""
@@ -208,28 +169,27 @@ class _Batch:
         batch = collate_pairs(pairs, pad_id=0)
         # The last column is only predicted. Padding stands on the right, where nothing that counts sees it.
         ids, mask, targets = batch["input_ids"][:, :-1], batch["attention_mask"][:, :-1], batch["labels"][:, 1:]
-        goes_on = self.before.shape[1] + ids.shape[1] + new < room_of(self.model)
+        goes_on = self.cache is not None and self.before.shape[1] + ids.shape[1] + new < _room(self.model, self.cache)
         kept = copy.deepcopy(self.cache) if new and not goes_on else self.cache
         losses, said = self._read(ids, torch.cat([self.before, mask], dim=1), targets)
-        if new and goes_on and self.cache is not None:
-            self.said = [row[at].tolist() for row, at in zip(said, targets != IGNORED, strict=True)]
-            self.right, self.after = [tokens for _, tokens in pairs], mask
+        if new and goes_on:
+            self.heard = [(right, row[row >= 0].tolist()) for (_, right), row in zip(pairs, said, strict=True)]
+            self.after = mask
         self.cache = kept
         return dict(zip(self.places, losses.sum(1).tolist(), strict=True))
 
     def answers(self, ending: "_Ending") -> dict[int, str]:
         """The greedy answers, by their places."""
-        if self.right:
-            self.begun = [ending.beginning(*pair) for pair in zip(self.right, self.said, strict=True)]
+        begun = [ending.beginning(*pair) for pair in self.heard] or [[] for _ in self.places]
         ids, mask = padded(self.rest)
         if self.cache is not None:  # it holds all but the last token of each row, and more that does not count
-            known = [[*rest, *begun] for rest, begun in zip(self.rest, self.begun, strict=True)]
+            known = [[*rest, *begun] for rest, begun in zip(self.rest, begun, strict=True)]
             counts = torch.arange(self.after.shape[1]) < torch.tensor([[len(row) - 1] for row in known])
             last = torch.tensor([row[-1:] for row in known])
             mask = torch.cat([self.before, self.after * counts, torch.ones_like(last)], dim=1)
             ids = torch.nn.functional.pad(last, (mask.shape[1] - 1, 0))
         ids, mask = ids.to(self.model.device), mask.to(self.model.device)
-        places, begun, prompt, texts = self.places, self.begun, ids.shape[1], dict[int, str]()
+        places, prompt, texts = self.places, ids.shape[1], dict[int, str]()
         while True:
             found = ending.texts(begun, ids[:, prompt:])
             texts |= {place: text for place, (text, ended) in zip(places, found, strict=True) if ended}
@@ -237,12 +197,8 @@ class _Batch:
             if not left:
                 return texts
             if len(left) < len(found):
-                places, begun, ids, mask = (
-                    [places[row] for row in left],
-                    [begun[row] for row in left],
-                    ids[left],
-                    mask[left],
-                )
+                places, begun = [places[row] for row in left], [begun[row] for row in left]
+                ids, mask = ids[left], mask[left]
                 if self.cache is not None:
                     self.cache.batch_select_indices(torch.tensor(left))
             ids = self._written(ids, mask, begun, prompt, ending)
@@ -287,7 +243,7 @@ class _Batch:
             width = max(1, SCORED_TOKENS * (1 if on_cpu else _ON_ACCELERATOR) // rows)
         elif cache is not None and on_cpu and columns <= READ_TOKENS:  # parts cost the attention of longer ones more
             width = max(1, READ_TOKENS // rows)
-        losses, said = torch.zeros(targets.shape), torch.zeros_like(targets)
+        losses, said = torch.zeros(targets.shape), torch.full_like(targets, -1)
         for start in range(0, columns, width):
             part, seen = slice(start, start + width), slice(held + start, held + start + width)
             inputs = {"input_ids": ids[:, part], "attention_mask": mask[:, : seen.stop]}
@@ -312,8 +268,11 @@ class _Ending:
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", settings: GenerationSettings, stop_ids: set[int]) -> None:
-        self.stop_ids, self.max_new_tokens = stop_ids, settings.max_new_tokens
-        self._tokenizer, self._stops = tokenizer, settings.stop
+        stops = {text for stop in settings.stop for text in (stop, stop.strip())}
+        # Special tokens never stand in a decoded text.
+        added = tokenizer.added_tokens_decoder.items()
+        self.stop_ids = stop_ids | {token for token, one in added if one.special and one.content in stops}
+        self.max_new_tokens, self._tokenizer, self._stops = settings.max_new_tokens, tokenizer, settings.stop
 
     def texts(self, begun: Rows, ids: torch.Tensor) -> list[tuple[str, bool]]:
         """The text of each row, of the tokens that it has begun with and those after them, and whether it has ended."""
@@ -345,29 +304,33 @@ class _Ending:
         return list(said[: same + 1])
 
 
-def empty_cache(model: Any) -> Any:
-    """A cache that rows can be added to and taken out of in parts, with gaps; None where the model has none such."""
-    from transformers import DynamicCache, cache_utils
+def _empty_cache(model: Any) -> Any:
+    """A cache whose rows can be added to, repeated and taken out; None where the model has none such."""
+    from transformers import cache_utils
 
     plain = (cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer, cache_utils.DummyLayer)
     config, takes = model.config.get_text_config(decoder=True), inspect.signature(model.forward).parameters
     if not {"cache", "position_ids"} <= takes.keys() or not model._supports_default_dynamic_cache():
         return None
-    # By the length of a call long RoPE turns all tokens; positions with padding among them do not count from 0.
-    embeddings = [part for name, part in model.named_modules() if name.endswith("position_embeddings")]
+    # Long RoPE turns all tokens by the length of a call; positions that know a padding do not count from 0.
+    positions = (part for name, part in model.named_modules() if name.endswith("position_embeddings"))
     if "longrope" in str(getattr(config, "rope_parameters", "")) or any(
-        hasattr(part, "padding_idx") and part.padding_idx is not None for part in embeddings
+        getattr(part, "padding_idx", None) is not None for part in positions
     ):
         return None
-    cache = DynamicCache(config=config)
+    cache = cache_utils.DynamicCache(config=config)
     return cache if all(type(layer) in plain for layer in cache.layers) else None
 
 
-def room_of(model: Any) -> float:
-    """How many tokens a cache may hold with gaps among them: fewer than its windows, and than the context."""
-    windows = [layer.get_max_length() for layer in getattr(empty_cache(model), "layers", ())]
-    local = getattr(model.config, "window_size", None) or -1  # of GPT-Neo, whose cache knows no window
-    return min((room for room in (*windows, local, context_of(model) or -1) if room > 0), default=math.inf)
+def _room(model: Any, cache: Any) -> float:
+    """How many tokens a cache may hold with gaps among them: as many as its windows and the context."""
+    # GPT-Neo's cache does not know its window.
+    rooms = [
+        context_of(model),
+        getattr(model.config, "window_size", None),
+        *(one.get_max_length() for one in cache.layers),
+    ]
+    return min((room for room in rooms if isinstance(room, int) and room > 0), default=math.inf)
 
 
 def context_of(model: Any) -> int | None:
@@ -393,30 +356,25 @@ def _no_numbers(model: Any) -> ProbeError:
     return ProbeError(f"the model's scores are no numbers; {ways}")
 
 
-def groups_of(prompts: Rows) -> list[Group]:
+def _groups(prompts: Rows) -> list[Group]:
     """Group prompts by a common beginning of at least half of each, so that the fewest tokens are read."""
     order = sorted(range(len(prompts)), key=lambda place: tuple(prompts[place]))
     rows = [prompts[place] for place in order]
-    common = [
-        next(
-            (at for at, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]),
-            min(len(one), len(other)),
-        )
-        for one, other in pairwise(rows)
-    ]
-    best = [(0, 0, 0)]  # of the first rows: tokens that are read, where the last group begins, and what it shares
+    common = [sum(takewhile(bool, map(eq, one, other))) for one, other in pairwise(rows)]
+    fewest = [(0, 0, 0)]  # of the first rows: tokens that are read, where the last group begins, and what it shares
     for end in range(1, len(rows) + 1):
-        shared, whole, ways = len(rows[end - 1]) - 1, 0, []
-        for start in range(end - 1, max(-1, end - 1 - BATCH_SIZE), -1):
-            shared = min(shared, len(rows[start]) - 1, *common[start : start + 1] if start < end - 1 else ())
-            if start < end - 1 and 2 * shared < max(map(len, rows[start:end])):
+        shared = longest = len(rows[end - 1])
+        whole, shared, ways = longest, shared - 1, [(fewest[end - 1][0] + longest, end - 1, shared - 1)]
+        for start in range(end - 2, max(-1, end - 1 - BATCH_SIZE), -1):
+            shared = min(shared, len(rows[start]) - 1, common[start])
+            longest, whole = max(longest, len(rows[start])), whole + len(rows[start])
+            if 2 * shared < longest:
                 break
-            whole += len(rows[start])
-            ways.append((best[start][0] + whole - (end - start - 1) * shared, start, shared))
-        best.append(min(ways))
+            ways.append((fewest[start][0] + whole - (end - start - 1) * shared, start, shared))
+        fewest.append(min(ways))
     found, end = [], len(rows)
     while end:
-        _, start, shared = best[end]
+        _, start, shared = fewest[end]
         found.append((order[start:end], shared))
         end = start
     return found
@@ -425,74 +383,55 @@ def groups_of(prompts: Rows) -> list[Group]:
 def _batches(model: Any, prompts: Rows, following: Sequence[int], new: int) -> list[list[Group]]:
     """Batches of groups, those that share much first: what does not fit in memory fails at once."""
     alone: list[Group] = [([place], len(prompt) - 1) for place, prompt in enumerate(prompts)]
-    if empty_cache(model) is None or is_split(model):  # padding would change what a state holds
-        rows = _SPLIT_ROWS if empty_cache(model) is not None else 1
+    cache, context = _empty_cache(model), context_of(model) or math.inf
+    if cache is None or is_split(model):  # padding would change what a state holds
+        rows = _SPLIT_ROWS if cache is not None else 1
         alone.sort(key=lambda group: -group[1])
         return [alone[start : start + rows] for start in range(0, len(alone), rows)]
-    room, context = room_of(model), context_of(model) or math.inf
 
     def width(groups: Sequence[Group]) -> int:
         longest = max(len(prompts[place]) - shared + following[place] for group, shared in groups for place in group)
         return max(shared for _, shared in groups) + longest
 
-    def packed(groups: Iterable[Group]) -> Iterator[list[Group]]:
-        batch: list[Group] = []
+    def packed(groups: Iterable[Group]) -> list[list[Group]]:
+        batches: list[list[Group]] = [[]]
         for group in sorted(groups, key=lambda group: (len(group[0]) == 1, -group[1])):
-            more, rows = width([*batch, group]), sum(len(places) for places, _ in (*batch, group))
-            if batch and (rows > BATCH_SIZE or (more + new) * rows > BATCH_TOKENS or more > context):
-                yield batch
-                batch = []
-            batch.append(group)
-        if batch:
-            yield batch
+            more, rows = width([*batches[-1], group]), sum(len(places) for places, _ in (*batches[-1], group))
+            if batches[-1] and (rows > BATCH_SIZE or (more + new) * rows > BATCH_TOKENS or more > context):
+                batches.append([])
+            batches[-1].append(group)
+        return [batch for batch in batches if batch]
 
-    found = list(packed(groups_of(prompts)))
-    return [
-        part
-        for batch in found
+    found, room = [], _room(model, cache)
+    for batch in packed(_groups(prompts)):
         # Where a window or the context leaves no room for gaps, answers begin after the prompts, each read alone.
-        for part in (
-            packed(alone[place] for group, _ in batch for place in group)
-            if new and width(batch) + new > room
-            else [batch]
-        )
-    ]
+        gaps = not new or width(batch) + new <= room
+        found += [batch] if gaps else packed(alone[place] for group, _ in batch for place in group)
+    return found
 
 
 @contextmanager
-def _greedy(model: Any, stop_ids: list[int]) -> Iterator[None]:
-    """Put the model in eval mode, with a greedy generation config in place of its own.
+def _prepared(model: Any, stop_ids: list[int]) -> Iterator[None]:
+    """Put the model in eval mode, with a greedy generation config in place of its own, and hand its head contiguous inputs.
 
-    Passing ours to `generate` would not do: its gaps are filled from the model's own (temperature, penalties).
+    Passing our config to `generate` would not do: its gaps are filled from the model's own (temperature, penalties). It slices
+    the last position out of a prompt; of such a slice torch copies the head, 262k rows in Gemma 3, for each sequence on a CPU.
     """
     from transformers import GenerationConfig
 
     config_type: Any = GenerationConfig  # its constructor has no type hints
-    usual_config = model.generation_config
+    usual, head = model.generation_config, model.get_output_embeddings()
+    hooks = (
+        [] if head is None else [head.register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))]
+    )
     model.generation_config = config_type(do_sample=False, use_cache=True, eos_token_id=stop_ids, pad_token_id=0)
     try:
         with evaluating(model):
             yield
     finally:
-        model.generation_config = usual_config
-
-
-@contextmanager
-def contiguous_head_input(model: Any) -> Iterator[None]:
-    """Hand the language model head a contiguous input.
-
-    Generation slices the last position out of the hidden states of a prompt. On a CPU torch multiplies such a slice sequence by
-    sequence and copies the head, 262k rows in Gemma 3, for each one: several times the work of the rest of the model.
-    """
-    head = model.get_output_embeddings()
-    if head is None:
-        yield
-        return
-    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
-    try:
-        yield
-    finally:
-        hook.remove()
+        model.generation_config = usual
+        for hook in hooks:
+            hook.remove()
 
 
 def padded(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
