@@ -362,6 +362,53 @@ def test_losses_of_right_answers_come_with_the_answers(
     assert done[-1] == (len(prompts), len(prompts))
 
 
+def on_contexts(longest: int) -> list[list[int]]:
+    """Some questions on each of five contexts, two on none, and one that is asked twice."""
+    draw, prompts = random.Random(0), []
+    for context in make_prompts(5, longest):
+        rests = [[draw.randrange(4, 260) for _ in range(draw.randint(1, 6))] for _ in range(draw.randint(1, 4))]
+        prompts += [[*context, *rest] for rest in rests]
+    return [*prompts[::2], [1], [1, 9], *prompts[1::2], prompts[0]]
+
+
+@pytest.mark.parametrize("architecture", [*TARGETS, "qwen3_moe"])
+@pytest.mark.parametrize(("longest", "rows"), [(8, 64), (40, 64), (40, 3)])
+def test_shared_contexts_change_nothing(architecture, longest, rows, make_tiny_model, tiny_tokenizer, monkeypatch):
+    """Contexts of different lengths in a batch, within a sliding window and beyond it."""
+    monkeypatch.setattr(module, "BATCH_SIZE", rows)
+    model, prompts, settings = make_tiny_model(architecture), on_contexts(longest), GenerationSettings(NEW_TOKENS, ())
+    tokens = [greedy_tokens(model, prompt) for prompt in prompts]
+    right = [[*row[: place % 5], *[7] * (place % 2), EOS] for place, row in enumerate(tokens)]
+    measured = answer(model, tiny_tokenizer, prompts, settings, right=right)
+    assert [text for text, _ in measured] == [expected_text(tiny_tokenizer, row) for row in tokens]
+    assert [loss for _, loss in measured] == pytest.approx(losses_of(model, prompts, right), abs=1e-4)
+    assert generate(model, tiny_tokenizer, prompts, settings) == [text for text, _ in measured]
+    for prompt, scores in zip(prompts, label_scores(model, prompts, LABELS), strict=True):
+        assert scores == pytest.approx([slowly(model, prompt, label) for label in LABELS], abs=1e-4)
+
+
+def test_what_prompts_share_is_read_once_and_other_prompts_cost_no_more(make_tiny_model, tiny_tokenizer):
+    model, read, settings = make_tiny_model("llama"), [], GenerationSettings(1, ())
+    model.model.embed_tokens.register_forward_pre_hook(lambda _, args: read.append(tuple(args[0].shape)))
+    context, other = [1, *range(4, 34)], [1, *range(40, 60)]
+    generate(model, tiny_tokenizer, [[*context, 100, 101], [*other, 100], [*context, 102], [*other, 103]], settings)
+    assert read == [(2, 31), (4, 2)]
+    read.clear()
+    label_scores(model, [[*context, 100]], LABELS)  # its labels share all but its last token
+    assert read == [(1, 31), (4, 5)]
+    read.clear()
+    generate(model, tiny_tokenizer, [context, other], settings)
+    assert read == [(2, 30), (2, 1)]
+
+
+def test_groups_read_the_fewest_tokens():
+    instruction, contexts = [1] * 30, [[2] * 20, [3] * 24]
+    prompts = [[*instruction, *context, question] for context in contexts for question in (5, 6, 7)]
+    assert sorted(module._groups(prompts)) == [([0, 1, 2], 50), ([3, 4, 5], 54)]
+    assert module._groups([[1, 2, 3, 4], [1, 5, 6, 7]]) == [([1], 3), ([0], 3)]  # too little to share
+    assert module._groups([]) == []
+
+
 @pytest.mark.parametrize("with_stop", [False, True])
 def test_right_answers_that_the_model_says_change_no_answer(with_stop, make_tiny_model, tiny_tokenizer):
     """Ends before there is a text, ends and stop texts within the right answer, and more tokens of it than an answer may have."""
@@ -441,9 +488,9 @@ def test_a_prompt_is_read_once_and_what_the_model_says_of_the_right_answer_is_no
     assert 7 not in (tokens[1][3], tokens[2][0])
     model.model.embed_tokens.register_forward_pre_hook(lambda _, args: read.append(tuple(args[0].shape)))
     answer(model, tiny_tokenizer, prompts, settings, right=right)
-    # What the cache is; the prompts; their last tokens with the right answers. The first row has said all of it, the second four
-    # tokens of six, the third one.
-    assert read == [(1, 1), (3, 100), (3, 5), *[(2, 1)] * 2, *[(1, 1)] * 3]
+    # The prompts; their last tokens with the right answers. The first row has said all of it, the second four tokens of six, the
+    # third one.
+    assert read == [(3, 100), (3, 5), *[(2, 1)] * 2, *[(1, 1)] * 3]
 
 
 @pytest.mark.parametrize("labels", [None, {"a": [70, EOS], "b": [71, EOS]}])

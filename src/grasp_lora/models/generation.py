@@ -127,7 +127,7 @@ def _ask(
     # Without a right answer the first token is predicted in any case. The last row is one that nobody asked for.
     prompts, following = [*prompts, [0, 0]], [*(following or [[0]] * count), [0]]
     losses, texts, lengths = [0.0] * len(prompts), [""] * len(prompts), [len(tokens) for tokens in following]
-    _check_lengths(inner, prompts[:-1], [max(most, length) for length in lengths[:-1]])
+    _check_lengths(inner, prompts[:-1], [max(most, length) for length in lengths[:-1]], each)
     stop_ids = sorted(ending.stop_ids) if ending else []
     with _prepared(inner, stop_ids), enough_memory("answering", LESS_MEMORY):
         batches = _batches(inner, prompts[:-1], lengths, most)
@@ -339,12 +339,12 @@ def context_of(model: Any) -> int | None:
     return context if isinstance(context, int) and context > 0 else None
 
 
-def _check_lengths(model: Any, prompts: Rows, rooms: Sequence[int]) -> None:
+def _check_lengths(model: Any, prompts: Rows, rooms: Sequence[int], each: int) -> None:
     context = context_of(model)
-    for number, (prompt, room) in enumerate(zip(prompts, rooms, strict=True), start=1):
+    for number, (prompt, room) in enumerate(zip(prompts, rooms, strict=True), start=each):
         if not prompt or (context is not None and len(prompt) + room > context):
             raise DataError(
-                f"prompt {number} has {len(prompt)} tokens and up to {room} follow, but the model's context holds "
+                f"prompt {number // each} has {len(prompt)} tokens and up to {room} follow, but the model's context holds "
                 f"{context}: give each prompt one token at least, shorten it, or lower max_new_tokens"
             )
 
