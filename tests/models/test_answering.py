@@ -387,7 +387,7 @@ def test_shared_contexts_change_nothing(architecture, longest, rows, make_tiny_m
         assert scores == pytest.approx([slowly(model, prompt, label) for label in LABELS], abs=1e-4)
 
 
-def test_what_prompts_share_is_read_once_and_other_prompts_cost_no_more(make_tiny_model, tiny_tokenizer):
+def test_what_prompts_share_is_read_once_and_other_prompts_cost_no_more(make_tiny_model, tiny_tokenizer, monkeypatch):
     model, read, settings = make_tiny_model("llama"), [], GenerationSettings(1, ())
     model.model.embed_tokens.register_forward_pre_hook(lambda _, args: read.append(tuple(args[0].shape)))
     context, other = [1, *range(4, 34)], [1, *range(40, 60)]
@@ -397,6 +397,10 @@ def test_what_prompts_share_is_read_once_and_other_prompts_cost_no_more(make_tin
     label_scores(model, [[*context, 100]], LABELS)  # its labels share all but its last token
     assert read == [(1, 31), (4, 5)]
     read.clear()
+    monkeypatch.setattr(module, "BATCH_TOKENS", 75)
+    label_scores(model, [[*context, 100]], LABELS)  # in two parts
+    assert read == [(1, 31), (2, 5), (2, 5)]
+    read.clear()
     generate(model, tiny_tokenizer, [context, other], settings)
     assert read == [(2, 30), (2, 1)]
 
@@ -404,9 +408,9 @@ def test_what_prompts_share_is_read_once_and_other_prompts_cost_no_more(make_tin
 def test_groups_read_the_fewest_tokens():
     instruction, contexts = [1] * 30, [[2] * 20, [3] * 24]
     prompts = [[*instruction, *context, question] for context in contexts for question in (5, 6, 7)]
-    assert sorted(module._groups(prompts)) == [([0, 1, 2], 50), ([3, 4, 5], 54)]
-    assert module._groups([[1, 2, 3, 4], [1, 5, 6, 7]]) == [([1], 3), ([0], 3)]  # too little to share
-    assert module._groups([]) == []
+    assert sorted(module._groups(prompts, 64)) == [([0, 1, 2], 50), ([3, 4, 5], 54)]
+    assert module._groups([[1, 2, 3, 4], [1, 5, 6, 7]], 64) == [([1], 3), ([0], 3)]  # too little to share
+    assert module._groups([], 64) == []
 
 
 @pytest.mark.parametrize("with_stop", [False, True])

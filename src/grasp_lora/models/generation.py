@@ -130,7 +130,7 @@ def _ask(
     _check_lengths(inner, prompts[:-1], [max(most, length) for length in lengths[:-1]], each)
     stop_ids = sorted(ending.stop_ids) if ending else []
     with _prepared(inner, stop_ids), enough_memory("answering", LESS_MEMORY):
-        batches = _batches(inner, prompts[:-1], lengths, most)
+        batches = _batches(inner, prompts[:-1], lengths, most, each)
         # All processes of a split backbone make the same calls.
         for groups in [*batches, *[[([count], 1)]] * calls_behind(inner, len(batches))]:
             batch = _Batch(inner, prompts, groups)
@@ -154,14 +154,15 @@ class _Batch:
         held = [0 if self.cache is None else shared for group, shared in groups for _ in group]
         self.rest = [list(prompts[place][shared:]) for place, shared in zip(self.places, held, strict=True)]
         self.heard: list[tuple[Sequence[int], list[int]]] = []  # right answers, and what the model said in their places
-        self.before = self.after = torch.zeros(len(self.places), 0, dtype=torch.long)  # masks of what the cache holds
+        # Of each row the one in the cache that it goes on from, and masks of what the cache holds.
+        self.owners = torch.tensor([number for number, (group, _) in enumerate(groups) for _ in group])
+        self.before, self.after = (
+            torch.zeros(len(groups), 0, dtype=torch.long),
+            torch.zeros(len(held), 0, dtype=torch.long),
+        )
         if self.cache is not None and any(held):
-            ids, mask = padded([prompts[group[0]][:shared] for group, shared in groups])
-            self._read(ids, mask, torch.full_like(ids, IGNORED))
-            owners = torch.tensor([number for number, (group, _) in enumerate(groups) for _ in group])
-            self.before = mask[owners]
-            if len(owners) > len(groups):
-                self.cache.batch_select_indices(owners)  # which repeats rows, too
+            ids, self.before = padded([prompts[group[0]][:shared] for group, shared in groups])
+            self._read(ids, self.before, torch.full_like(ids, IGNORED))
 
     def losses(self, following: Rows, new: int = 0) -> dict[int, float]:
         """The summed NLL of what follows each prompt, by its place; `new` tokens of an answer are to be written after this."""
@@ -169,14 +170,29 @@ class _Batch:
         batch = collate_pairs(pairs, pad_id=0)
         # The last column is only predicted. Padding stands on the right, where nothing that counts sees it.
         ids, mask, targets = batch["input_ids"][:, :-1], batch["attention_mask"][:, :-1], batch["labels"][:, 1:]
-        goes_on = self.cache is not None and self.before.shape[1] + ids.shape[1] + new < _room(self.model, self.cache)
-        kept = copy.deepcopy(self.cache) if new and not goes_on else self.cache
-        losses, said = self._read(ids, torch.cat([self.before, mask], dim=1), targets)
+        width, read, found = self.before.shape[1] + ids.shape[1], self.cache, list[float]()
+        self.before = self.before[self.owners]
+        goes_on = read is not None and width + new < _room(self.model, read)
+        # Many labels of a prompt are several parts of rows, each with a copy of what has been read.
+        size = len(pairs) if new or read is None else max(1, min(BATCH_SIZE, BATCH_TOKENS // width))
+        for start in range(0, len(pairs), size):
+            part = slice(start, start + size)
+            again = start + size < len(pairs) or (new and not goes_on)
+            self.cache = copy.deepcopy(read) if again else read
+            if (
+                read is not None
+                and read.get_seq_length()
+                and (size < len(pairs) or len(set(self.owners.tolist())) < len(pairs))
+            ):
+                self.cache.batch_select_indices(self.owners[part])  # which repeats rows, too
+            losses, said = self._read(ids[part], torch.cat([self.before, mask], dim=1)[part], targets[part])
+            found += losses.sum(1).tolist()
         if new and goes_on:
             self.heard = [(right, row[row >= 0].tolist()) for (_, right), row in zip(pairs, said, strict=True)]
             self.after = mask
-        self.cache = kept
-        return dict(zip(self.places, losses.sum(1).tolist(), strict=True))
+        else:
+            self.cache = read
+        return dict(zip(self.places, found, strict=True))
 
     def answers(self, ending: "_Ending") -> dict[int, str]:
         """The greedy answers, by their places."""
@@ -356,19 +372,22 @@ def _no_numbers(model: Any) -> ProbeError:
     return ProbeError(f"the model's scores are no numbers; {ways}")
 
 
-def _groups(prompts: Rows) -> list[Group]:
-    """Group prompts by a common beginning of at least half of each, so that the fewest tokens are read."""
+def _groups(prompts: Rows, most: int, tokens: float = math.inf) -> list[Group]:
+    """Group prompts by a common beginning of at least half of each, so that the fewest tokens are read.
+
+    Of a group there are at most so many rows, and tokens of whole rows.
+    """
     order = sorted(range(len(prompts)), key=lambda place: tuple(prompts[place]))
     rows = [prompts[place] for place in order]
     common = [sum(takewhile(bool, map(eq, one, other))) for one, other in pairwise(rows)]
     fewest = [(0, 0, 0)]  # of the first rows: tokens that are read, where the last group begins, and what it shares
     for end in range(1, len(rows) + 1):
-        shared = longest = len(rows[end - 1])
-        whole, shared, ways = longest, shared - 1, [(fewest[end - 1][0] + longest, end - 1, shared - 1)]
-        for start in range(end - 2, max(-1, end - 1 - BATCH_SIZE), -1):
+        whole = longest = len(rows[end - 1])
+        shared, ways = whole - 1, [(fewest[end - 1][0] + whole, end - 1, whole - 1)]
+        for start in range(end - 2, max(-1, end - 1 - most), -1):
             shared = min(shared, len(rows[start]) - 1, common[start])
             longest, whole = max(longest, len(rows[start])), whole + len(rows[start])
-            if 2 * shared < longest:
+            if 2 * shared < longest or (end - start) * longest > tokens:
                 break
             ways.append((fewest[start][0] + whole - (end - start - 1) * shared, start, shared))
         fewest.append(min(ways))
@@ -380,7 +399,7 @@ def _groups(prompts: Rows) -> list[Group]:
     return found
 
 
-def _batches(model: Any, prompts: Rows, following: Sequence[int], new: int) -> list[list[Group]]:
+def _batches(model: Any, prompts: Rows, following: Sequence[int], new: int, each: int) -> list[list[Group]]:
     """Batches of groups, those that share much first: what does not fit in memory fails at once."""
     alone: list[Group] = [([place], len(prompt) - 1) for place, prompt in enumerate(prompts)]
     cache, context = _empty_cache(model), context_of(model) or math.inf
@@ -403,7 +422,7 @@ def _batches(model: Any, prompts: Rows, following: Sequence[int], new: int) -> l
         return [batch for batch in batches if batch]
 
     found, room = [], _room(model, cache)
-    for batch in packed(_groups(prompts)):
+    for batch in packed(_groups(prompts, BATCH_SIZE, BATCH_TOKENS) if new else _groups(prompts, max(BATCH_SIZE, each))):
         # Where a window or the context leaves no room for gaps, answers begin after the prompts, each read alone.
         gaps = not new or width(batch) + new <= room
         found += [batch] if gaps else packed(alone[place] for group, _ in batch for place in group)
