@@ -11,7 +11,6 @@ from pydantic import TypeAdapter
 from random_examples import TARGETS
 
 from grasp_lora.errors import DataError, ProbeError
-from grasp_lora.models import caches
 from grasp_lora.models import generation as module
 from grasp_lora.models.generation import answer, label_scores
 from grasp_lora.models.model_settings import GenerationSettings
@@ -65,21 +64,10 @@ def test_batch_size_does_not_change_answers(architecture, make_tiny_model, tiny_
     expected = [expected_text(tiny_tokenizer, greedy_tokens(model, prompt)) for prompt in prompts]
     assert len(set(expected)) > 4  # the prompts matter to this model
     settings = GenerationSettings(max_new_tokens=NEW_TOKENS, stop=())
-    for size, *others in ((1, 1024, 8, 8), (3, 40, 1, 2), (8, 64, 3, 0)):
-        for name, value in zip(("BATCH_SIZE", "READ_TOKENS", "PART", "WAITING"), (size, *others), strict=True):
-            monkeypatch.setattr(caches if name == "READ_TOKENS" else module, name, value)
+    for size, *others in ((1, 1024, 8), (3, 40, 1), (8, 64, 3)):
+        for name, value in zip(("BATCH_SIZE", "READ_TOKENS", "PART"), (size, *others), strict=True):
+            monkeypatch.setattr(module, name, value)
         assert generate(model, tiny_tokenizer, prompts, settings) == expected, size
-
-
-def test_prompts_together_are_read_in_parts_and_long_ones_whole(make_tiny_model, tiny_tokenizer, monkeypatch):
-    model, shapes, settings = make_tiny_model("llama"), [], GenerationSettings(max_new_tokens=1, stop=())
-    monkeypatch.setattr(caches, "READ_TOKENS", 24)
-    model.model.embed_tokens.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
-    generate(model, tiny_tokenizer, [[1, *[5] * 20], [1, *[6] * 17]], settings)
-    assert shapes[1:] == [(2, 12), (2, 8), (2, 1)]  # after the look whether the cache serves; all but the last token
-    shapes.clear()
-    generate(model, tiny_tokenizer, [[1, *[5] * 25], [1, *[6] * 17]], settings)
-    assert shapes[1:] == [(2, 25), (2, 1)]
 
 
 def test_rows_that_have_ended_leave_their_batch(make_tiny_model, tiny_tokenizer, monkeypatch):
@@ -96,45 +84,6 @@ def test_rows_that_have_ended_leave_their_batch(make_tiny_model, tiny_tokenizer,
     answers = generate(model, tiny_tokenizer, prompts, settings)
     assert answers == [expected_text(tiny_tokenizer, row, stop_ids=ends) for row in tokens]
     assert sum(rows) == sum(lengths)  # each row makes the tokens of its answer, and no others
-
-
-def test_token_budget_splits_batches_longest_first(make_tiny_model, tiny_tokenizer, monkeypatch):
-    prompts = [[1] * 10, [1] * 30, [1] * 20, [1] * 100]
-    monkeypatch.setattr(module, "BATCH_TOKENS", 80)
-    settings = GenerationSettings(max_new_tokens=10)
-    seen, widths = [], []
-    model = make_tiny_model("llama")
-    model.model.embed_tokens.register_forward_pre_hook(lambda _, args: widths.append(tuple(args[0].shape)))
-    generate(model, tiny_tokenizer, prompts, settings, progress=lambda done, total: seen.append((done, total)))
-    assert [shape for shape in widths if shape[1] > 1] == [(1, 99), (2, 29), (1, 9)]  # all but the last token
-    assert seen == [(1, 4), (4, 4)]  # the first batch leaves no room to wait in
-
-
-def test_few_rows_wait_for_those_of_the_next_batch(make_tiny_model, tiny_tokenizer, monkeypatch):
-    model, prompts = make_tiny_model("gemma3"), make_prompts(24)  # most go beyond its sliding window
-    settings = GenerationSettings(NEW_TOKENS, ())
-    expected = [generate(model, tiny_tokenizer, [prompt], settings)[0] for prompt in prompts]
-    right = [[*greedy_tokens(model, prompt, place % 9), 7, EOS] for place, prompt in enumerate(prompts)]
-    monkeypatch.setattr(module, "BATCH_SIZE", 3)
-    monkeypatch.setattr(module, "WAITING", 3)
-    shapes, generate_of_model = [], model.generate
-    model.generate = lambda ids, **rest: shapes.append(ids.shape) or generate_of_model(ids, **rest)
-    assert [text for text, _ in answer(model, tiny_tokenizer, prompts, settings, right=right)] == expected
-    assert max(rows for rows, _ in shapes) == 6
-    longest = max(map(len, prompts))
-    assert max(width for _, width in shapes) < longest + NEW_TOKENS
-    assert shapes[-1][1] < longest  # rows get shorter with each batch, and their padding with them
-
-
-@pytest.mark.parametrize("turn", [1, -1])
-def test_a_joined_cache_is_that_of_all_its_rows(turn, make_tiny_model):
-    model = make_tiny_model("gemma3")
-    prompts = [[1, 5, 6], [1, 7, 8, 9, 10], *make_prompts(3, 60)][::turn]
-    parts = prompts[:2], prompts[2:]
-    cache = caches.joined(*(caches.read(model, [prompt[:-1] for prompt in part]) for part in parts))
-    answers = random_answers(prompts)
-    found, _ = module._score(model, prompts, cache, answers)
-    assert found == pytest.approx([slowly(model, *pair) for pair in zip(prompts, answers, strict=True)], abs=1e-4)
 
 
 def test_stop_text_is_cut_off_and_ends_the_batch_early(make_tiny_model, tiny_tokenizer, monkeypatch):
@@ -370,7 +319,7 @@ def slowly(model: torch.nn.Module, prompt: list[int], label: list[int]) -> float
 @pytest.mark.parametrize("sizes", [(16, 8192, 1024), (3, 60, 48)])
 def test_a_score_is_the_log_probability_of_label_and_end(architecture, sizes, make_tiny_model, monkeypatch):
     for name, size in zip(("BATCH_SIZE", "BATCH_TOKENS", "READ_TOKENS"), sizes, strict=True):
-        monkeypatch.setattr(caches if name == "READ_TOKENS" else module, name, size)
+        monkeypatch.setattr(module, name, size)
     model = make_tiny_model(architecture).train()
     prompts, done = [*make_prompts(5), [1]], []
     found = label_scores(model, prompts, LABELS, lambda *of: done.append(of))
@@ -380,18 +329,6 @@ def test_a_score_is_the_log_probability_of_label_and_end(architecture, sizes, ma
     counts = [count for count, _ in done]
     assert counts == sorted(set(counts))
     assert {total for _, total in done} == {counts[-1]} == {len(prompts)}
-
-
-def test_prompts_are_read_together_and_once_for_all_labels(make_tiny_model, monkeypatch):
-    model, tokens = make_tiny_model("llama"), []
-    model.register_forward_pre_hook(lambda _, __, inputs: tokens.append(inputs["input_ids"].shape), with_kwargs=True)
-    prompt = [1, *range(4, 104)]
-    label_scores(model, [prompt, prompt[:50]], LABELS)
-    assert tokens == [(1, 1), (2, 100), (2 * len(LABELS), 5)]  # the first tells what the cache is
-    tokens.clear()
-    monkeypatch.setattr(module, "read", lambda *_: None)
-    label_scores(model, [prompt, prompt], LABELS)
-    assert tokens == [(len(LABELS), 105)] * 2
 
 
 def random_answers(prompts: list[list[int]], longest: int = 9, seed: int = 1) -> list[list[int]]:
@@ -411,8 +348,8 @@ def test_losses_of_right_answers_come_with_the_answers(
     architecture, sizes, make_tiny_model, tiny_tokenizer, monkeypatch
 ):
     """Long prompts go beyond the sliding window of those that have one; a prompt of one token leaves nothing to share."""
-    for name, size in zip(("BATCH_SIZE", "BATCH_TOKENS", "LABEL_TOKENS", "READ_TOKENS"), sizes, strict=True):
-        monkeypatch.setattr(caches if name == "READ_TOKENS" else module, name, size)
+    for name, size in zip(("BATCH_SIZE", "BATCH_TOKENS", "SCORED_TOKENS", "READ_TOKENS"), sizes, strict=True):
+        monkeypatch.setattr(module, name, size)
     model = make_tiny_model(architecture)
     prompts, settings = [*make_prompts(6), [1], *make_prompts(6, 100)], GenerationSettings(NEW_TOKENS, ())
     right, done = random_answers(prompts), []
@@ -423,6 +360,57 @@ def test_losses_of_right_answers_come_with_the_answers(
     assert [text for text, _ in measured] == generate(model, tiny_tokenizer, prompts, settings)
     assert [loss for _, loss in measured] == pytest.approx(losses_of(model, prompts, right), abs=1e-4)
     assert done[-1] == (len(prompts), len(prompts))
+
+
+def on_contexts(longest: int) -> list[list[int]]:
+    """Some questions on each of five contexts, two on none, and one that is asked twice."""
+    draw, prompts = random.Random(0), []
+    for context in make_prompts(5, longest):
+        rests = [[draw.randrange(4, 260) for _ in range(draw.randint(1, 6))] for _ in range(draw.randint(1, 4))]
+        prompts += [[*context, *rest] for rest in rests]
+    return [*prompts[::2], [1], [1, 9], *prompts[1::2], prompts[0]]
+
+
+@pytest.mark.parametrize("architecture", [*TARGETS, "qwen3_moe"])
+@pytest.mark.parametrize(("longest", "rows"), [(8, 64), (40, 64), (40, 3)])
+def test_shared_contexts_change_nothing(architecture, longest, rows, make_tiny_model, tiny_tokenizer, monkeypatch):
+    """Contexts of different lengths in a batch, within a sliding window and beyond it."""
+    monkeypatch.setattr(module, "BATCH_SIZE", rows)
+    model, prompts, settings = make_tiny_model(architecture), on_contexts(longest), GenerationSettings(NEW_TOKENS, ())
+    tokens = [greedy_tokens(model, prompt) for prompt in prompts]
+    right = [[*row[: place % 5], *[7] * (place % 2), EOS] for place, row in enumerate(tokens)]
+    measured = answer(model, tiny_tokenizer, prompts, settings, right=right)
+    assert [text for text, _ in measured] == [expected_text(tiny_tokenizer, row) for row in tokens]
+    assert [loss for _, loss in measured] == pytest.approx(losses_of(model, prompts, right), abs=1e-4)
+    assert generate(model, tiny_tokenizer, prompts, settings) == [text for text, _ in measured]
+    for prompt, scores in zip(prompts, label_scores(model, prompts, LABELS), strict=True):
+        assert scores == pytest.approx([slowly(model, prompt, label) for label in LABELS], abs=1e-4)
+
+
+def test_what_prompts_share_is_read_once_and_other_prompts_cost_no_more(make_tiny_model, tiny_tokenizer, monkeypatch):
+    model, read, settings = make_tiny_model("llama"), [], GenerationSettings(1, ())
+    model.model.embed_tokens.register_forward_pre_hook(lambda _, args: read.append(tuple(args[0].shape)))
+    context, other = [1, *range(4, 34)], [1, *range(40, 60)]
+    generate(model, tiny_tokenizer, [[*context, 100, 101], [*other, 100], [*context, 102], [*other, 103]], settings)
+    assert read == [(2, 31), (4, 2)]
+    read.clear()
+    label_scores(model, [[*context, 100]], LABELS)  # its labels share all but its last token
+    assert read == [(1, 31), (4, 5)]
+    read.clear()
+    monkeypatch.setattr(module, "BATCH_TOKENS", 75)
+    label_scores(model, [[*context, 100]], LABELS)  # in two parts
+    assert read == [(1, 31), (2, 5), (2, 5)]
+    read.clear()
+    generate(model, tiny_tokenizer, [context, other], settings)
+    assert read == [(2, 30), (2, 1)]
+
+
+def test_groups_read_the_fewest_tokens():
+    instruction, contexts = [1] * 30, [[2] * 20, [3] * 24]
+    prompts = [[*instruction, *context, question] for context in contexts for question in (5, 6, 7)]
+    assert sorted(module._groups(prompts, 64)) == [([0, 1, 2], 50), ([3, 4, 5], 54)]
+    assert module._groups([[1, 2, 3, 4], [1, 5, 6, 7]], 64) == [([1], 3), ([0], 3)]  # too little to share
+    assert module._groups([], 64) == []
 
 
 @pytest.mark.parametrize("with_stop", [False, True])
@@ -504,14 +492,9 @@ def test_a_prompt_is_read_once_and_what_the_model_says_of_the_right_answer_is_no
     assert 7 not in (tokens[1][3], tokens[2][0])
     model.model.embed_tokens.register_forward_pre_hook(lambda _, args: read.append(tuple(args[0].shape)))
     answer(model, tiny_tokenizer, prompts, settings, right=right)
-    # What the cache is; the prompts; their last tokens with the right answers. The first row has said all of it, the second four
-    # tokens of six, the third one.
-    assert read == [(1, 1), (3, 100), (3, 5), *[(2, 1)] * 2, *[(1, 1)] * 3]
-
-
-def test_batches_are_small_enough_for_the_scores_of_right_answers():
-    assert list(module._batches([4, 3, 2, 1], 5, 3)) == [[0, 1, 2], [3]]
-    assert list(module._batches([4, 3, 2, 1], 5, 3, [6, 4, 6, 20], 10)) == [[0, 1], [2], [3]]
+    # The prompts; their last tokens with the right answers. The first row has said all of it, the second four tokens of six, the
+    # third one.
+    assert read == [(3, 100), (3, 5), *[(2, 1)] * 2, *[(1, 1)] * 3]
 
 
 @pytest.mark.parametrize("labels", [None, {"a": [70, EOS], "b": [71, EOS]}])

@@ -55,7 +55,7 @@ if TYPE_CHECKING:  # it brings transformers' Trainer, which takes a second to im
     from grasp_lora.training.trainer import FineTuneResult
 
 # Part of what a step is found by: raise one when a change of the code changes the result of such steps.
-REVISIONS = {"training": 4, "controller": 4, "losses": 2, "answers": 5, "scores": 3}
+REVISIONS = {"training": 4, "controller": 4, "losses": 2, "answers": 6, "scores": 3}
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # Paper: grid search
 CALIBRATION_EXAMPLES = 16  # of the train set, for scores that need inputs in the final run
 JOINT_EVALUATIONS = 4  # of the dev loss in an epoch of source and target data together

@@ -1,56 +1,65 @@
-"""Answers: token ids of prompts in, greedy texts or the likeliest labels out, with the losses of the right answers if asked for.
+"""Answers: token ids of prompts in; greedy texts or the likeliest labels out, and the losses of the right answers.
 
-Texts come from transformers' `generate`. Added here: how an answer ends (at a stop text, never before there is a text), batches
-of similar lengths whose rows leave and join, a beginning from what the loss of the right answer tells, and equally many calls in
-each process where the backbone is split over several.
+Prompts with a long common beginning, such as the questions on one context, are a group: what they share is read once, into
+transformers' cache; its row is repeated for each prompt, and the rest of each with its right answer or label is added on the
+right. Nothing is ever moved in a cache: padding, and what the model would not have said, is masked and stays. A greedy answer
+begins with what the loss of the right one has told, and `generate` writes on. A model whose cache cannot do this reads each row
+whole.
 """
 
+import copy
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import pairwise, takewhile
+from operator import eq
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from grasp_lora.errors import DataError, ProbeError
 from grasp_lora.models.backbone import calls_behind, find_stop_ids, is_split, supports_logits_to_keep, without_peft
-from grasp_lora.models.caches import cut, joined, padded, positions, read, repeated, shift, stacked
 from grasp_lora.models.live import evaluating
-from grasp_lora.models.loss import collate_pairs, summed_losses, target_scores
+from grasp_lora.models.loss import IGNORED, collate_pairs, target_scores
 from grasp_lora.models.model_settings import GenerationSettings
 from grasp_lora.storage.memory import enough_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BATCH_SIZE = 16  # most rows of a batch
-BATCH_TOKENS = 8192  # most tokens, padding and room for the answers included; a longer prompt makes a batch of its own
-LABEL_TOKENS = 512  # most tokens of labels or right answers in a batch: each has scores of a whole vocabulary
-_ON_ACCELERATOR = 4  # as many times the right answers' tokens
+Rows = Sequence[Sequence[int]]
+Group = tuple[
+    list[int], int
+]  # places of prompts, and how many tokens they share; of one prompt alone, all but its last
+
+BATCH_SIZE = 64  # most rows of a batch: a step of few takes nearly as long as one of many
+BATCH_TOKENS = 8192  # most tokens of a batch, padding and room for the answers included
+READ_TOKENS, SCORED_TOKENS = (
+    1024,
+    512,
+)  # of one call on a processor: what outgrows its caches takes longer; scores are large
+_ON_ACCELERATOR = 4  # as many times the scored tokens
+_SPLIT_ROWS = 16  # of a batch of a split backbone
 PART = 4  # tokens of answers, after which the rows that have ended leave
-WAITING = 8  # most rows that wait for those of the next batch: a step of few rows takes nearly as long as one of many
-NO_ROW = -1  # the place of an answer that nobody asked for, so that all processes make the same calls
 LESS_MEMORY = "shorten the prompts, lower generation.max_new_tokens, or set backbone.dtype to bfloat16 if it is float32"
-_ONE_BY_ONE = ("minimax", "recurrent_gemma", "rwkv")  # model types that answer otherwise in a batch
 
 
 def answer(
     model: torch.nn.Module,
     tokenizer: "PreTrainedTokenizerBase",
-    prompts: Sequence[Sequence[int]],
+    prompts: Rows,
     settings: GenerationSettings,
     progress: Callable[[int, int], None] | None = None,
     ends: Iterable[int] = (),
     labels: Mapping[str, Sequence[int]] | None = None,
-    right: Sequence[Sequence[int]] | None = None,
+    right: Rows | None = None,
 ) -> list[tuple[str, float]]:
     """Answer each prompt, greedily or by the likeliest label; take the loss of its right answer, too, if that is given.
 
     A greedy answer ends at an EOS token, one of `ends`, a stop text or `max_new_tokens`, not before there is text. Batching does
-    not change the answers beyond rounding (in bfloat16, near-ties between two tokens can fall either way). A prompt is read once
-    for both where the model's cache allows it; the losses are those of `models.loss`, beyond rounding. The model may be wrapped
-    by PEFT; it is left as it was, each module in its train or eval mode.
+    not change the answers beyond rounding (in bfloat16, near-ties between two tokens can fall either way); the losses are those
+    of `models.loss`, beyond rounding. The model may be wrapped by PEFT; it is left as it was, each module in its mode.
 
     Args:
         prompts: token ids of each prompt, BOS included where the model wants one.
@@ -76,7 +85,12 @@ def answer(
             likeliest = max(labels, key=lambda label: found[tuple(labels[label])])
             rows.append((likeliest, abs(found[tuple(right[place])]) / len(right[place]) if right else 0.0))
     else:
-        rows = _greedy_answers(model, tokenizer, prompts, right, settings, progress, ends)
+        ending = _Ending(tokenizer, settings, {*find_stop_ids(model, tokenizer), *ends})
+        losses, texts = _ask(model, prompts, right, progress, ending)
+        rows = [
+            (text, loss / len(right[place]) if right else 0.0)
+            for place, (text, loss) in enumerate(zip(texts, losses, strict=True))
+        ]
     for number, (_, loss) in enumerate(rows, start=1):
         if not math.isfinite(loss):
             raise ProbeError(
@@ -85,154 +99,182 @@ def answer(
     return rows
 
 
-@torch.no_grad()
-def _greedy_answers(
-    model: torch.nn.Module,
-    tokenizer: "PreTrainedTokenizerBase",
-    prompts: Sequence[Sequence[int]],
-    right: Sequence[Sequence[int]] | None,
-    settings: GenerationSettings,
-    progress: Callable[[int, int], None] | None,
-    ends: Iterable[int],
-) -> list[tuple[str, float]]:
-    inner = without_peft(model)
-    lengths, scored = [len(prompt) for prompt in prompts], [len(ids) for ids in right or ()]
-    _check_lengths(inner, prompts, [max(settings.max_new_tokens, length) for length in scored or [0] * len(prompts)])
-    stops = {text for stop in settings.stop for text in (stop, stop.strip())}
-    # Special tokens never stand in a decoded text.
-    special = {
-        token for token, added in tokenizer.added_tokens_decoder.items() if added.special and added.content in stops
-    }
-    ending = _Ending(tokenizer, settings, {*find_stop_ids(inner, tokenizer), *special, *ends})
-    most_rows = 1 if inner.config.model_type in _ONE_BY_ONE else BATCH_SIZE
-    most_scored = LABEL_TOKENS * (1 if inner.device.type == "cpu" else _ON_ACCELERATOR)
-    batches = list(_batches(lengths, settings.max_new_tokens, most_rows, scored, most_scored, context_of(inner)))
-    batches += [[]] * calls_behind(inner, len(batches))
-    losses, answers, answered = [0.0] * len(prompts), _Answers(inner, ending), 0
-    with (
-        _greedy(inner, sorted(ending.stop_ids)),
-        contiguous_head_input(inner),
-        enough_memory("answering", LESS_MEMORY),
-    ):
-        shares = read(inner, [[0]]) is not None
-        for number, batch in enumerate(batches, start=1):
-            rows = [prompts[index] for index in batch] or [[0, 0]]
-            # All processes of a split backbone make the same calls, be a cache of use or not.
-            cache: Any = read(inner, [row[:-1] or row for row in rows]) if shares else None
-            cache = None if min(map(len, rows)) == 1 else cache
-            begun = [list[int]() for _ in rows]
-            if right is not None:
-                of_rows = [right[index] for index in batch] or [[0]]
-                goes_on = cache is not None and not is_split(inner)
-                if goes_on:
-                    cache.activate_past_recording()  # a sliding window keeps what `shift` brings back into it
-                scores, said = _score(inner, rows, cache if goes_on else repeated(cache, 1), of_rows)
-                for index, score in zip(batch, scores, strict=False):  # no row of a call that only keeps step
-                    losses[index] = abs(score) / len(right[index])
-                if goes_on:
-                    begun = [ending.beginning(*pair) for pair in zip(of_rows, said, strict=True)]
-                    shift(cache, [max(map(len, of_rows)) - len(known) for known in begun])
-            answers.add(batch or [NO_ROW], rows, begun, cache)
-            cache = None  # its rows are those of `answers` now, or none
-            answers.go_on(until=WAITING if number < len(batches) else 0)
-            if progress is not None and (ended := len(answers.texts.keys() - {NO_ROW})) > answered:
-                progress(answered := ended, len(prompts))
-    return [(answers.texts[place].strip(), loss) for place, loss in enumerate(losses)]
+def label_scores(
+    model: torch.nn.Module, prompts: Rows, labels: Rows, progress: Callable[[int, int], None] | None = None
+) -> list[list[float]]:
+    """Return the log-probability of each label after each prompt: the sum over its tokens, the end token, its last, among them.
 
-
-class _Answers:
-    """Answers that are being written, of one batch or several: rows leave as they end, and those of the next batch join them.
-
-    `texts` are those that have ended, by their place among all. Rows are padded on the left, and the cache holds all but the
-    last token of each. Without a cache, or with a backbone that is split, a batch is answered alone in one call of `generate`.
+    It is not divided by the length. The end token makes labels comparable of which one begins another: the shorter one gets what
+    the model gives to the end there, the longer one a part of the rest. Raises as `answer` does.
     """
+    asked, following = [prompt for prompt in prompts for _ in labels], [label for _ in prompts for label in labels]
+    losses, _ = _ask(model, asked, following, progress, None, len(labels))
+    return [[-loss for loss in losses[at : at + len(labels)]] for at in range(0, len(losses), len(labels))]
 
-    def __init__(self, model: Any, ending: "_Ending") -> None:
-        self.texts: dict[int, str] = {}
-        self._model, self._ending = model, ending
-        self._places: list[int] = []
-        self._written: list[int] = []  # tokens of each answer, at the end of its row
-        self._ids = self._mask = torch.zeros(0, 0, dtype=torch.long)
-        self._cache: Any = None
 
-    def add(
-        self, places: Sequence[int], prompts: Sequence[Sequence[int]], begun: Sequence[Sequence[int]], cache: Any
-    ) -> None:
-        """Add a batch: prompts, the tokens with which their answers begin, and a cache of both."""
-        rows = [[*prompt, *known] for prompt, known in zip(prompts, begun, strict=True)]
-        width = max(map(len, rows)) if cache is None else cache.get_seq_length() + 1
-        tokens = (len(self._places) + len(rows)) * (max(width, self._ids.shape[1]) + self._ending.max_new_tokens)
-        if cache is None or tokens > BATCH_TOKENS:
-            self.go_on()
-        ids, mask = (tensor.to(self._model.device) for tensor in padded(rows, width))
-        if self._places:
-            ids, mask = stacked(self._ids, ids), stacked(self._mask, mask)
-            cache = joined(self._cache, cache)
-        self._places, self._written = [*self._places, *places], [*self._written, *map(len, begun)]
-        self._ids, self._mask, self._cache = ids, mask, cache
-        self._let_go()
+@torch.no_grad()
+def _ask(
+    model: torch.nn.Module,
+    prompts: Rows,
+    following: Rows | None,
+    progress: Callable[[int, int], None] | None,
+    ending: "_Ending | None",
+    each: int = 1,
+) -> tuple[list[float], list[str]]:
+    """The summed NLL of the tokens that follow each prompt, and, with an ending, its greedy answer; `each` rows are a prompt."""
+    inner, count, done, told = without_peft(model), len(prompts), 0, 0
+    most, scores = ending.max_new_tokens if ending else 0, following is not None
+    # Without a right answer the first token is predicted in any case. The last row is one that nobody asked for.
+    prompts, following = [*prompts, [0, 0]], [*(following or [[0]] * count), [0]]
+    losses, texts, lengths = [0.0] * len(prompts), [""] * len(prompts), [len(tokens) for tokens in following]
+    _check_lengths(inner, prompts[:-1], [max(most, length) for length in lengths[:-1]], each)
+    stop_ids = sorted(ending.stop_ids) if ending else []
+    with _prepared(inner, stop_ids), enough_memory("answering", LESS_MEMORY):
+        batches = _batches(inner, prompts[:-1], lengths, most, each)
+        # All processes of a split backbone make the same calls.
+        for groups in [*batches, *[[([count], 1)]] * calls_behind(inner, len(batches))]:
+            batch = _Batch(inner, prompts, groups)
+            if batch.cache is not None or scores:
+                for place, loss in batch.losses(following, most).items():
+                    losses[place] = loss if scores else 0.0
+            for place, text in (batch.answers(ending) if ending else {}).items():
+                texts[place] = text.strip()
+            done = min(count, done + len(batch.places))
+            if progress is not None and done // each > told:
+                progress(told := done // each, count // each)
+    return losses[:count], texts[:count]
 
-    def go_on(self, until: int = 0) -> None:
-        """Write until at most so many answers are left."""
+
+class _Batch:
+    """Rows that are read together, and then written on."""
+
+    def __init__(self, model: Any, prompts: Rows, groups: Sequence[Group]) -> None:
+        self.model, self.places = model, [place for group, _ in groups for place in group]
+        self.cache: Any = None if is_split(model) else _empty_cache(model)
+        held = [0 if self.cache is None else shared for group, shared in groups for _ in group]
+        self.rest = [list(prompts[place][shared:]) for place, shared in zip(self.places, held, strict=True)]
+        self.heard: list[tuple[Sequence[int], list[int]]] = []  # right answers, and what the model said in their places
+        # Of each row the one in the cache that it goes on from, and masks of what the cache holds.
+        self.owners = torch.tensor([number for number, (group, _) in enumerate(groups) for _ in group])
+        self.before, self.after = (
+            torch.zeros(len(groups), 0, dtype=torch.long),
+            torch.zeros(len(held), 0, dtype=torch.long),
+        )
+        if self.cache is not None and any(held):
+            ids, self.before = padded([prompts[group[0]][:shared] for group, shared in groups])
+            self._read(ids, self.before, torch.full_like(ids, IGNORED))
+
+    def losses(self, following: Rows, new: int = 0) -> dict[int, float]:
+        """The summed NLL of what follows each prompt, by its place; `new` tokens of an answer are to be written after this."""
+        pairs = [(rest, following[place]) for place, rest in zip(self.places, self.rest, strict=True)]
+        batch = collate_pairs(pairs, pad_id=0)
+        # The last column is only predicted. Padding stands on the right, where nothing that counts sees it.
+        ids, mask, targets = batch["input_ids"][:, :-1], batch["attention_mask"][:, :-1], batch["labels"][:, 1:]
+        width, read, found = self.before.shape[1] + ids.shape[1], self.cache, list[float]()
+        self.before = self.before[self.owners]
+        goes_on = read is not None and width + new < _room(self.model, read)
+        # Many labels of a prompt are several parts of rows, each with a copy of what has been read.
+        size = len(pairs) if new or read is None else max(1, min(BATCH_SIZE, BATCH_TOKENS // width))
+        for start in range(0, len(pairs), size):
+            part = slice(start, start + size)
+            again = start + size < len(pairs) or (new and not goes_on)
+            self.cache = copy.deepcopy(read) if again else read
+            if (
+                read is not None
+                and read.get_seq_length()
+                and (size < len(pairs) or len(set(self.owners.tolist())) < len(pairs))
+            ):
+                self.cache.batch_select_indices(self.owners[part])  # which repeats rows, too
+            losses, said = self._read(ids[part], torch.cat([self.before, mask], dim=1)[part], targets[part])
+            found += losses.sum(1).tolist()
+        if new and goes_on:
+            self.heard = [(right, row[row >= 0].tolist()) for (_, right), row in zip(pairs, said, strict=True)]
+            self.after = mask
+        else:
+            self.cache = read
+        return dict(zip(self.places, found, strict=True))
+
+    def answers(self, ending: "_Ending") -> dict[int, str]:
+        """The greedy answers, by their places."""
+        begun = [ending.beginning(*pair) for pair in self.heard] or [[] for _ in self.places]
+        ids, mask = padded(self.rest)
+        if self.cache is not None:  # it holds all but the last token of each row, and more that does not count
+            known = [[*rest, *begun] for rest, begun in zip(self.rest, begun, strict=True)]
+            counts = torch.arange(self.after.shape[1]) < torch.tensor([[len(row) - 1] for row in known])
+            last = torch.tensor([row[-1:] for row in known])
+            mask = torch.cat([self.before, self.after * counts, torch.ones_like(last)], dim=1)
+            ids = torch.nn.functional.pad(last, (mask.shape[1] - 1, 0))
+        ids, mask = ids.to(self.model.device), mask.to(self.model.device)
+        places, prompt, texts = self.places, ids.shape[1], dict[int, str]()
+        while True:
+            found = ending.texts(begun, ids[:, prompt:])
+            texts |= {place: text for place, (text, ended) in zip(places, found, strict=True) if ended}
+            left = [row for row, (_, ended) in enumerate(found) if not ended]
+            if not left:
+                return texts
+            if len(left) < len(found):
+                places, begun = [places[row] for row in left], [begun[row] for row in left]
+                ids, mask = ids[left], mask[left]
+                if self.cache is not None:
+                    self.cache.batch_select_indices(torch.tensor(left))
+            ids = self._written(ids, mask, begun, prompt, ending)
+            mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+
+    def _written(self, ids: torch.Tensor, mask: torch.Tensor, begun: Rows, prompt: int, ending: "_Ending") -> Any:
+        """The rows with some more tokens; without a cache, which is `generate`'s own then, all of them."""
         from transformers import LogitsProcessorList, StoppingCriteriaList
 
-        alone = self._cache is None or is_split(self._model)
-        while len(self._places) > (0 if alone else until):
-            most = self._ending.max_new_tokens - max(self._written)
-            ids = self._model.generate(
-                self._ids,
-                attention_mask=self._mask,
-                max_new_tokens=most if alone else min(PART, most),
-                stopping_criteria=StoppingCriteriaList([self._are_ended]),
-                logits_processor=LogitsProcessorList([self._wait_for_text]),
-                synced_gpus=is_split(self._model),
-                **({} if self._cache is None else {"cache": self._cache}),
-            )
-            new = ids.shape[1] - self._ids.shape[1]
-            self._written = [length + new for length in self._written]
-            self._ids, self._mask = ids, torch.nn.functional.pad(self._mask, (0, new), value=1)
-            self._let_go()
+        def are_ended(ids: torch.Tensor, _: Any, **more: Any) -> torch.Tensor:
+            return torch.tensor([ended for _, ended in ending.texts(begun, ids[:, prompt:])], device=ids.device)
 
-    def _let_go(self) -> None:
-        """Take out the rows that have ended, and padding."""
-        found = self._found(self._ids)
-        self.texts |= {place: text for place, (text, ended) in zip(self._places, found, strict=True) if ended}
-        left = [row for row, (_, ended) in enumerate(found) if not ended]
-        self._places, self._written = ([of_rows[row] for row in left] for of_rows in (self._places, self._written))
-        self._ids, self._mask = self._ids[left], self._mask[left]
-        if not left:
-            self._cache = None  # its memory is free for the next batch
-        if self._cache is not None:
-            # What is padding for all rows goes; else they would get longer with each batch, and than the model's context.
-            spare = int(self._mask.any(dim=0).int().argmax())
-            self._ids, self._mask = self._ids[:, spare:], self._mask[:, spare:]
-            if len(left) < len(found):
-                self._cache.batch_select_indices(torch.tensor(left, device=self._ids.device))
-            if spare:
-                cut(self._cache, spare)
+        def wait_for_text(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            if scores.amax(dim=-1).isnan().any():
+                raise _no_numbers(self.model)
+            waiting = [row for row, (text, _) in enumerate(ending.texts(begun, ids[:, prompt:])) if not text]
+            stops = [token for token in sorted(ending.stop_ids) if token < scores.shape[-1]]
+            scores[torch.tensor(waiting, dtype=torch.long)[:, None], torch.tensor(stops, dtype=torch.long)] = -torch.inf
+            return scores
 
-    def _found(self, ids: torch.Tensor) -> list[tuple[str, bool]]:
-        """The text of each row of `ids`, which are those of now or longer, and whether it has ended."""
-        width = self._ids.shape[1]
-        return [
-            self._ending.text(row[width - length :]) for row, length in zip(ids.tolist(), self._written, strict=True)
-        ]
+        most = ending.max_new_tokens - max(map(len, begun)) - ids.shape[1] + prompt
+        return self.model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=most if self.cache is None else min(PART, most),
+            stopping_criteria=StoppingCriteriaList([are_ended]),
+            logits_processor=LogitsProcessorList([wait_for_text]),
+            synced_gpus=is_split(self.model),
+            **({} if self.cache is None else {"cache": self.cache}),
+        )
 
-    def _are_ended(self, ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.tensor([ended for _, ended in self._found(ids)], device=ids.device)
+    def _read(self, ids: torch.Tensor, mask: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read tokens after those that the cache holds; the NLL of each target, 0 where none counts, and the likeliest tokens.
 
-    def _wait_for_text(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Take the end tokens from the scores [rows, vocabulary] of rows that have no text yet.
-
-        Raises:
-            ProbeError: a score is no number.
+        Args:
+            mask: of those that the cache holds, too.
         """
-        if scores.amax(dim=-1).isnan().any():
-            raise _no_numbers(self._model)
-        waiting = [row for row, (text, _) in enumerate(self._found(ids)) if not text]
-        ends = [token for token in sorted(self._ending.stop_ids) if token < scores.shape[-1]]
-        scores[torch.tensor(waiting, dtype=torch.long)[:, None], torch.tensor(ends, dtype=torch.long)] = -torch.inf
-        return scores
+        model, cache, (rows, columns), held = self.model, self.cache, ids.shape, mask.shape[1] - ids.shape[1]
+        places, keeps, counts = (mask.cumsum(1) - 1).clamp_min(0), supports_logits_to_keep(model), targets != IGNORED
+        width, on_cpu = columns, model.device.type == "cpu"
+        if cache is not None and counts.any():
+            width = max(1, SCORED_TOKENS * (1 if on_cpu else _ON_ACCELERATOR) // rows)
+        elif cache is not None and on_cpu and columns <= READ_TOKENS:  # parts cost the attention of longer ones more
+            width = max(1, READ_TOKENS // rows)
+        losses, said = torch.zeros(targets.shape), torch.full_like(targets, -1)
+        for start in range(0, columns, width):
+            part, seen = slice(start, start + width), slice(held + start, held + start + width)
+            inputs = {"input_ids": ids[:, part], "attention_mask": mask[:, : seen.stop]}
+            inputs |= {} if cache is None else {"position_ids": places[:, seen]}
+            inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+            given = {"use_cache": False} if cache is None else {"use_cache": True, "cache": cache}
+            wanted = targets[:, part].to(model.device)
+            scores = target_scores(model, inputs | given, wanted, label_positions=keeps)
+            aims = wanted[wanted != IGNORED].to(scores.device)
+            found = torch.nn.functional.cross_entropy(scores, aims, reduction="none")
+            losses[:, part][counts[:, part]] = found.float().cpu()
+            said[:, part][counts[:, part]] = scores.argmax(-1).cpu()
+        if losses.isnan().any():
+            raise _no_numbers(model)
+        return losses, said
 
 
 class _Ending:
@@ -242,8 +284,15 @@ class _Ending:
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", settings: GenerationSettings, stop_ids: set[int]) -> None:
-        self.stop_ids, self.max_new_tokens = stop_ids, settings.max_new_tokens
-        self._tokenizer, self._stops = tokenizer, settings.stop
+        stops = {text for stop in settings.stop for text in (stop, stop.strip())}
+        # Special tokens never stand in a decoded text.
+        added = tokenizer.added_tokens_decoder.items()
+        self.stop_ids = stop_ids | {token for token, one in added if one.special and one.content in stops}
+        self.max_new_tokens, self._tokenizer, self._stops = settings.max_new_tokens, tokenizer, settings.stop
+
+    def texts(self, begun: Rows, ids: torch.Tensor) -> list[tuple[str, bool]]:
+        """The text of each row, of the tokens that it has begun with and those after them, and whether it has ended."""
+        return [self.text([*known, *new]) for known, new in zip(begun, ids.tolist(), strict=True)]
 
     def text(self, tokens: Sequence[int]) -> tuple[str, bool]:
         """Return the text of an answer's tokens, and whether it has ended."""
@@ -264,69 +313,40 @@ class _Ending:
         same = next(
             (place for place, pair in enumerate(zip(right, said, strict=True)) if pair[0] != pair[1]), len(right)
         )
-        for length in range(1, same + 2):
+        for length in range(1, min(same + 1, len(said)) + 1):
             text, ended = self.text(said[:length])
             if ended:  # as it would have been, token by token
                 return list(said[: length - 1 if not text and said[length - 1] in self.stop_ids else length])
         return list(said[: same + 1])
 
 
-@torch.no_grad()
-def label_scores(
-    model: torch.nn.Module,
-    prompts: Sequence[Sequence[int]],
-    labels: Sequence[Sequence[int]],
-    progress: Callable[[int, int], None] | None = None,
-) -> list[list[float]]:
-    """Return the log-probability of each label after each prompt: the sum over its tokens, the end token among them.
+def _empty_cache(model: Any) -> Any:
+    """A cache whose rows can be added to, repeated and taken out; None where the model has none such."""
+    from transformers import cache_utils
 
-    It is that of the whole answer, and not divided by its length. The end token makes labels comparable of which one begins
-    another: the shorter one gets what the model gives to the end there, the longer one a part of the rest. A prompt is read once
-    for all labels where the model's cache allows it. The model may be wrapped by PEFT; it is left as it was.
+    plain = (cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer, cache_utils.DummyLayer)
+    config, takes = model.config.get_text_config(decoder=True), inspect.signature(model.forward).parameters
+    if not {"cache", "position_ids"} <= takes.keys() or not model._supports_default_dynamic_cache():
+        return None
+    # Long RoPE turns all tokens by the length of a call; positions that know a padding do not count from 0.
+    positions = (part for name, part in model.named_modules() if name.endswith("position_embeddings"))
+    if "longrope" in str(getattr(config, "rope_parameters", "")) or any(
+        getattr(part, "padding_idx", None) is not None for part in positions
+    ):
+        return None
+    cache = cache_utils.DynamicCache(config=config)
+    return cache if all(type(layer) in plain for layer in cache.layers) else None
 
-    Args:
-        labels: token ids of each label, the end token last.
-        progress: called after each batch with the prompts done so far and their total.
 
-    Returns:
-        For each prompt one number <= 0 a label.
-
-    Raises:
-        DataError: a prompt is empty, or too long for the model's context with a label after it.
-        ProbeError: a score is no number.
-    """
-    inner = without_peft(model)
-    longest, lengths = max(map(len, labels)), [len(prompt) for prompt in prompts]
-    _check_lengths(inner, prompts, [longest] * len(prompts))
-    scores: list[list[float]] = [[] for _ in prompts]
-    answered = 0
-    with evaluating(inner), contiguous_head_input(inner), enough_memory("scoring labels", LESS_MEMORY):
-        shares = read(inner, [[0]]) is not None
-        longer = [index for index, length in enumerate(lengths) if shares and length > 1]
-        batches = [
-            [longer[place] for place in batch]
-            for batch in _batches([lengths[index] for index in longer], longest, BATCH_SIZE)
-        ]
-        batches += [[index] for index, length in enumerate(lengths) if not shares or length == 1]
-        parts = [_label_batches(labels, lengths[batch[0]] + longest, len(batch)) for batch in batches]
-        cached = [shares and lengths[batch[0]] > 1 for batch in batches]
-        behind = calls_behind(inner, sum(map(len, parts)) + sum(cached))
-        for batch, of_labels, once in zip(batches, parts, cached, strict=True):
-            rows = [prompts[index] for index in batch]
-            cache = read(inner, [row[:-1] for row in rows]) if once else None
-            for part in of_labels:
-                pairs = [row for row in rows for _ in part]
-                found, _ = _score(inner, pairs, repeated(cache, len(part)), [*part] * len(rows))
-                for place, index in enumerate(batch):
-                    scores[index] += found[place * len(part) : (place + 1) * len(part)]
-            if any(math.isnan(score) for index in batch for score in scores[index]):
-                raise _no_numbers(inner)
-            answered += len(batch)
-            if progress is not None:
-                progress(answered, len(prompts))
-        for _ in range(behind):
-            read(inner, [[0]])
-    return scores
+def _room(model: Any, cache: Any) -> float:
+    """How many tokens a cache may hold with gaps among them: as many as its windows and the context."""
+    # GPT-Neo's cache does not know its window.
+    rooms = [
+        context_of(model),
+        getattr(model.config, "window_size", None),
+        *(one.get_max_length() for one in cache.layers),
+    ]
+    return min((room for room in rooms if isinstance(room, int) and room > 0), default=math.inf)
 
 
 def context_of(model: Any) -> int | None:
@@ -335,12 +355,12 @@ def context_of(model: Any) -> int | None:
     return context if isinstance(context, int) and context > 0 else None
 
 
-def _check_lengths(model: Any, prompts: Sequence[Sequence[int]], rooms: Sequence[int]) -> None:
+def _check_lengths(model: Any, prompts: Rows, rooms: Sequence[int], each: int) -> None:
     context = context_of(model)
-    for number, (prompt, room) in enumerate(zip(prompts, rooms, strict=True), start=1):
+    for number, (prompt, room) in enumerate(zip(prompts, rooms, strict=True), start=each):
         if not prompt or (context is not None and len(prompt) + room > context):
             raise DataError(
-                f"prompt {number} has {len(prompt)} tokens and up to {room} follow, but the model's context holds "
+                f"prompt {number // each} has {len(prompt)} tokens and up to {room} follow, but the model's context holds "
                 f"{context}: give each prompt one token at least, shorten it, or lower max_new_tokens"
             )
 
@@ -352,97 +372,92 @@ def _no_numbers(model: Any) -> ProbeError:
     return ProbeError(f"the model's scores are no numbers; {ways}")
 
 
-def _batches(
-    lengths: Sequence[int],
-    new_tokens: int,
-    most_rows: int,
-    scored: Sequence[int] = (),
-    most_scored: int = 0,
-    context: int | None = None,
-) -> Iterator[list[int]]:
-    """Group prompts of similar length, the longest first: what does not fit in memory fails at once.
+def _groups(prompts: Rows, most: int, tokens: float = math.inf) -> list[Group]:
+    """Group prompts by a common beginning of at least half of each, so that the fewest tokens are read.
 
-    Args:
-        scored: tokens of the right answer to each, if those are scored, too, and the most of them in a batch.
-        context: that the longest prompt and the longest right answer of a batch fit in.
+    Of a group there are at most so many rows, and tokens of whole rows.
     """
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        rows = len(batch) + 1
-        right = [scored[place] for place in (*batch, index)] if scored else [0]
-        full = rows > most_rows or sum(right) > most_scored
-        full = full or (context is not None and lengths[(*batch, index)[0]] + max(right) > context)
-        if batch and (full or (lengths[batch[0]] + new_tokens) * rows > BATCH_TOKENS):
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
+    order = sorted(range(len(prompts)), key=lambda place: tuple(prompts[place]))
+    rows = [prompts[place] for place in order]
+    common = [sum(takewhile(bool, map(eq, one, other))) for one, other in pairwise(rows)]
+    fewest = [(0, 0, 0)]  # of the first rows: tokens that are read, where the last group begins, and what it shares
+    for end in range(1, len(rows) + 1):
+        whole = longest = len(rows[end - 1])
+        shared, ways = whole - 1, [(fewest[end - 1][0] + whole, end - 1, whole - 1)]
+        for start in range(end - 2, max(-1, end - 1 - most), -1):
+            shared = min(shared, len(rows[start]) - 1, common[start])
+            longest, whole = max(longest, len(rows[start])), whole + len(rows[start])
+            if 2 * shared < longest or (end - start) * longest > tokens:
+                break
+            ways.append((fewest[start][0] + whole - (end - start - 1) * shared, start, shared))
+        fewest.append(min(ways))
+    found, end = [], len(rows)
+    while end:
+        _, start, shared = fewest[end]
+        found.append((order[start:end], shared))
+        end = start
+    return found
+
+
+def _batches(model: Any, prompts: Rows, following: Sequence[int], new: int, each: int) -> list[list[Group]]:
+    """Batches of groups, those that share much first: what does not fit in memory fails at once."""
+    alone: list[Group] = [([place], len(prompt) - 1) for place, prompt in enumerate(prompts)]
+    cache, context = _empty_cache(model), context_of(model) or math.inf
+    if cache is None or is_split(model):  # padding would change what a state holds
+        rows = _SPLIT_ROWS if cache is not None else 1
+        alone.sort(key=lambda group: -group[1])
+        return [alone[start : start + rows] for start in range(0, len(alone), rows)]
+
+    def width(groups: Sequence[Group]) -> int:
+        longest = max(len(prompts[place]) - shared + following[place] for group, shared in groups for place in group)
+        return max(shared for _, shared in groups) + longest
+
+    def packed(groups: Iterable[Group]) -> list[list[Group]]:
+        batches: list[list[Group]] = [[]]
+        for group in sorted(groups, key=lambda group: (len(group[0]) == 1, -group[1])):
+            more, rows = width([*batches[-1], group]), sum(len(places) for places, _ in (*batches[-1], group))
+            if batches[-1] and (rows > BATCH_SIZE or (more + new) * rows > BATCH_TOKENS or more > context):
+                batches.append([])
+            batches[-1].append(group)
+        return [batch for batch in batches if batch]
+
+    found, room = [], _room(model, cache)
+    for batch in packed(_groups(prompts, BATCH_SIZE, BATCH_TOKENS) if new else _groups(prompts, max(BATCH_SIZE, each))):
+        # Where a window or the context leaves no room for gaps, answers begin after the prompts, each read alone.
+        gaps = not new or width(batch) + new <= room
+        found += [batch] if gaps else packed(alone[place] for group, _ in batch for place in group)
+    return found
 
 
 @contextmanager
-def _greedy(model: Any, stop_ids: list[int]) -> Iterator[None]:
-    """Put the model in eval mode, with a greedy generation config in place of its own.
+def _prepared(model: Any, stop_ids: list[int]) -> Iterator[None]:
+    """Put the model in eval mode, with a greedy generation config in place of its own, and hand its head contiguous inputs.
 
-    Passing ours to `generate` would not do: its gaps are filled from the model's own (temperature, penalties).
+    Passing our config to `generate` would not do: its gaps are filled from the model's own (temperature, penalties). It slices
+    the last position out of a prompt; of such a slice torch copies the head, 262k rows in Gemma 3, for each sequence on a CPU.
     """
     from transformers import GenerationConfig
 
     config_type: Any = GenerationConfig  # its constructor has no type hints
-    usual_config = model.generation_config
+    usual, head = model.generation_config, model.get_output_embeddings()
+    hooks = (
+        [] if head is None else [head.register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))]
+    )
     model.generation_config = config_type(do_sample=False, use_cache=True, eos_token_id=stop_ids, pad_token_id=0)
     try:
         with evaluating(model):
             yield
     finally:
-        model.generation_config = usual_config
+        model.generation_config = usual
+        for hook in hooks:
+            hook.remove()
 
 
-@contextmanager
-def contiguous_head_input(model: Any) -> Iterator[None]:
-    """Hand the language model head a contiguous input.
-
-    Generation slices the last position out of the hidden states of a prompt. On a CPU torch multiplies such a
-    slice sequence by sequence and copies the head, 262k rows in Gemma 3, for each one: several times the work of
-    the rest of the model.
-    """
-    head = model.get_output_embeddings()
-    if head is None:
-        yield
-        return
-    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def _label_batches(labels: Sequence[Sequence[int]], width: int, prompts: int) -> list[Sequence[Sequence[int]]]:
-    most = min(BATCH_TOKENS // width, LABEL_TOKENS // max(map(len, labels))) // prompts
-    rows = max(1, min(BATCH_SIZE, most))
-    return [labels[start : start + rows] for start in range(0, len(labels), rows)]
-
-
-def _score(
-    model: Any, prompts: Sequence[Sequence[int]], cache: Any, answers: Sequence[Sequence[int]]
-) -> tuple[list[float], list[list[int]]]:
-    """The log-probability of each answer after its prompt, and the likeliest token in each of its places.
-
-    A cache holds all but the prompts' last tokens, and is added to.
-    """
-    rest = [prompt if cache is None else prompt[-1:] for prompt in prompts]
-    # The last column is only predicted. Padding stands on the right, where nothing that counts sees it.
-    batch = collate_pairs(list(zip(rest, answers, strict=True)), pad_id=0)
-    ids, mask, targets = batch["input_ids"][:, :-1], batch["attention_mask"][:, :-1], batch["labels"][:, 1:]
-    inputs: dict[str, Any] = {"input_ids": ids}
-    if cache is not None:
-        _, before = padded([prompt[:-1] for prompt in prompts])
-        inputs |= positions(model, before.sum(1, keepdim=True) + torch.arange(ids.shape[1]))
-        mask = torch.cat([before, mask], dim=1)
-    inputs = {name: tensor.to(model.device) for name, tensor in {**inputs, "attention_mask": mask}.items()}
-    inputs |= {"use_cache": cache is not None} | ({} if cache is None else {"cache": cache})
-    keeps = supports_logits_to_keep(model)
-    scores = target_scores(model, inputs, targets.to(model.device), label_positions=keeps)
-    losses: list[float] = summed_losses(scores, targets).tolist()
-    said = iter(scores.argmax(-1).tolist())
-    return [-loss for loss in losses], [list(islice(said, len(ids))) for ids in answers]
+def padded(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of tokens padded on the left, and the mask: 1 where a row stands, 0 for its padding; each [rows, longest]."""
+    lengths = torch.tensor([[len(row)] for row in rows])
+    width = int(lengths.max())
+    mask = (torch.arange(width) >= width - lengths).long()
+    ids = torch.zeros_like(mask)
+    ids[mask.bool()] = torch.tensor([token for row in rows for token in row])
+    return ids, mask
