@@ -392,6 +392,24 @@ class TestMethods:
         assert (paper.policy.ratio_min, paper.policy.ratio_max) == (policy.ratio_min, policy.ratio_max)
         assert paper.training == recipe.controller.training
 
+    def test_the_papers_rows_have_its_setting_in_any_recipe(self, tiny_workspace) -> None:
+        steps = steps_of("merge.dropout=0.3", "merge.weights=[0.7, 0.3]")
+        changed, parents = methods._in_paper(steps)
+        recipe = changed.recipe
+        assert (recipe.merge.rule, recipe.merge.weights, recipe.dropout) == ("paper_apart", None, 0.0)
+        assert (recipe.final.mode, recipe.final.training.max_grad_norm) == ("reselect", 0.0)
+        assert (recipe.controller.training.max_grad_norm, recipe.controller.training.batch_size) == (0.0, 1)
+        assert parents.merged.key != steps.parents().merged.key
+        assert [one.key for one in parents.named.values()] == [one.key for one in steps.parents().named.values()]
+
+    def test_the_planned_comparisons_get_the_verdicts(self) -> None:
+        settings = ComparisonSettings(methods=("joint",), planned=("paper",))
+        assert settings.reference == "grasp_paper"
+        assert settings.names == ["target_only", "joint", "adaptive_merge", "grid_paper", "grasp_paper"]
+        assert settings.planned_against(settings.names) == ["target_only", "adaptive_merge", "grid_paper"]
+        assert ComparisonSettings(**settings.model_dump()) == settings
+        assert asked("grasp", "joint", "merged").planned_against(["joint", "merged"]) == ["joint"]
+
     def test_joint_trains_on_as_many_rows_of_both_languages_and_keeps_the_best_of_four_looks(
         self, tiny_workspace
     ) -> None:
@@ -483,6 +501,10 @@ class TestDoor:
         [
             ({"methods": ("grasp", "gird")}, "there is no method 'gird'; allowed: .*grasp"),
             ({"reference": "gird"}, "there is no method 'gird'"),
+            ({"planned": ("grasp:gird",)}, "there is no method 'gird'"),
+            ({"planned": ("grasp",)}, "planned is grasp; write FIRST:SECOND, .* or paper"),
+            ({"planned": ("grasp:joint", "joint:grid")}, "with one FIRST in all of them, which is the reference"),
+            ({"planned": ("paper",), "reference": "grasp"}, "which is the reference"),
             ({"methods": ()}, "methods.*at least 1"),
             ({"folds": 3, "seeds": (1, 2)}, "folds are compared with one seed, but seeds has 2"),
         ],
