@@ -14,7 +14,7 @@ from recorder import Recorder, read, run_tiny, session_of, weights_in
 
 from grasp_lora.engine.compare import compare
 from grasp_lora.engine.comparison import ComparisonSettings
-from grasp_lora.engine.deliver import ON_SOURCE, TITLES, expected, titles_with, warned
+from grasp_lora.engine.deliver import ON_SOURCE, PRUNED, TITLES, expected, titles_with, warned
 from grasp_lora.engine.run_folder import Delivered
 from grasp_lora.engine.steps import Steps
 from grasp_lora.errors import DivergedError, GraspError
@@ -41,14 +41,15 @@ class TestRule:
         [
             ("best", ("continued", "grasp", "averaged"), "averaged", "adapters made like it answered best"),
             ("best", ("grasp",), "grasp", "lowered no dev loss"),
-            ("grasp", ("continued", "grasp"), "grasp", "final.deliver"),
+            ("grasp", ("unpruned", "grasp"), "grasp", "one training learned on the micro-dev rows"),
             ("continued", ("continued",), "continued", "this one training"),
         ],
     )
     def test_what_is_handed_over_is_fixed_beforehand(
         self, setting: str, systems: Sequence[str], name: str, why: str
     ) -> None:
-        steps: Any = SimpleNamespace(recipe=SimpleNamespace(final=SimpleNamespace(deliver=setting)))
+        final, rounds = SimpleNamespace(deliver=setting, prune_ratio=None), SimpleNamespace(pool="micro_dev")
+        steps: Any = SimpleNamespace(recipe=SimpleNamespace(final=final, controller=SimpleNamespace(rounds=rounds)))
         named: Any = dict.fromkeys(("source", "merged", *systems))
         found, reason = expected(
             steps, named, "Continued training lowered no dev loss, which leaves the source adapter."
@@ -58,7 +59,7 @@ class TestRule:
 
     @pytest.mark.parametrize("on", [None, "source"])
     def test_where_nothing_is_pruned_it_is_no_result_of_grasp(self, on: str | None) -> None:
-        for ratio, title in ((0.0, "the merge, trained further"), (0.3, "GRASP's result"), (None, "GRASP's result")):
+        for ratio, title in ((0.0, "the merge, trained further"), (0.3, PRUNED), (None, "GRASP's result")):
             titles = titles_with(on, ratio)
             assert titles["grasp"] == title
             assert titles["averaged"].endswith(f" and {title}")
@@ -117,7 +118,9 @@ class TestRun:
         # GRASP's own result is what a run that hands it over gives.
         assert weights_in("best/final") == weights_in(finished_run / "adapter")
         theirs, ours = (read(Path(folder, "metrics.json"))["systems"] for folder in ("run", "best"))
-        assert {name: ours[name] for name in theirs} == theirs
+        assert {name: ours[name] for name in theirs if name != "unpruned"} == {
+            name: score for name, score in theirs.items() if name != "unpruned"
+        }
 
     def test_the_mean_of_both_is_handed_over_exactly(self, tiny_workspace: Path) -> None:
         run = run_tiny(BEST)

@@ -83,8 +83,7 @@ def _curve(run: Run) -> Figure | None:
         traces.append(_scatter("fitted loss", zip(ratios, fitted, strict=True), line=line, hovertemplate=hover))
     if run.metrics.grid and curve:
         places, losses = zip(*run.metrics.grid.losses, strict=True)
-        shift = fmean(np.interp(places, ratios, fitted).tolist()) - fmean(losses)
-        moved = [(place, loss + shift) for place, loss in zip(places, losses, strict=True)]
+        above = [(place, loss - min(losses)) for place, loss in zip(places, losses, strict=True)]
         marker = {
             "size": 10,
             "symbol": "diamond",
@@ -93,7 +92,7 @@ def _curve(run: Run) -> Figure | None:
         }
         hover = "grid, ratio %{x:.1f}<br>test loss %{customdata:.4f}<extra></extra>"
         traces.append(
-            _scatter("grid: one training each", moved, "markers", customdata=losses, hovertemplate=hover, marker=marker)
+            _scatter("grid: one training each", above, "markers", customdata=losses, hovertemplate=hover, marker=marker)
         )
     upright = {"xref": "x", "yref": "paper", "y0": 0, "y1": 1}  # from the foot of the figure to its top
     strip = {"type": "rect", **upright, "x0": estimate.low, "x1": estimate.high, "fillcolor": "var(--mark-soft)",
