@@ -478,6 +478,8 @@ def test_two_given_adapters_are_merged_at_a_learned_ratio(start: Callable[..., P
     with pytest.raises(RecipeError, match=r'adapter german does not say what prompt .* such as --prompt "Context: '):
         start(data, (english,), **both)
     asked = {"prompt": r"{question}\nIn: {context}\nA:"}
+    elsewhere, _ = load_recipe(start(data, (english,), Path("deep/mine.yaml"), **both, **asked))
+    assert elsewhere.target.adapter == "../german"
     recipe, _ = load_recipe(start(data, (english,), **both, **asked))
     assert recipe.data.prompt == "{question}\nIn: {context}\nA:"
     assert (recipe.source.adapters, recipe.target.adapter) == ((english,), german)

@@ -191,7 +191,7 @@ class Grid:
 
 
 def recorded_grid(language: str) -> Grid | None:
-    """The grid search of the demo in a language that `lab/demo_adapters.py` has put into the package."""
+    """The grid search of the demo in a language that `lab/demo.py` has put into the package."""
     return read_if_there(Path(str(files("grasp_lora.demo"))) / f"grid-{language}.json", Grid)
 
 

@@ -150,6 +150,7 @@ def write_recipe(
         target_adapter=_written(target_adapter, file.parent) if target_adapter else None,
         learn_ratio=learn_ratio,
         asked=asked,
+        all_layers=read_how_asked(target_adapter)[1] if target_adapter else target.task == "qa",
         backbone=_written(backbone, file.parent),
         skip_unanswered=skip_unanswered,
     )
@@ -226,7 +227,6 @@ def _render(file: Path, target: Corpus, sizes: Sizes, sources: Sequence[Corpus],
     builtin, asked = built_in_template(target.task, facts["language"]), facts["asked"]
     if builtin and asked["prompt"] == builtin.prompt:
         asked["prompt"] = None  # as it is by itself
-    all_layers = read_how_asked(adapter)[1] if (adapter := facts["target_adapter"]) else target.task == "qa"
     # A split takes whole groups, so that a single one would be all dev.
     source_dev = 0 if sizes.one_source_group else min(sizes.source // 10, MOST_SOURCE // 10)
     return environment.get_template("recipe.yaml.j2").render(
@@ -244,8 +244,7 @@ def _render(file: Path, target: Corpus, sizes: Sizes, sources: Sequence[Corpus],
         source_left=sizes.source - source_dev,
         # Questions: in Swahili 4.7 points of F1 more for `continued` than on `q_proj` and `v_proj`, 8.3 for the merge
         # (`lab/layers.py`). At 1e-4 the first look at the dev rows ended some trainings on 30 to 50 rows, at 3e-5 none.
-        all_layers=all_layers,
-        rate="3.0e-5" if all_layers else "1.0e-4",
+        rate="3.0e-5" if facts["all_layers"] else "1.0e-4",
         epochs=2 if target.task == "qa" else 3,
         most_tokens=token_limit(target, sources),
         cut_document=CUT_DOCUMENT,
