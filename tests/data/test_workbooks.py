@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import openpyxl
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from grasp_lora.data.files import Row, read_file
 from grasp_lora.errors import DataError
@@ -97,3 +99,32 @@ def test_a_workbook_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("grasp_lora.data.files.MOST_UNPACKED", 1000)
     with pytest.raises(DataError, match=r"x\.xlsx unpacks to \d+ bytes, more than 1000; save the sheet as CSV"):
         rows_of(workbook(tmp_path / "x.xlsx", [["a"], ["1"]]))
+
+
+@pytest.mark.parametrize(
+    ("far", "row", "column"), [("XFD1048576", 1048576, "XFD"), ("J1048576", 1048576, "J"), ("XFD700", 700, "XFD")]
+)
+def test_a_cell_far_off_is_refused_before_memory_runs_out(tmp_path, far, row, column):
+    book = openpyxl.Workbook()
+    for place, value in (("A1", "prompt"), ("B1", "completion"), ("A2", "a"), ("B2", "b")):
+        book.active[place] = value
+    book.active["F1048576"].font = openpyxl.styles.Font(bold=True)  # holds nothing
+    book.save(path := tmp_path / "x.xlsx")
+    assert len(rows_of(path)) == 1
+    book.active[far] = "x"
+    book.save(path)
+    with pytest.raises(DataError, match=rf"x\.xlsx has a cell in row {row} and one in column {column}: too large"):
+        rows_of(path)
+
+
+def test_parquet_that_unpacks_to_too_much_is_refused_and_rows_are_numbered_through(tmp_path, monkeypatch):
+    """Its dictionary makes many equal texts a small file."""
+    table = pyarrow.table({"prompt": ["long " * 1000] * 3000, "completion": list(map(str, range(3000)))})
+    parquet.write_table(table, path := tmp_path / "x.parquet")
+    rows = rows_of(path)
+    assert [row.values["completion"] for row in rows] == list(map(str, range(3000)))
+    assert rows[-1].where == "x.parquet, row 3000"
+    monkeypatch.setattr("grasp_lora.data.files.MOST_UNPACKED", 10_000_000)
+    assert path.stat().st_size < 100_000
+    with pytest.raises(DataError, match=r"x\.parquet unpacks to more than 10000000 bytes"):
+        rows_of(path)

@@ -67,6 +67,9 @@ def test_rows_that_an_adapter_knows_are_refused(judged: Callable[..., Judgement]
 
 
 def test_what_cannot_be_judged_is_refused(judged: Callable[..., Judgement]) -> None:
+    for other in ("run/source", "./run/source", str(Path("run/source").absolute())):
+        with pytest.raises(AdapterError, match="source' is named twice"):
+            judged("run/source", "run/target", other)
     with pytest.raises(AdapterError, match="there is no adapter to judge"):
         judged("backbone")
     shutil.copytree("run/source", "backbone")

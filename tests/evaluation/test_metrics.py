@@ -118,6 +118,12 @@ def test_what_a_metric_of_the_users_own_gives_is_checked(own_module, result, mes
         score([f"{module}:metric"], ["x", "y"], [["x"], ["y"]], "en")
 
 
+def test_a_function_that_is_no_metric_is_one_line():
+    with pytest.raises(DataError, match="metric json:loads: the JSON object must be str") as caught:
+        score(["json:loads"], ["x"], [["x"]], "en")
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("made", ["numpy.int64(50)", "torch.tensor(50.0)"])
 def test_numbers_of_numpy_and_torch_become_plain_ones(own_module, made):
     module = own_module(

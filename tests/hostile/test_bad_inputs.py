@@ -111,7 +111,11 @@ def check_with(name: str = "tiny.yaml") -> tuple[str, ...]:
 
 
 def test_what_is_whole_passes_and_code_of_others_is_announced(workspace: Path, cli: Cli) -> None:
-    result = cli(*check_with(), "-s", "backbone.trust_remote_code=true", "-s", f"seed={10**20}")
+    with_code = (*check_with(), "-s", "backbone.trust_remote_code=true", "-s", f"seed={10**20}")
+    check_refusal(
+        cli(*with_code), r"runs Python code that comes with 'tiny-llama'; read it, then allow it with --allow-code"
+    )
+    result = cli(*with_code, "--allow-code")
     assert result.status == 0, result.err
     assert "trust_remote_code is on: Python code that comes with tiny-llama" in result.err
 

@@ -10,6 +10,7 @@ import huggingface_hub
 import pytest
 import yaml
 
+from grasp_lora.data.files import Table
 from grasp_lora.engine.preflight import preflight
 from grasp_lora.engine.session import Session
 from grasp_lora.errors import AdapterError, DataError, GraspError, RecipeError
@@ -186,6 +187,19 @@ def test_a_prompt_that_would_lose_a_part_is_not_guessed(start: Callable[..., Pat
     Path("t.csv").write_text(f"question,{part},response\n" + "a,b,c\n" * 60, encoding="utf-8")
     with pytest.raises(DataError, match=r"which fit no task .* such as .*--column answer=response, or rename them"):
         start(Path("t.csv"))
+
+
+def test_many_columns_that_fit_no_task_are_listed_once(
+    start: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To ask for the columns takes a look at each cell: once for each column takes minutes."""
+    asked: list[Table] = []
+    columns = Table.columns.fget
+    monkeypatch.setattr(Table, "columns", property(lambda table: asked.append(table) or columns(table)))
+    Path("t.csv").write_text(",".join(f"c{i}" for i in range(500)) + "\n" + ",".join(["a"] * 500), encoding="utf-8")
+    with pytest.raises(DataError, match=r"has the columns c0, c1, .* and 480 more, which fit no task"):
+        start(Path("t.csv"))
+    assert len(asked) < 10
 
 
 def test_instructions_with_another_name_are_told_the_three(start: Callable[..., Path]) -> None:

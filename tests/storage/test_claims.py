@@ -1,6 +1,7 @@
 """One writer at a time; whoever dies gives the folder free."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -216,3 +217,17 @@ def test_what_came_while_the_lock_was_awaited_is_not_overwritten(tmp_path, monke
     with pytest.raises(RecipeError, match="exists and is not an empty folder"), new_folder(out):
         pytest.fail("a second writer began")
     assert [file.name for file in out.iterdir()] == ["theirs"]
+
+
+@pytest.mark.parametrize("command", ["run", "compare"])
+def test_a_link_in_the_folder_of_a_run_is_not_followed(finished_run, cli, tmp_path, command):
+    """A folder of a stranger: its files lead to what is precious."""
+    (precious := tmp_path / "precious").mkdir()
+    place = finished_run / ("adapter" if command == "run" else "compare")
+    shutil.rmtree(place, ignore_errors=True)
+    place.symlink_to(precious, target_is_directory=True)
+    result = cli(command, "tiny.yaml", "--output", "run")
+    assert result.status == 2, result.err
+    assert f"error: run/{place.name} is a link, and an experiment writes only inside its own folder" in result.err
+    assert not any(precious.iterdir())
+    assert place.is_symlink()

@@ -36,6 +36,7 @@ DEMO_PREFIX = "demo:"
 PARQUET_EXPORT = "refs/convert/parquet"  # where the hub keeps data sets that have a loading script
 WORKBOOKS = (".xlsx",)  # kinds of files that have sheets
 MOST_UNPACKED = 2**30  # bytes of a workbook, which is a zip archive
+LARGEST_SHEET = 10_000_000  # cells up to the last one that holds something, the empty ones among them
 MOST_CELL = 10_000_000  # characters; the csv module's own limit is 131,072
 
 
@@ -191,8 +192,15 @@ def _holds_rows(cell: str, columns: int) -> bool:
 def _parquet(path: Path, name: str) -> Iterator[Row]:
     from pyarrow import parquet
 
-    for number, row in enumerate(parquet.read_table(path).to_pylist(), start=1):
-        yield Row(f"{name}, row {number}", row)
+    unpacked, read = 0, 0
+    with parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=1024):
+            unpacked += batch.nbytes
+            if unpacked > MOST_UNPACKED:
+                raise DataError(f"{name} unpacks to more than {MOST_UNPACKED} bytes; keep the rows that you need")
+            for row in batch.to_pylist():
+                read += 1
+                yield Row(f"{name}, row {read}", row)
 
 
 def _workbook(path: Path, name: str, sheet: str | None = None) -> Iterator[Row]:
@@ -202,8 +210,9 @@ def _workbook(path: Path, name: str, sheet: str | None = None) -> Iterator[Row]:
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             size = sum(part.file_size for part in archive.infolist())
-        if size > MOST_UNPACKED:
-            raise DataError(f"{name} unpacks to {size} bytes, more than {MOST_UNPACKED}; save the sheet as CSV")
+            if size > MOST_UNPACKED:
+                raise DataError(f"{name} unpacks to {size} bytes, more than {MOST_UNPACKED}; save the sheet as CSV")
+            _refuse_vast_sheets(archive, name)
     with CalamineWorkbook.from_path(path) as book:
         if sheet not in (None, *book.sheet_names):
             raise DataError(f"{name} has no sheet {quoted(sheet)}; it has {listed(book.sheet_names)}")
@@ -212,6 +221,24 @@ def _workbook(path: Path, name: str, sheet: str | None = None) -> Iterator[Row]:
         cells = book.get_sheet_by_name(title).to_python(skip_empty_area=False)
     where = f"{name}, sheet {quoted(title)}"
     return _named((f"{where}, row {number}", list(map(_cell, row))) for number, row in enumerate(cells, start=1))
+
+
+def _refuse_vast_sheets(archive: zipfile.ZipFile, name: str) -> None:
+    """Refuse a sheet whose last cell lies so far off that the reader, which fills in all before it, would run out of memory."""
+    for part in archive.namelist():
+        if not re.fullmatch(r"xl/worksheets/[^/]+\.xml", part):
+            continue
+        cells = re.findall(rb'<c [^>]*?\br="([A-Z]{1,3})(\d{1,7})"[^>]*(?<!/)>(?!</c>)', archive.read(part))
+        letters, row = (
+            max((word.rjust(3) for word, _ in cells), default=b""),
+            max((int(row) for _, row in cells), default=0),
+        )
+        column = sum(26**place * (mark - 64) for place, mark in enumerate(reversed(letters.strip())))
+        if column * row > LARGEST_SHEET:
+            raise DataError(
+                f"{name} has a cell in row {row} and one in column {letters.strip().decode()}: too large a sheet; delete what "
+                "lies far off, or save the sheet as CSV"
+            )
 
 
 def _cell(value: object) -> str:

@@ -9,6 +9,7 @@ the first that does. Rows that belong together are drawn together, and the inter
 
 import copy
 import logging
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -34,7 +35,7 @@ from grasp_lora.models.generation import answer
 from grasp_lora.models.model_settings import GenerationSettings
 from grasp_lora.recipes.corpus import Corpus, read_corpus
 from grasp_lora.recipes.load import backbone_of_run
-from grasp_lora.storage.reading import is_folder
+from grasp_lora.storage.reading import expanded, is_folder
 from grasp_lora.text.display import quoted
 
 logger = logging.getLogger(__name__)
@@ -163,12 +164,15 @@ def judge(
         progress: told how far the work is.
 
     Raises:
-        GraspError: an adapter does not fit, or the rows cannot be used, or an adapter was trained on them.
+        GraspError: an adapter is named twice or does not fit, or the rows cannot be used, or an adapter was trained on them.
     """
     progress = progress or Progress()
     progress.preparing()
     places = [str(place) for place in adapters]
     alone = [place for place in places if place == BACKBONE and not is_folder(Path(place))]
+    real = [place if place in alone else os.path.realpath(expanded(place)) for place in places]
+    if twice := next((place for place, path in zip(places, real, strict=True) if real.count(path) > 1), None):
+        raise AdapterError(f"{quoted(twice)} is named twice; name each adapter once")
     read = {place: read_adapter(place) for place in places if place not in alone}
     if not read:
         raise AdapterError("there is no adapter to judge; give at least one PEFT folder or hub id")

@@ -139,9 +139,10 @@ def _compute(name: str, metric: Metric, outputs: Outputs) -> MetricScore:
     """Compute a metric; the score of one of the user's own is checked."""
     if lacking := metric.lacking(outputs.language):
         return MetricScore(name, None, sign(unavailable=lacking), ())
-    result = metric.function(outputs)
     if name in METRICS:
-        return result
+        return metric.function(outputs)
+    with reading(f"metric {name}"):
+        result = metric.function(outputs)
     if not isinstance(result, MetricScore):
         raise DataError(f"metric {name} gave a {type(result).__name__}; it must give a MetricScore")
     return _checked(replace(result, name=name), metric, len(outputs.predictions))

@@ -33,7 +33,7 @@ class BackboneSettings:
         quantise: store the weights of the linear layers, but not the output layer, in fewer bits: `nf4` (4 bits) and `int8` by
             bitsandbytes; None as they are.
         revision: branch, tag or commit of a hub id.
-        trust_remote_code: run the Python code that comes with the model.
+        trust_remote_code: run the Python code that comes with the model; needs `--allow-code`, too.
         device: "auto" takes a CUDA GPU where there is one.
         shard: split the weights over the processes that torchrun starts, each of which holds its part; for models that are too
             large for one GPU.

@@ -246,8 +246,9 @@ def _options(pairs: Iterable[tuple[str, str]], option: str) -> str:
 
 def _no_task(table: Table, by_name: Mapping[str, str], option: str) -> str:
     """Say that columns fit no task, and what would mend it."""
-    columns = listed(table.columns)
-    if strange := [column for column in by_name.values() if column not in table.columns]:
+    present = dict.fromkeys(table.columns)  # as `in` of a list takes as long as the list
+    columns = listed(list(present))
+    if strange := [column for column in by_name.values() if column not in present]:
         return f"{table.name} has no column {quoted(strange[0])}, which {option} names; it has {columns}"
     if "text" in by_name:
         return (
@@ -257,13 +258,14 @@ def _no_task(table: Table, by_name: Mapping[str, str], option: str) -> str:
     # The task of which most columns are there; of several, one with as many fields as there are columns.
     fields = max(
         COLUMNS.values(),
-        key=lambda names: (len(by_name.keys() & names.keys()), len(names) == len(table.columns), "prompt" in names),
+        key=lambda names: (len(by_name.keys() & names.keys()), len(names) == len(present), "prompt" in names),
     )
     lacking = [field for field in fields if field not in by_name]
-    free = [column for column in table.columns if column not in {by_name.get(field) for field in fields}]
+    taken = {by_name.get(field) for field in fields}
+    free = [column for column in present if column not in taken]
     pairs = zip(lacking, free if len(free) == len(lacking) else ["NAME"] * len(lacking), strict=True)
     tasks = "; ".join(f"{task}: {', '.join(names)}" for task, names in COLUMNS.items())
-    separated = "; save one that is separated by semicolons with commas, as .csv" if len(table.columns) == 1 else ""
+    separated = "; save one that is separated by semicolons with commas, as .csv" if len(present) == 1 else ""
     # Instructions are read by their names alone.
     named = "" if "instruction" in by_name else f"name them, such as {_options(pairs, option)}, or "
     return (

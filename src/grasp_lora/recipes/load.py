@@ -45,7 +45,8 @@ def load_recipe(recipe: str | Path, overrides: Overrides = (), *, allow_code: bo
         recipe: path of a YAML file, or a name of `builtin_recipes()`.
         overrides: changes, such as `["data.root=data"]`, each value read as YAML, or `{"data.root": "data"}`, taken as it is.
         allow_code: whether the recipe may name code (`package.module:name`), which is imported: policies, rules, scores and
-            metrics of your own, installed, on PYTHONPATH, or in a file beside the recipe.
+            metrics of your own, installed, on PYTHONPATH, or in a file beside the recipe; and whether it may set
+            `backbone.trust_remote_code`.
 
     Returns:
         The recipe, and the folder that its relative paths start from.
@@ -66,7 +67,13 @@ def load_recipe(recipe: str | Path, overrides: Overrides = (), *, allow_code: bo
     for path, value in overrides.items() if isinstance(overrides, Mapping) else map(_read, overrides):
         _apply(content, str(path), _plain(value))
     import_code(content, name, base, allow_code=allow_code)
-    return validate(content, escaped(str(recipe))), base
+    loaded = validate(content, escaped(str(recipe)))
+    if loaded.backbone.trust_remote_code and not allow_code:
+        raise RecipeError(
+            f"{name}: backbone.trust_remote_code runs Python code that comes with {quoted(loaded.backbone.name)}; read it, then "
+            "allow it with --allow-code"
+        )
+    return loaded, base
 
 
 def _no_recipe(file: Path, name: str) -> str:

@@ -85,9 +85,10 @@ class Workplace:
         With `shared` be one of those who share the work, each step of which has one writer.
 
         Raises:
-            GraspError: the folder cannot be made, or another process writes there.
+            GraspError: the folder cannot be made, it holds a link, or another process writes there.
         """
         make_folder(self.folder)
+        refuse_links(self.folder)
         if not shared:
             self.claims.enter_context(claim(self.folder, wait=False, inside=True))
 
@@ -146,6 +147,21 @@ def refuse_existing(output: Path) -> None:
     with reading(output, RecipeError):
         if is_there(place) and (not is_folder(place) or any(place.iterdir())):
             raise RecipeError(f"{output} exists and is not an empty folder; choose another with --output")
+
+
+def refuse_links(folder: Path) -> None:
+    """Check that no file or folder inside is a link: what is written there would land elsewhere. The folder itself may be one.
+
+    Raises:
+        RecipeError: there is one.
+    """
+    for inside, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            if (place := Path(inside, name)).is_symlink():
+                raise RecipeError(
+                    f"{place} is a link, and an experiment writes only inside its own folder; remove the link, or choose another "
+                    "folder with --output"
+                )
 
 
 def make_folder(folder: Path) -> None:
