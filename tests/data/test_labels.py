@@ -162,3 +162,19 @@ def test_groups_of_texts_stay_whole_where_splits_are_stratified(tmp_path: Path, 
     assert all(0.15 <= share <= 0.28 for share in shares.values()), shares  # 20 of 90
     for name in ("train", "dev", "micro_dev", "test"):
         assert set(Counter(row.group for row in getattr(splits, name)).values()) == {3}
+
+
+@pytest.mark.parametrize("count", [60, 900])
+def test_labels_of_one_row_teach_also_where_not_all_rows_are_asked_for(count, tmp_path, tiny_tokenizer):
+    """In a test set nothing would be said of them; left over, nothing would be learned of them. 900 are not all read."""
+    content = rows(["a", "b"], count) + [{"text": f"rare {i}", "label": f"rare{i}"} for i in range(5)]
+    (tmp_path / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    target = CorpusSettings("jv", files={"pool": ("pool.jsonl",)}, test=10, dev=0, micro_dev=0, train=30)
+    for seed in range(5):
+        found = build_splits(DataSettings("classification", target), tiny_tokenizer, seed, tmp_path)
+        assert (len(found.test), len(found.train)) == (10, 30)
+        labels = Counter(example.references[0] for example in found.train)
+        assert {f"rare{i}" for i in range(5)} <= set(labels)
+        assert {example.references[0] for example in found.test} == {"a", "b"}
+        assert labels["a"] + labels["b"] == 25
+        assert abs(labels["a"] - labels["b"]) < 5

@@ -407,7 +407,7 @@ ROW = '{"prompt": "é", "completion": "b"}\n'
             r"x\.csv, line 1: the column 'prompt' stands twice; rename",
         ),
         ("x.csv", b"PK\x03\x04\x8f", r"x\.csv, line 1: not UTF-8 .* give it the suffix \.xlsx or \.parquet"),
-        ("x.parquet", "PAR", r"x\.parquet: Could not open Parquet"),
+        ("x.parquet", "PAR", r"x\.parquet: Parquet file size is 3 bytes"),
         ("x.txt", "hello", r"x\.txt: cannot tell the format from the suffix '\.txt'; allowed: \.json"),
     ],
 )

@@ -338,6 +338,15 @@ def fill(
         least = count if count is not None and not (count and name in share.capped) else 1
         if len(splits[name]) < least:
             raise DataError(_shortage(name, splits, counts, kept, label, encoder.max_tokens, tally))
+    if task_fields(encoder.task).chooses and (most := counts.get("train")):
+        used = {example.group for examples in splits.values() for example in examples}
+        alone = lone_groups(order, members)
+        lone = [name for name in order if name in alone and name not in used]
+        rare = [
+            example for name in lone for example in encoder.encode(members[name], [name] * len(members[name]), Tally())
+        ]
+        last = [example for example in rare if example is not None][:most]
+        splits["train"] = splits["train"][: most - len(last)] + last
     return splits
 
 
@@ -351,7 +360,8 @@ def stratified(order: Sequence[str], members: Mapping[str, Sequence[Record]]) ->
     """Spread the groups of each label evenly over an order, so that any stretch of it has about the share of each label.
 
     A group stands where its middle would, if its label alone filled the whole order. Groups of one label keep their order. A
-    label of one group comes last, which is in training: elsewhere nothing would be learned of it.
+    label of one group comes last, which is in training: elsewhere nothing would be learned of it. Where not all rows are asked
+    for, `fill` makes room for it there.
     """
     labels = labels_of({name: members[name] for name in order})
     sizes: Counter[str] = Counter()
@@ -361,8 +371,15 @@ def stratified(order: Sequence[str], members: Mapping[str, Sequence[Record]]) ->
         middles[name] = sizes[labels[name]] + size / 2
         sizes[labels[name]] += size
     places = {name: middles[name] / sizes[labels[name]] for name in order}
-    single = {label for label, count in Counter(labels.values()).items() if count == 1}
-    return sorted(order, key=lambda name: (labels[name] in single, places[name]))
+    lone = lone_groups(order, members)
+    return sorted(order, key=lambda name: (name in lone, places[name]))
+
+
+def lone_groups(order: Sequence[str], members: Mapping[str, Sequence[Record]]) -> set[str]:
+    """The groups that no other shares its label with."""
+    labels = labels_of({name: members[name] for name in order})
+    counts = Counter(labels.values())
+    return {name for name, label in labels.items() if counts[label] == 1}
 
 
 def _shortage(
