@@ -273,7 +273,7 @@ ADAPTER = r"the folder holds an adapter .*: give the model that"
     [
         ("config.json", {"hidden_size": "many"}, "Cannot load backbone"),
         ("config.json", {"hidden_size": 64}, "Cannot load backbone"),
-        ("config.json", {"_attn_implementation": "lab/kernel"}, KERNEL),
+        ("config.json", {"attn_implementation": "lab/kernel"}, KERNEL),
         ("adapter_config.json", {}, ADAPTER),
         ("tokenizer.json", {"model": {"type": "BPE"}}, "Cannot load backbone"),
         ("tokenizer_config.json", {"eos_token": None}, "has no EOS token"),
