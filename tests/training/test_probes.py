@@ -57,6 +57,26 @@ def test_neither_batches_nor_padding_change_a_loss(make_tiny_model, architecture
         torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("architecture", TARGETS)
+def test_a_context_of_several_questions_is_read_once(make_tiny_model, architecture):
+    model, read = make_tiny_model(architecture), []
+    contexts = make_examples(3, prompt=(12, 20))
+    questions = make_examples(8, seed=1, prompt=(2, 5))
+    examples = [
+        Example(f"q{n}", contexts[n % 3].prompt_ids + one.prompt_ids, one.completion_ids)
+        for n, one in enumerate(questions)
+    ]
+    model.get_input_embeddings().register_forward_hook(lambda _, given, __: read.append(given[0].numel()))
+    with attached(model, random_adapter(model, architecture), dropout=0.5) as peft_model, torch.no_grad():
+        expected = naive_losses(peft_model, examples)
+        read.clear()
+        peft_model.train()
+        found = ProbeSet(examples, PAD).losses(peft_model)
+    torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-5, atol=2e-6)
+    assert sum(read) < 0.75 * sum(len(one.prompt_ids) + len(one.completion_ids) for one in examples)
+    assert all(module.training for module in peft_model.modules())
+
+
 def test_collate_pads_on_the_right_and_labels_completions_only():
     batch = collate([Example("a", (5, 6, 7), (8, 2)), Example("b", (9,), (2,))], pad_id=3)
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 2], [9, 2, 3, 3, 3]]

@@ -24,6 +24,7 @@ from torch import Tensor
 from grasp_lora.errors import AdapterError, ProbeError
 from grasp_lora.method.masks import InputNorms, MaskSet
 from grasp_lora.models.backbone import supports_logits_to_keep
+from grasp_lora.models.generation import answer, losses_after, share_contexts
 from grasp_lora.models.live import active_adapter, evaluating, lora_layers
 from grasp_lora.models.loss import (
     Encoded,
@@ -60,6 +61,7 @@ class ProbeSet:
         self.ids = [example.id for example in examples]
         self._examples, self._pad_id, self._token_budget = list(examples), pad_id, token_budget
         self._batches: dict[int, list[tuple[list[int], dict[str, Tensor]]]] = {}
+        self._shares: bool | None = None  # once a model has said it
 
     def batches(self, device: str = "cpu") -> list[tuple[list[int], dict[str, Tensor]]]:
         """The batches for a type of device, made once, each with the places of its examples; they lie on the CPU."""
@@ -129,13 +131,20 @@ class ProbeSet:
         weight = next(model.parameters())
         device, label_positions = weight.device, supports_logits_to_keep(model)
         losses = torch.zeros(len(self.ids), device=device, dtype=torch.promote_types(weight.dtype, torch.float32))
+        prompts = [example.prompt_ids for example in self._examples]
+        if self._shares is None:
+            self._shares = share_contexts(model, prompts)
         with (
             evaluating(model),
             enough_memory(
                 "measuring losses", "lower data.max_tokens, or set backbone.dtype to bfloat16 if it is float32"
             ),
         ):
-            for indices, batch in self.batches(device.type):
+            shared = self._shares and collector is None  # a collector has to see each token of each row
+            if shared:
+                found = losses_after(model, prompts, [example.completion_ids for example in self._examples])
+                losses = torch.tensor(found, device=device, dtype=losses.dtype)
+            for indices, batch in () if shared else self.batches(device.type):
                 on_device = {name: tensor.to(device) for name, tensor in batch.items()}
                 if collector is not None:
                     collector.token_mask = on_device["attention_mask"]
@@ -237,8 +246,6 @@ class Probe:
     @cached_property
     def answers(self) -> list[str]:
         """The greedy answer to each row, at most as long as the longest right one, on one line."""
-        from grasp_lora.models.generation import answer
-
         longest = max(len(example.completion_ids) for example in self.examples)
         prompts = [example.prompt_ids for example in self.examples]
         ends = {example.completion_ids[-1] for example in self.examples}
