@@ -208,11 +208,11 @@ def test_a_probe_shows_what_a_commit_would_give(committed, candidate):
 
 
 @pytest.mark.parametrize("score", SCORES)
-def test_stashed_weights_score_with_their_stashed_values(score):
+def test_stashed_weights_rank_by_their_stashed_values(score):
     masks = mask_set(score=score)
-    before = masks._scores()
+    before = masks.rank()
     masks.commit(0.6)
-    assert_equal(masks._scores(), before)
+    assert_equal(masks.rank(), before)
 
 
 @settings(deadline=None, max_examples=25)

@@ -10,16 +10,15 @@
 Example: a group with the values 0.1, -3, 0.2, 1 at ratio 0.5 prunes floor(0.5 * 4) = 2 weights, 0.1 and 0.2. At 0.25 it prunes
 0.1 alone, and 0.2 comes back from the stash.
 
-A keep mask is True where a weight is kept. All modules on one device lie in a row, so a step takes a handful of tensor operations
-whatever their number, and nothing is read from the device.
+A keep mask is True where a weight is kept. Nothing is read from the device.
 Paper: masking step of the controller, pruning of the final run.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,6 +34,7 @@ FACTORS = ("A", "B")
 RANK_DIMENSION = {"A": 0, "B": 1}
 KEEP, STASH, NORMS = "keep.", "stash.", "norms."  # what begins the names of tensors in a checkpoint
 WeightKey = tuple[str, str]  # (module, factor)
+Order = Mapping[WeightKey, Tensor]  # of `MaskSet.rank`
 
 
 # 1. Scores
@@ -194,126 +194,38 @@ def prune_count(prune_ratio: float, weights: int) -> int:
 
 
 def rank_weights(scores: Tensor) -> Tensor:
-    """Return each entry's place in the order of importance of its row, 0 for the least, ties by position; int64, same shape."""
-    order = scores.argsort(dim=-1, stable=True)
-    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    return torch.empty_like(order).scatter(-1, order, places)
+    """Rank the weights of one group by importance: 0 for the least important, ties by position; int32, shaped as the scores.
 
-
-class Groups:
-    """Who competes with whom: the weights of one adapter's A or B in one module; groups of one size are ranked in one sort.
-
-    A concatenation of a source and a target adapter has four groups in a module: the source's A, the target's A, and so for B.
-
-    Args:
-        pairs: whose segments say which rank-one components are of which adapter.
-        shapes: shape of each factor, in the order in which its weights lie in a row.
-        device: where scores will be.
+    A group whose scores are all zero, as of a factor B that did not train, would lose its first output features: it takes a
+    random order that depends on its size alone. Nothing is read from the device.
     """
-
-    def __init__(
-        self, pairs: Mapping[str, LoraPair], shapes: Mapping[WeightKey, torch.Size], device: torch.device
-    ) -> None:
-        parts, number = [], 0
-        for (module, factor), shape in shapes.items():
-            ranks = [segment.rank for segment in pairs[module].segments] or [pairs[module].rank]
-            along_rank = torch.arange(number, number + len(ranks)).repeat_interleave(torch.tensor(ranks))
-            parts.append((along_rank[:, None] if factor == "A" else along_rank[None, :]).expand(shape))
-            number += len(ranks)
-        group_of = in_a_row(parts, torch.device("cpu"))
-        size_of_weight, order = group_of.bincount()[group_of], group_of.argsort(stable=True)
-        sizes, index = torch.unique(size_of_weight, return_inverse=True)
-        self.sizes: list[int] = sizes.tolist()
-        self._members = [order[size_of_weight[order] == size].view(-1, size).int().to(device) for size in self.sizes]
-        # A group whose scores are all zero, as of a factor B that did not train, would lose its first output features: it takes a
-        # random order that depends on its size alone.
-        self._random = [
-            torch.randperm(size, generator=torch.Generator().manual_seed(0)).int().to(device) for size in self.sizes
-        ]
-        self._size_of = index.int().to(device)
-
-    def places(self, scores: Tensor) -> Tensor:
-        """Return the place of each weight within its group, 0 for the least important; int32, [weights].
-
-        Args:
-            scores: of the weights, [weights].
-        """
-        places = torch.empty_like(scores, dtype=torch.int32)
-        for members, by_chance in zip(map(Tensor.long, self._members), self._random, strict=True):
-            compared = scores[members]
-            nothing = (compared == 0).all(dim=1, keepdim=True)
-            places[members] = torch.where(nothing, by_chance, rank_weights(compared).int())
-        return places
-
-    def keep(self, places: Tensor, prune_ratio: float) -> Tensor:
-        """Return the mask that prunes floor(ratio * size) members of each group, [weights]; nothing is read from the device."""
-        pruned = torch.empty(len(self.sizes), dtype=torch.int32, device=places.device)
-        for number, size in enumerate(self.sizes):
-            pruned[number].fill_(prune_count(prune_ratio, size))
-        return places >= pruned.index_select(0, self._size_of)
+    flat = scores.flatten()
+    ranks = torch.empty_like(flat, dtype=torch.int32)
+    ranks[flat.argsort(stable=True)] = torch.arange(len(flat), dtype=torch.int32, device=flat.device)
+    return torch.where((flat == 0).all(), _random_ranks(len(flat)).to(flat.device), ranks).view(scores.shape)
 
 
-def views(flat: Tensor, shapes: Mapping[WeightKey, torch.Size]) -> dict[WeightKey, Tensor]:
-    """Parts of a flat tensor, shaped as factors; what is written to one is written to the other."""
-    parts = torch.split(flat, [shape.numel() for shape in shapes.values()])
-    return {key: part.view(shape) for (key, shape), part in zip(shapes.items(), parts, strict=True)}
-
-
-def in_a_row(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Copy tensors into one flat tensor on a device."""
-    return torch.cat([tensor.flatten().to(device) for tensor in tensors])
+@cache
+def _random_ranks(size: int) -> Tensor:
+    return torch.randperm(size, generator=torch.Generator().manual_seed(0)).int()
 
 
 # 4. Live masks
 
 
-class _Block:
-    """The weights of one device and dtype: their values pass through one flat tensor, beside which mask and stash lie.
-
-    Args:
-        weights: the parameters, changed in place.
-    """
-
-    def __init__(self, weights: Mapping[WeightKey, Tensor]) -> None:
-        self.weights = weights
-        self.shapes = {key: weight.shape for key, weight in weights.items()}
-        first = next(iter(weights.values()))
-        self.size = sum(weight.numel() for weight in weights.values())
-        self.values = torch.empty(self.size, dtype=first.dtype, device=first.device)
-        self.keep = torch.ones_like(self.values, dtype=torch.bool)
-        self.stash = torch.zeros_like(self.values)
-        self._views = views(self.values, self.shapes)
-
-    def read(self, tensors: Mapping[WeightKey, Tensor] | None = None) -> Tensor:
-        """Copy the weights, or tensors shaped as some of them, to where they lie in a row, and return that."""
-        tensors = self.weights if tensors is None else tensors
-        torch._foreach_copy_([self._views[key] for key in tensors], list(tensors.values()))
-        return self.values
-
-    def write(self, tensors: Mapping[WeightKey, Tensor] | None = None) -> None:
-        """Copy what lies in a row back."""
-        tensors = self.weights if tensors is None else tensors
-        torch._foreach_copy_(list(tensors.values()), [self._views[key] for key in tensors])
-
-    def dense(self) -> Tensor:
-        """The weights with stashed values in place of masked ones."""
-        return torch.where(self.keep, self.read(), self.stash)
-
-    def prune(self, dense: Tensor, keep: Tensor) -> None:
-        """Give the weights these values, zero where they are not kept."""
-        torch.where(keep, dense, torch.zeros_like(dense), out=self.values)
-        self.write()
-
-
 class MaskSet:
     """The masks of one adapter's live weights: scores them, prunes, restores, reports.
 
-    Holds the parameters themselves (float LoRA factors, changed in place), a keep mask for each, and a stash with the
-    value that each masked weight had, so that a lower ratio can revive it.
-
     Args:
-        pairs: module name -> pair whose A and B are the live parameters, scaling and segments included.
+        pairs: module name -> pair whose A and B are the live parameters (float, changed in place), scaling and segments included.
         settings: the score.
+
+    Attributes:
+        weights: the parameters, by module and factor; the others have the same keys and shapes.
+        keep: the masks, True where a weight is kept.
+        stash: the value that each masked weight had, zero elsewhere, so that a lower ratio can revive it.
+        newly_masked: True where the last commit masked a weight that was not masked before, for `reset_moments`.
+        ratio: the last one that was committed or reselected.
     """
 
     def __init__(self, pairs: Mapping[str, LoraPair], settings: MaskSettings) -> None:
@@ -321,33 +233,15 @@ class MaskSet:
         self.pairs = dict(pairs)
         self.norms: dict[str, InputNorms] = {}
         self.ratio = 0.0
-        weights = _factors_of(pairs)
-        places: dict[tuple[torch.device, torch.dtype], dict[WeightKey, Tensor]] = {}
-        for key, weight in weights.items():
-            places.setdefault((weight.device, weight.dtype), {})[key] = weight
-        self._blocks = [_Block(block) for block in places.values()]
-        self.weights: dict[WeightKey, Tensor] = {k: w for block in self._blocks for k, w in block.weights.items()}
-        self._newly_masked = [torch.zeros_like(block.keep) for block in self._blocks]
-
-    @property
-    def keep(self) -> dict[WeightKey, Tensor]:
-        """The keep mask of each factor."""
-        return self._views([block.keep for block in self._blocks])
-
-    @property
-    def stash(self) -> dict[WeightKey, Tensor]:
-        """The value of each masked weight, zero elsewhere."""
-        return self._views([block.stash for block in self._blocks])
-
-    @property
-    def newly_masked(self) -> dict[WeightKey, Tensor]:
-        """Where the last commit masked a weight that was not masked before, for `reset_moments`."""
-        return self._views(self._newly_masked)
+        self.weights = _factors_of(pairs)
+        self.keep = {key: torch.ones_like(weight, dtype=torch.bool) for key, weight in self.weights.items()}
+        self.stash = {key: torch.zeros_like(weight, requires_grad=False) for key, weight in self.weights.items()}
+        self.newly_masked = {key: ~keep for key, keep in self.keep.items()}
 
     @torch.no_grad()
     def dense(self) -> dict[WeightKey, Tensor]:
         """Return a copy of the factors with stashed values in place of masked ones."""
-        return self._views([block.dense() for block in self._blocks])
+        return {key: torch.where(self.keep[key], weight, self.stash[key]) for key, weight in self.weights.items()}
 
     def holds(self, pairs: Mapping[str, LoraPair]) -> bool:
         """Whether these are the very parameters that the set masks."""
@@ -357,48 +251,49 @@ class MaskSet:
     @torch.no_grad()
     def are_on(self) -> bool:
         """Whether every masked weight is zero."""
-        return not any(bool(((block.read() != 0) & ~block.keep).any()) for block in self._blocks)
+        return not any(bool(((weight != 0) & ~self.keep[key]).any()) for key, weight in self.weights.items())
 
     def checksums(self) -> list[int]:
         """Return the sum of the bytes of each factor, which tells whether something else has changed the weights since."""
         return [int(weight.detach().contiguous().view(torch.uint8).sum()) for weight in self.weights.values()]
 
     @torch.no_grad()
-    def rank(self) -> Tensor:
+    def rank(self) -> dict[WeightKey, Tensor]:
         """Score all weights as they are now, stashed ones with their stashed values, and rank them within their groups.
 
         Returns:
-            The place of each weight within its group, 0 for the least important, all factors in a row; int32, [weights]. Masks at
-            several ratios that are made from one such order nest.
+            For each factor the rank of each weight within its group, 0 for the least important; int32, shaped as the factor.
+            Masks at several ratios that are made from one such order nest.
         """
-        return self._groups.places(self.in_order(self._scores()))
-
-    def in_order(self, tensors: Mapping[WeightKey, Tensor]) -> Tensor:
-        """Tensors shaped as the factors, in a row in the order of the weights, [weights]."""
-        return in_a_row([tensors[key] for key in self.weights], self._device)
+        order, dense = {}, self.dense()
+        for module, pair in self.pairs.items():
+            parts = replace(pair, A=dense[module, "A"], B=dense[module, "B"]).parts()
+            scored = [score_pair(part, self.settings.score, self.norms.get(module)) for part in parts]
+            for factor, scores in zip(FACTORS, zip(*scored, strict=True), strict=True):
+                along = RANK_DIMENSION[factor]
+                groups = torch.split(torch.cat(scores, dim=along), _ranks(pair), dim=along)
+                order[module, factor] = torch.cat([rank_weights(group) for group in groups], dim=along)
+        return order
 
     @torch.no_grad()
-    def commit(self, prune_ratio: float, places: Tensor | None = None) -> None:
+    def commit(self, prune_ratio: float, order: Order | None = None) -> None:
         """Prune at a ratio for good: revive what the new mask keeps, stash and zero what it does not.
 
         Args:
             prune_ratio: fraction in [0, 1]: in each group the floor(ratio * n) least important weights go.
-            places: of `rank`; None ranks the weights as they are now.
+            order: of `rank`; None ranks the weights as they are now.
         """
-        for number, (block, keep) in enumerate(zip(self._blocks, self._keep_at(prune_ratio, places), strict=True)):
-            dense = block.dense()
-            block.prune(dense, keep)
-            block.stash = dense.masked_fill_(keep, 0.0)
-            self._newly_masked[number] = block.keep & ~keep
-            block.keep = keep
-        self.ratio = prune_ratio
+        keep = self._keep_at(prune_ratio, order)
+        for key, dense in self.dense().items():
+            self.weights[key].copy_(dense).masked_fill_(~keep[key], 0.0)
+            self.stash[key] = dense.masked_fill_(keep[key], 0.0)
+            self.newly_masked[key] = self.keep[key] & ~keep[key]
+        self.keep, self.ratio = keep, prune_ratio
 
     @torch.no_grad()
     def enforce(self) -> None:
         """Hold masked weights at zero; call it after every optimizer step."""
-        for block in self._blocks:
-            block.read().masked_fill_(~block.keep, 0.0)
-            block.write()
+        torch._foreach_mul_(list(self.weights.values()), list(self.keep.values()))
 
     @torch.no_grad()
     def reselect(self, prune_ratio: float) -> None:
@@ -406,101 +301,73 @@ class MaskSet:
 
         A weight pruned earlier may have been moved away from zero by the optimizer and then competes again.
         """
-        for block in self._blocks:
-            block.stash.zero_()
-            block.keep.fill_(True)
-        for block, keep in zip(self._blocks, self._keep_at(prune_ratio), strict=True):
-            block.prune(block.read().clone(), keep)
-            block.keep = keep
-        self.ratio = prune_ratio
+        for key in self.weights:
+            self.stash[key].zero_()
+            self.keep[key].fill_(True)
+        self.keep, self.ratio = self._keep_at(prune_ratio), prune_ratio
+        for key, weight in self.weights.items():
+            weight.masked_fill_(~self.keep[key], 0.0)
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
         """Zero the gradients of masked weights; where they are masked from the start, their optimizer moments stay zero, too."""
-        for block in self._blocks:
-            gradients = {key: weight.grad for key, weight in block.weights.items() if weight.grad is not None}
-            if gradients:
-                block.read(gradients).masked_fill_(~block.keep, 0.0)
-                block.write(gradients)
+        pairs = [(weight.grad, self.keep[key]) for key, weight in self.weights.items() if weight.grad is not None]
+        if pairs:
+            torch._foreach_mul_(*map(list, zip(*pairs, strict=True)))
 
     @contextmanager
-    def probe(self, prune_ratio: float, places: Tensor | None = None) -> Iterator[None]:
+    def probe(self, prune_ratio: float, order: Order | None = None) -> Iterator[None]:
         """Prune at a candidate ratio inside the context, as `commit` does; afterwards every weight is bit for bit what it was."""
         with torch.no_grad():
-            masks = self._keep_at(prune_ratio, places)
-            saved = [block.read().clone() for block in self._blocks]
+            keep = self._keep_at(prune_ratio, order)
+            saved = {key: weight.clone() for key, weight in self.weights.items()}
         try:
             with torch.no_grad():
-                for block, keep in zip(self._blocks, masks, strict=True):
-                    block.prune(block.dense(), keep)
+                for key, dense in self.dense().items():
+                    self.weights[key].copy_(dense).masked_fill_(~keep[key], 0.0)
             yield
         finally:
             with torch.no_grad():
-                for block, values in zip(self._blocks, saved, strict=True):
-                    block.values.copy_(values)
-                    block.write()
+                for key, weight in self.weights.items():
+                    weight.copy_(saved[key])
 
     def state(self) -> dict[str, Tensor]:
         """Return all that a resume needs beside `ratio` and the weights themselves, by names such as `keep.A.MODULE`."""
         norms = _factors_of(self.norms)
         return named(KEEP, self.keep) | named(STASH, self.stash) | named(NORMS, norms)
 
-    @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor], ratio: float) -> None:
         """Take up the state of another set over the same modules; the weights have to be those of that moment."""
-        keep, stash = of_prefix(KEEP, state), of_prefix(STASH, state)
-        for block in self._blocks:
-            block.keep = in_a_row([keep[key] for key in block.weights], block.keep.device)
-            block.stash = in_a_row([stash[key] for key in block.weights], block.keep.device)
-        norms = {key: tensor.to(self.weights[key].device) for key, tensor in of_prefix(NORMS, state).items()}
-        self.norms = {
-            module: InputNorms(norms[module, "A"], norms[module, "B"])
-            for module in self.pairs
-            if (module, "A") in norms
-        }
+        self.keep, self.stash = self.on_device(KEEP, state), self.on_device(STASH, state)
+        norms = self.on_device(NORMS, state)
+        self.norms = {module: InputNorms(norms[module, "A"], norms[module, "B"]) for module, _ in norms}
         self.ratio = ratio
+
+    def on_device(self, prefix: str, state: Mapping[str, Tensor]) -> dict[WeightKey, Tensor]:
+        """The tensors of a checkpoint that `named` gave this prefix, each where its weight is."""
+        found = of_prefix(prefix, state)
+        return {key: found[key].to(weight.device) for key, weight in self.weights.items() if key in found}
 
     @torch.no_grad()
     def sparsity(self) -> float:
         """Return the measured share of weights that are masked and really are zero."""
-        zeros = sum(int(((block.read() == 0) & ~block.keep).sum()) for block in self._blocks)
-        return zeros / sum(block.size for block in self._blocks)
+        zeros = sum(int(((weight == 0) & ~self.keep[key]).sum()) for key, weight in self.weights.items())
+        return zeros / sum(weight.numel() for weight in self.weights.values())
 
-    @property
-    def _device(self) -> torch.device:
-        """Where all weights are ranked."""
-        return self._blocks[0].values.device
+    def _keep_at(self, prune_ratio: float, order: Order | None = None) -> dict[WeightKey, Tensor]:
+        """The keep masks that prune the first floor(ratio * n) of each group; nothing is read from the device."""
+        keep = {}
+        for (module, factor), ranks in (self.rank() if order is None else order).items():
+            along, components = RANK_DIMENSION[factor], _ranks(self.pairs[module])
+            groups = torch.split(ranks, components, dim=along)
+            kept = [group >= prune_count(prune_ratio, group.numel()) for group in groups]
+            keep[module, factor] = torch.cat(kept, dim=along)
+        return keep
 
-    @cached_property
-    def shapes(self) -> dict[WeightKey, torch.Size]:
-        """The shape of each factor, in the order of the weights."""
-        return {key: weight.shape for key, weight in self.weights.items()}
 
-    def _views(self, flat: Sequence[Tensor]) -> dict[WeightKey, Tensor]:
-        """Tensors in a row, one a block, as tensors shaped as the factors."""
-        parts = zip(flat, self._blocks, strict=True)
-        return {key: view for tensor, block in parts for key, view in views(tensor, block.shapes).items()}
-
-    def _keep_at(self, prune_ratio: float, places: Tensor | None = None) -> Sequence[Tensor]:
-        """The keep masks at a ratio in a row, one a block."""
-        keep = self._groups.keep(self.rank() if places is None else places, prune_ratio)
-        if len(self._blocks) == 1:
-            return [keep]
-        parts = torch.split(keep, [block.size for block in self._blocks])
-        return [part.to(block.keep.device) for part, block in zip(parts, self._blocks, strict=True)]
-
-    @cached_property
-    def _groups(self) -> Groups:
-        return Groups(self.pairs, self.shapes, self._device)
-
-    def _scores(self) -> dict[WeightKey, Tensor]:
-        scores, dense = {}, self.dense()
-        for module, pair in self.pairs.items():
-            parts = replace(pair, A=dense[module, "A"], B=dense[module, "B"]).parts()
-            scored = [score_pair(part, self.settings.score, self.norms.get(module)) for part in parts]
-            for factor, blocks in zip(FACTORS, zip(*scored, strict=True), strict=True):
-                scores[module, factor] = torch.cat(blocks, dim=RANK_DIMENSION[factor])
-        return scores
+def _ranks(pair: LoraPair) -> list[int]:
+    """How many rank-one components each adapter has in a pair: their weights compete among themselves."""
+    return [segment.rank for segment in pair.segments] or [pair.rank]
 
 
 def _factors_of(pairs: Mapping[str, LoraPair | InputNorms]) -> dict[WeightKey, Tensor]:

@@ -36,7 +36,7 @@ from transformers.trainer_utils import has_length
 from grasp_lora.data.encode import check_encoding, encoding_of
 from grasp_lora.errors import GraspError
 from grasp_lora.method.lora import Segment
-from grasp_lora.method.masks import MaskSettings, named, of_prefix, reset_moments, views
+from grasp_lora.method.masks import MaskSettings, Order, named, reset_moments
 from grasp_lora.method.rules import RatioEstimate, Round
 from grasp_lora.method.search import Controller, RatioSearch, plain_policy, preset, ratio_rule
 from grasp_lora.storage.checkpoints import State
@@ -162,7 +162,7 @@ class GraspController(PrunedTraining):
     def _start_anew(self) -> None:
         self.search = RatioSearch(self.settings.policy, ratio_rule(self.settings.rule))
         self._each_step = self.settings.policy.regime == "each_step"
-        self._order: torch.Tensor | None = None  # that of the whole run, where each step has a mask of its own
+        self._order: Order | None = None  # that of the whole run, where each step has a mask of its own
         self.prune_ratio = self.search.current_ratio
         self._rows: dict[str, list[dict[str, Any]]] = {ROUNDS_FILE: [], TIMINGS_FILE: []}
 
@@ -332,7 +332,7 @@ class GraspController(PrunedTraining):
         """Return masks, settings and rounds; the search follows from the rounds."""
         values, tensors = super().state()
         if self._order is not None:
-            tensors |= named(PLACES, views(self._order, self.masks.shapes))
+            tensors |= named(PLACES, self._order)
         return values | {"rows": self._rows}, tensors
 
     def restore(self, values: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
@@ -355,8 +355,7 @@ class GraspController(PrunedTraining):
                     f"round {row['round']} of the checkpoint led to ratio {row['ratio']}, but told again it leads to "
                     f"{decision.ratio}; resume with the versions and on the kind of machine it began with, or start anew"
                 )
-        if places := of_prefix(PLACES, tensors):
-            self._order = self.masks.in_order(places)
+        self._order = self.masks.on_device(PLACES, tensors) or None
         self.prune_ratio = self.search.current_ratio
 
     @property
