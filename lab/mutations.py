@@ -49,6 +49,7 @@ CONTROLLER, PROBES, CHECKPOINTS = (
     "training/test_checkpoints.py",
 )
 RUN, COMPARE, SPLITS = "engine/test_run.py", "engine/test_compare.py", "data/test_splits.py"
+JUDGE = "engine/test_judge.py"
 FOLDER, INTERRUPTION, ORDER = "storage/test_claims.py", "storage/test_interruption.py", "storage/test_order.py"
 
 MUTATIONS = (
@@ -303,6 +304,48 @@ MUTATIONS = (
         "example.prompt_ids)).encode()",
         ("engine/test_keys.py",),
         "corrected answers, and the old training counts as done",
+    ),
+    Mutation(
+        "judge: intervals without groups",
+        "compare_all_pairs(runs, groups=groups, corpus_score",
+        "compare_all_pairs(runs, groups=None, corpus_score",
+        (JUDGE,),
+        "rows of one text count as independent, and a difference is shown where there is none",
+    ),
+    Mutation(
+        "judge: no warning of related rows",
+        "if related := sum(not contestant.rows.isdisjoint(example.marks) for example in examples):",
+        "if related := 0:",
+        (JUDGE,),
+        "an adapter that knows the texts of the rows wins, and nobody is told why",
+    ),
+    Mutation(
+        "judge: an adapter chooses from the labels of the rows",
+        "encode_labels(form.labels or corpus.labels, encoder)",
+        "encode_labels(corpus.labels, encoder)",
+        (JUDGE,),
+        "an adapter is judged by a choice that it never has",
+    ),
+    Mutation(
+        "judge: the chat template that an adapter brings along unused",
+        "        tokenizer.chat_template = contestant.chat_template\n",
+        "",
+        (JUDGE,),
+        "an adapter is asked in a form that it was not trained with",
+    ),
+    Mutation(
+        "judge: documents uncut",
+        "sys.maxsize, form.max_document_tokens, in_chat",
+        "sys.maxsize, None, in_chat",
+        (JUDGE,),
+        "an adapter is asked with longer texts than it was trained on",
+    ),
+    Mutation(
+        "judge: an adapter of another task is judged, too",
+        "if form.task not in (None, corpus.task):",
+        "if False:",
+        (JUDGE,),
+        "prompts of one task are compared with those of another",
     ),
 )
 
