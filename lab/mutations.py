@@ -49,6 +49,7 @@ CONTROLLER, PROBES, CHECKPOINTS = (
     "training/test_checkpoints.py",
 )
 RUN, COMPARE, SPLITS = "engine/test_run.py", "engine/test_compare.py", "data/test_splits.py"
+JUDGE, INIT = "engine/test_judge.py", "recipes/test_init.py"
 FOLDER, INTERRUPTION, ORDER = "storage/test_claims.py", "storage/test_interruption.py", "storage/test_order.py"
 
 MUTATIONS = (
@@ -303,6 +304,118 @@ MUTATIONS = (
         "example.prompt_ids)).encode()",
         ("engine/test_keys.py",),
         "corrected answers, and the old training counts as done",
+    ),
+    Mutation(
+        "judge: intervals without groups",
+        "compare_all_pairs(runs, groups=groups, corpus_score",
+        "compare_all_pairs(runs, groups=None, corpus_score",
+        (JUDGE,),
+        "rows of one text count as independent, and a difference is shown where there is none",
+    ),
+    Mutation(
+        "judge: no warning of related rows",
+        "if related := sum(not contestant.rows.isdisjoint(example.marks) for example in examples):",
+        "if related := 0:",
+        (JUDGE,),
+        "an adapter that knows the texts of the rows wins, and nobody is told why",
+    ),
+    Mutation(
+        "judge: an adapter chooses from the labels of the rows",
+        "encode_labels(form.labels or corpus.labels, encoder)",
+        "encode_labels(corpus.labels, encoder)",
+        (JUDGE,),
+        "an adapter is judged by a choice that it never has",
+    ),
+    Mutation(
+        "judge: the chat template that an adapter brings along unused",
+        "        tokenizer.chat_template = contestant.chat_template\n",
+        "",
+        (JUDGE,),
+        "an adapter is asked in a form that it was not trained with",
+    ),
+    Mutation(
+        "judge: documents uncut",
+        "sys.maxsize, form.max_document_tokens, in_chat",
+        "sys.maxsize, None, in_chat",
+        (JUDGE,),
+        "an adapter is asked with longer texts than it was trained on",
+    ),
+    Mutation(
+        "judge: an adapter of another task is judged, too",
+        "if form.task not in (None, corpus.task):",
+        "if False:",
+        (JUDGE,),
+        "prompts of one task are compared with those of another",
+    ),
+    Mutation(
+        "steps: a final run forgets which rows it was trained on",
+        "rows = _seen_by([start], self.splits.train)",
+        "rows = _seen_by([start])",
+        ("engine/test_single.py",),
+        "an adapter is judged on its own training rows",
+    ),
+    Mutation(
+        "merge: the marks of the first parent alone",
+        "rows={row for adapter in adapters for row in adapter.info.rows}",
+        "rows=set(adapters[0].info.rows)",
+        ("engine/test_single.py",),
+        "a merge is judged on training rows of its second parent",
+    ),
+    Mutation(
+        "init: a source has one group where all orders leave one",
+        "any(len(counts) < 2 for counts in left)",
+        "all(len(counts) < 2 for counts in left)",
+        (INIT,),
+        "a recipe whose source cannot be split with some seeds",
+    ),
+    Mutation(
+        "init: as many source rows as the best order leaves",
+        "fewest = min(map(sum, left))",
+        "fewest = max(map(sum, left))",
+        (INIT,),
+        "a recipe that asks for more source rows than there are",
+    ),
+    Mutation(
+        "check: the mean of both is no system",
+        'rivals = 2 * (recipe.final.deliver == "best")',
+        'rivals = 1 * (recipe.final.deliver == "best")',
+        ("engine/test_preflight.py",),
+        "check promises fewer minutes and narrower intervals than the run has",
+    ),
+    Mutation(
+        "compare: what a run hands over does not pay for its rivals",
+        "systems[name].after(*trained),",
+        "systems[name],",
+        (COMPARE,),
+        "the row seems to cost less than what it was chosen from",
+    ),
+    Mutation(
+        "predict: prompts among conversations without a line break",
+        'ends_turns = talks and template.prompt.endswith("\\n")',
+        "ends_turns = False",
+        ("cli/test_predict.py",),
+        "prompts of another form than the adapter was trained on",
+    ),
+    Mutation(
+        "records: full-width copies are other texts",
+        'unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())',
+        'unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())',
+        ("data/test_records.py",),
+        "copies of one text stand in training and test",
+    ),
+    Mutation(
+        "answers: the last of equally likely labels",
+        "likeliest = max(labels, key",
+        "likeliest = max(reversed(list(labels)), key",
+        ("models/test_answering.py",),
+        "other answers than documented, and than those on record",
+    ),
+    Mutation(
+        "encode: labels have to be as short as examples",
+        "replace(encoder, max_tokens=sys.maxsize, max_document_tokens=None).encode(",
+        "encoder.encode(",
+        ("data/test_labels.py",),
+        "labels that are never an answer",
     ),
 )
 

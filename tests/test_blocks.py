@@ -32,6 +32,7 @@ from grasp_lora.method.masks import prune_count
 from grasp_lora.method.merging import MergeSettings, merge
 from grasp_lora.method.rules import Round, best_reward
 from grasp_lora.method.search import RatioSearch
+from grasp_lora.models.adapter_files import read_adapter
 from grasp_lora.models.adapters import fresh_adapter, save_adapter
 from grasp_lora.models.model_settings import LoraSettings
 from grasp_lora.recipes.load import load_recipe
@@ -187,7 +188,11 @@ def test_every_page_with_python_is_run():
 
 
 def test_the_guide_learns_a_ratio_and_trains_at_it(tiny_workspace, capsys):
-    write_adapter("merged")
+    for seed, name in enumerate(("english", "swahili")):
+        write_adapter(name, seed)
+    parts = [read_adapter(name).weights for name in ("english", "swahili")]
+    backbone = AutoModelForCausalLM.from_pretrained("tiny-llama")
+    save_adapter(Path("merged"), merge(parts, MergeSettings()), backbone, backbone_name="tiny-llama", dropout=0.0)
     rows = [{"prompt": f"question {number}:", "completion": f" answer {number % 3}"} for number in range(8)]
     names: dict[str, Any] = {"BACKBONE": "tiny-llama", "train": Dataset.from_list(rows), "dev_rows": rows[:4]}
     exec(compile(without_gpu(python_of("guide/script.md", "In your own training")), "script.md", "exec"), names)
@@ -195,8 +200,9 @@ def test_the_guide_learns_a_ratio_and_trains_at_it(tiny_workspace, capsys):
     final = python_of("guide/script.md", "The final run")
     exec(compile(without_gpu(final), "script.md", "exec"), names)
     ratio = names["controller"].learned.ratio
-    for tensor in load_file("final/adapter_model.safetensors").values():
-        assert int((tensor == 0).sum()) == prune_count(ratio, tensor.numel())
+    for name, tensor in load_file("final/adapter_model.safetensors").items():
+        for part in tensor.chunk(2, dim=0 if "lora_A" in name else 1):  # of one adapter, within which weights compete
+            assert int((part == 0).sum()) == prune_count(ratio, part.numel())
     for page, heading in (("guide/script.md", "A reward of your own"), ("../README.md", "")):
         code = python_of(page, heading)
         assert len(code.splitlines()) <= 40

@@ -418,6 +418,22 @@ class TestInterrupted:
             start()
         assert capsys.readouterr().err == self.LINE
 
+    @pytest.mark.parametrize("swallows", [False, True])
+    def test_while_a_library_is_imported_which_may_make_another_error_of_it(
+        self, tmp_path: Path, swallows: bool
+    ) -> None:
+        ends = "raise ImportError('read this advice') from None" if swallows else "raise"
+        fake = f"import signal\ntry:\n    signal.raise_signal(signal.SIGINT)\nexcept KeyboardInterrupt:\n    {ends}\n"
+        (tmp_path / "numpy.py").write_text(fake, encoding="utf-8")
+        # A process in the background may ignore the signal from its start.
+        code = "from signal import *; signal(SIGINT, default_int_handler); from grasp_lora.__main__ import main; main()"
+        path = os.pathsep.join([str(tmp_path), *sys.path])
+        command = [sys.executable, "-c", code, "check", "demo-ar"]
+        done = subprocess.run(
+            command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (75, "", self.LINE)
+
     def test_while_the_report_is_written(self, finished_run: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
         replace, page = Path.replace, finished_run / "report.html"
         outside = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may ignore it

@@ -180,6 +180,9 @@ def test_rows_are_answered_and_written_with_their_predictions(cli: Cli, asked: l
     cli("predict", "chat", "t.jsonl")
     prompt = "<start>user\na<end>\n<start>assistant\nb<end>\n<start>user\nc<end>\n<start>assistant\n"
     assert asked[-1][0] == [prompt, "<start>user\nd<end>\n<start>assistant\n"]
+    jsonl(Path("t.jsonl"), [{"messages": talk("a")}, {"prompt": "b", "completion": "c"}])
+    cli("predict", "talks", "t.jsonl")
+    assert asked[-1][0] == ["<bos>a\n", "<bos>b\n"]  # among conversations all turns end with a line break
 
 
 def test_rows_of_every_layout_need_no_answer(cli: Cli, asked: list[Any]) -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from grasp_lora.data.data_settings import CorpusSettings, DataSettings
+from grasp_lora.data.encode import Encoder, encode_labels
 from grasp_lora.data.records import MOST_LABELS, check_labels
 from grasp_lora.data.splits import Splits, build_splits
+from grasp_lora.data.tasks import Template
 from grasp_lora.errors import DataError
 
 Rows = list[dict[str, object]]
@@ -46,6 +48,14 @@ def test_the_labels_are_those_of_the_training_rows_with_their_end(split, tiny_to
         label: {"source_train": 0, "source_dev": 0, "train": 12, "dev": 0, "micro_dev": 0, "test": 3}
         for label in ("a", "ab")
     }
+
+
+def test_labels_are_whole_however_short_examples_have_to_be(tiny_tokenizer):
+    template = Template("{text}:", " {label}")
+    encoder = Encoder(tiny_tokenizer, "classification", template, max_tokens=4, max_document_tokens=1)
+    labels = {"sports": " sports", "politics": " politics"}
+    found = encode_labels(labels, encoder)
+    assert {label: tiny_tokenizer.decode(tokens[:-1]) for label, tokens in found.items()} == labels
 
 
 def test_a_label_of_the_recipe_that_no_train_or_test_row_has_is_told_of(split, caplog):

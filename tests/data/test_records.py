@@ -416,6 +416,11 @@ def test_malformed_files(read, name, content, message):
         read(content, "completion", name)
 
 
+def test_full_width_copies_of_a_text_belong_together():
+    assert text_keys("Ｇｌｅｉｓ　９") & text_keys("Gleis 9")
+    assert not text_keys("Ｇｌｅｉｓ　９") & text_keys("Gleis 8")
+
+
 def test_made_up_ids_do_not_depend_on_how_a_path_is_written(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n', encoding="utf-8")
     tables = [read_file(name, tmp_path / "rows.jsonl") for name in ("rows.jsonl", "./rows.jsonl")]

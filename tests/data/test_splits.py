@@ -493,3 +493,30 @@ class TestGivenSplits:
         splits = build_splits(DataSettings("completion", target, pool), tiny_tokenizer, 0, tmp_path)
         assert splits.report.source.excluded_for_leak == 3
         assert len(splits.source_train) + len(splits.source_dev) == 23
+
+
+def test_absolute_paths_give_the_ids_and_splits_of_relative_ones_and_each_row_has_an_id_of_its_own(
+    tmp_path, tiny_tokenizer
+):
+    names = ["rows.jsonl", "first/rows.jsonl", "second/rows.jsonl"]
+    for number, name in enumerate(names):
+        lines = [json.dumps(row) for row in prompt_rows(range(10 * number, 10 * number + 10))]
+        (tmp_path / "data" / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / "data" / name).write_text("\n".join(lines), encoding="utf-8")
+
+    def split(files: list[str], base: Path, root: str | None = None) -> dict[str, list[tuple[str, str]]]:
+        target = CorpusSettings("en", files={"pool": tuple(files)}, train=8, dev=8, micro_dev=4, test=8)
+        splits = build_splits(DataSettings("completion", target, root=root), tiny_tokenizer, seed=1, base=base)
+        return {name: [(each.public_id, each.prompt) for each in getattr(splits, name)] for name in SPLITS}
+
+    (tmp_path / "elsewhere").mkdir()
+    absolute = [str(tmp_path / "data" / name) for name in names]
+    relative = split(names, tmp_path / "data")
+    assert relative == split(absolute, tmp_path / "data") == split([names[0], *absolute[1:]], tmp_path, "data")
+    outside = split(absolute, tmp_path / "elsewhere")
+    found = [identity for rows in outside.values() for identity, _ in rows]
+    assert len({*found}) == len(found) == 28
+    assert not any("/" in identity for identity in found)
+    assert [[prompt for _, prompt in rows] for rows in outside.values()] == [
+        [prompt for _, prompt in rows] for rows in relative.values()
+    ]

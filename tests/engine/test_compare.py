@@ -299,6 +299,9 @@ class TestSteps:
         scores: Any = row.scores
         assert (scores["test_loss"].mean, scores["rougeL"].mean) == (delivered.test_loss, delivered.metrics["rougeL"])
         assert row.taken == f"{metrics.delivered.title} (42)"
+        # What it chose between counts, too; else the adapter that is handed over pays for itself alone.
+        assert row.cost is not None
+        assert row.cost.runs_in_all == (5 if deliver == "best" else 4)
         assert (metrics.delivered.name == "grasp") == (deliver == "grasp")
         assert (row.prune_ratio is not None) == (deliver == "grasp")
 

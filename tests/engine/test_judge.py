@@ -1,5 +1,6 @@
 """Which of several adapters: scores as a run has them, strangers' folders, what is refused, what a person reads."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import grasp_lora as gl
 from grasp_lora.engine.judge import Judgement
 from grasp_lora.errors import AdapterError, DataError
+from grasp_lora.evaluation.statistics import compare_all_pairs
 from grasp_lora.report.judged import sentence
 
 ROWS = "fresh.jsonl"
@@ -32,7 +34,15 @@ def judged(finished_run: Path) -> Callable[..., Judgement]:
     return call
 
 
-def write_rows(rows: list[dict[str, str]], file: str = ROWS) -> None:
+def saying(name: str, **answers: Any) -> str:
+    """A copy of the run's source adapter that says something else of how it is asked; the rest is as of one that says nothing."""
+    shutil.copytree("run/source", name)
+    said = read(f"{name}/grasp_lora.json") | {"answers": answers, "rows": []}
+    Path(name, "grasp_lora.json").write_text(json.dumps(said), encoding="utf-8")
+    return name
+
+
+def write_rows(rows: list[dict[str, Any]], file: str = ROWS) -> None:
     Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
@@ -95,6 +105,67 @@ def test_what_cannot_be_judged_is_refused(judged: Callable[..., Judgement]) -> N
     Path("impossible.json").write_text(json.dumps(squad), encoding="utf-8")
     with pytest.raises(DataError, match=r"impossible\.json has 0 rows to judge by"):
         judged("silent", rows="impossible.json")
+
+
+def test_intervals_are_of_whole_groups(judged: Callable[..., Judgement]) -> None:
+    rows = rows_of(ROWS)
+    write_rows([row | {"group": f"text {number // 4}"} for number, row in enumerate(rows)])
+    trial = judged("run/source", "run/target")
+    assert trial.groups == 2
+    losses = {name: [row.loss for row in rows] for name, rows in trial.answers.items()}
+    shown = trial.against("source", "target", "test_loss")
+    for groups, same in (([number // 4 for number in range(8)], True), (None, False)):
+        [expected] = compare_all_pairs(losses, groups=groups, higher_is_better=False).values()
+        assert shown is not None
+        assert ((shown.low, shown.high) == pytest.approx((expected.low, expected.high))) == same
+
+
+def test_rows_that_are_related_to_what_an_adapter_knows_are_said(
+    judged: Callable[..., Judgement], caplog: pytest.LogCaptureFixture
+) -> None:
+    judged("run/target")
+    assert not caplog.messages
+    known = read("run/target/grasp_lora.json")
+    shared = hashlib.sha256(b"grouprivers").hexdigest()[:16]
+    Path("run/target/grasp_lora.json").write_text(json.dumps(known | {"rows": [*known["rows"], shared]}))
+    first, *rest = rows_of(ROWS)
+    write_rows([first | {"group": "rivers"}, *rest])
+    judged("run/target")
+    assert "'target' was trained on rows that share an id, a text or an article with 1 of the 8 rows" in caplog.text
+
+
+def test_an_adapter_chooses_from_its_own_labels(judged: Callable[..., Judgement]) -> None:
+    write_rows([{"text": f"text {number}", "label": "ab"[number % 2]} for number in range(6)], "labels.jsonl")
+    own = {name: saying(name, task="classification", labels=[*name]) for name in ("xy", "ab")}
+    trial = judged(*own, "backbone", rows="labels.jsonl")
+    for name, labels in (("xy", "xy"), ("ab", "ab"), ("backbone", "xy")):  # which is asked as the first is
+        assert {row.prediction for row in trial.answers[name]} <= {*labels}
+    assert trial.scores["xy"]["accuracy"] == 0.0
+
+
+def test_an_adapter_is_asked_in_the_chat_template_that_it_brings_along(judged: Callable[..., Judgement]) -> None:
+    folder = saying("talks", task="completion", chat_template=True, prompt="{prompt}")
+    template = "{% for turn in messages %}<{{ turn['content'] }}>{% endfor %}"
+    Path(folder, "chat_template.jinja").write_text(template, encoding="utf-8")
+    trial = judged(folder, "run/source")
+    assert trial.prompts == tuple(f"<{row['prompt']}>" for row in rows_of(ROWS))
+
+
+def test_texts_are_cut_as_the_adapter_was_trained_on_them(judged: Callable[..., Judgement]) -> None:
+    folder = saying("cuts", task="qa", max_document_tokens=30)
+    rows = [{"context": f"{number} one {'word ' * 30}six", "question": "?", "answer": "one"} for number in (1, 2)]
+    write_rows(rows, "questions.jsonl")
+    assert not any("six" in prompt for prompt in judged(folder, rows="questions.jsonl").prompts)
+    write_rows([rows[0], rows[1] | {"answer": "six"}], "questions.jsonl")
+    with pytest.raises(
+        DataError, match=r"1 rows of questions\.jsonl lose their answer where 'cuts' cuts texts to 30 tokens"
+    ):
+        judged(folder, rows="questions.jsonl")
+
+
+def test_adapters_of_two_tasks_are_not_compared(judged: Callable[..., Judgement]) -> None:
+    with pytest.raises(AdapterError, match="trained for the task qa, and the rows are of the task completion"):
+        judged("run/source", saying("questions", task="qa"))
 
 
 def test_of_equals_none_is_called_the_best(judged: Callable[..., Judgement]) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from recorder import session_of
+from recorder import read, run_tiny, session_of, step_folders
 
+from grasp_lora.engine import preflight as preflight_module
 from grasp_lora.engine.preflight import Finding, preflight
 from grasp_lora.errors import DataError, RecipeError
 
@@ -188,6 +189,32 @@ def test_the_time_of_a_classification_counts_the_scores_of_its_labels(
     sizes = ("data.task=classification", 'data.labels=["no","sawa"]', "data.target.train=20", "data.target.dev=8")
     [text] = [finding.text for finding in preflight(session_of(*sizes)) if finding.topic == "time"]
     assert float(text.rpartition(" ")[0].rpartition(" ")[2]) >= 0.05
+
+
+@pytest.mark.parametrize(
+    ("changes", "systems"),
+    [
+        (["final.deliver=best"], 7),
+        (["final.deliver=grasp"], 6),
+        (["final.deliver=grasp", "final.prune_ratio=0.3"], 5),
+        (["final.deliver=continued", "final.prune_ratio=0"], 3),
+    ],
+)
+def test_all_that_a_run_trains_and_measures_counts(
+    changes: list[str], systems: int, check: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared = []
+    width = preflight_module.expected_width
+
+    def seen(metrics: Any, examples: int, pairs: int, *more: Any, **settings: Any) -> str | None:
+        compared.append(pairs)
+        return width(metrics, examples, pairs, *more, **settings)
+
+    monkeypatch.setattr(preflight_module, "expected_width", seen)
+    most = int(check(*changes)["cost"].text.split()[2])
+    assert compared == [systems - 1]
+    assert len(run_tiny(*changes).metrics.systems) == systems
+    assert most == sum(read(folder / "result.json").get("trained_examples", 0) for folder in step_folders("run", "*"))
 
 
 @pytest.mark.parametrize("few", [2, 5])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from recorder import rows_of, session_of
+from recorder import rows_of, session_of, step_folders, steps_of
 
 from grasp_lora.engine.check import check
 from grasp_lora.engine.predict import predict_texts
@@ -27,6 +27,10 @@ def test_merge_and_predict_give_what_the_run_gives(finished_run: Path) -> None:
     merged = read_adapter("merged")
     assert merged.sha256 == read_adapter("run/merged").sha256
     assert merged.base_model == "tiny-llama"
+    source, target = ({*read_adapter(place).info.rows} for place in ("run/source", "run/target"))
+    assert {*merged.info.rows} == source | target
+    assert source - target
+    assert target - source
     rows = rows_of("run/evaluation/grasp.jsonl")
     prompts = {example.id: example.prompt for example in session_of().splits.test}
     answers = predict_texts("run/final", [prompts[row["id"]] for row in rows], None, "cpu", max_new_tokens=4)
@@ -85,6 +89,17 @@ def test_an_adapter_that_was_trained_on_test_rows_is_refused_whatever_their_file
     session.splits = replace(session.splits, test=(replace(test[0], marks=("other", first.marks[-1])), *test[1:]))
     check(session)
     assert f"share an id, a text or an article with 1 of the {len(test)} test rows" in caplog.text
+
+
+def test_a_final_run_marks_the_rows_that_it_was_trained_on(tiny_workspace: Path) -> None:
+    steps = steps_of()
+    known = {mark for row in steps.splits.train for mark in row.marks}
+    source = steps.source()
+    assert not known & source.rows
+    for adapter, step in ((steps.continued(), "final-0.00"), (steps.finetune(source, 0.3), "final-0.30")):
+        assert known | source.rows == adapter.rows
+        [folder] = step_folders("", step)
+        assert {*read_adapter(folder / "adapter").info.rows} == adapter.rows
 
 
 class TestBackbone:

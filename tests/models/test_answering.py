@@ -479,6 +479,14 @@ def test_the_likeliest_label_comes_with_the_loss_of_the_right_one(make_tiny_mode
         assert [loss for _, loss in found] == pytest.approx(losses, abs=1e-4)
 
 
+def test_of_equally_likely_labels_the_first_is_the_answer(make_tiny_model, tiny_tokenizer):
+    model, prompts = make_tiny_model("llama"), make_prompts(2)
+    for names in (("b", "a"), ("a", "b")):
+        labels = dict.fromkeys(names, LABELS[0])
+        found = answer(model, tiny_tokenizer, prompts, GenerationSettings(), labels=labels)
+        assert [text for text, _ in found] == [names[0]] * 2
+
+
 def test_a_prompt_is_read_once_and_what_the_model_says_of_the_right_answer_is_not_said_again(
     make_tiny_model, tiny_tokenizer
 ):

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,16 @@ import huggingface_hub
 import pytest
 import yaml
 
-from grasp_lora.data.files import Table
+from grasp_lora.data.files import Row, Table
+from grasp_lora.data.records import Record, make_pool
 from grasp_lora.engine.preflight import preflight
 from grasp_lora.engine.session import Session
 from grasp_lora.errors import AdapterError, DataError, GraspError, RecipeError
 from grasp_lora.method.search import PRESETS
 from grasp_lora.models.adapter_files import read_adapter
-from grasp_lora.recipes.init import FEWEST, write_recipe
+from grasp_lora.recipes import init
+from grasp_lora.recipes.corpus import Corpus
+from grasp_lora.recipes.init import FEWEST, choose_sizes, write_recipe
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.recipes.recipe import schema_text
 from grasp_lora.recipes.text import SCHEMA_FILE
@@ -365,6 +368,24 @@ def test_a_parallel_source_leaves_room_for_what_is_excluded(start: Callable[...,
     write(Path("s.json"), source)
     sizes = sizes_of(start(write(Path("t.json"), squad(120)), ("s.json",)))
     assert sizes["source_train"] + sizes["source_dev"] <= 120 - sizes["test"]
+
+
+def test_a_source_is_as_small_as_any_order_of_the_groups_may_leave_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def corpus(name: str, articles: dict[str, int]) -> Corpus:
+        rows = [(article, i) for article, count in articles.items() for i in range(count)]
+        table = Table(name, [Row(f"{name} {i}", {"prompt": f"{name} {i}{article}", "completion": "c", "group": article})
+                             for i, (article, _) in enumerate(rows)])  # fmt: skip
+        return Corpus(name, "completion", {}, make_pool([table], "completion").records)
+
+    def held_out(groups: Mapping[str, Sequence[Record]], sizes: Mapping[str, int], order: int) -> set[str]:
+        wanted = {3: "group:small", 7: "group:large"}.get(order)
+        return {name for name, records in groups.items() if wanted in records[0].keys}
+
+    monkeypatch.setattr(init, "_held_out", held_out)
+    target = corpus("t", {"small": 10, "large": 10, "other": 40})
+    for more, left, alone in (({"rest": 20}, 40, False), ({}, 20, True)):
+        sizes = choose_sizes(target, [corpus("s", {"small": 20, "large": 60 if more else 40, **more})])
+        assert (sizes.source, sizes.one_source_group) == (left, alone)
 
 
 def test_a_large_source_is_cut_to_what_two_cores_can_train(start: Callable[..., Path]) -> None:

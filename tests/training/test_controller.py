@@ -127,7 +127,7 @@ def make_trainer(model, folder, callback=None, tokenizer=None, kind=Trainer, **c
         args = TrainingArguments(**{**common, "remove_unused_columns": False, **changes})
         data = {"train_dataset": TRAIN, "eval_dataset": TRAIN, "data_collator": lambda batch: collate(batch, PAD)}
         trainer = kind(model, args, **data)
-    if isinstance(callback, GraspController):
+    if isinstance(callback, PrunedTraining):
         callback.add_to(trainer)
     elif callback is not None:
         trainer.add_callback(callback)
@@ -285,6 +285,46 @@ def test_masks_hold_and_rounds_add_up(make_tiny_model, tiny_tokenizer, tmp_path,
         assert row["measured_sparsity"] == pytest.approx(ratio, abs=0.02)
     assert ratio == controller.search.current_ratio == controller.prune_ratio
     assert (rounds[-1]["policy_mean"], rounds[-1]["policy_std"]) == (controller.search.mean, controller.search.std)
+
+
+@pytest.mark.parametrize("kind", ["grpo", "paper", "fixed"])
+@pytest.mark.parametrize("trainer_name", TRAINERS)
+def test_a_step_is_clipped_by_the_norm_of_what_it_trains(
+    make_tiny_model, tiny_tokenizer, tmp_path, caplog, trainer_name, kind
+):
+    class Norms(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            gradients = [weight.grad for weight in kwargs["model"].parameters() if weight.grad is not None]
+            norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+
+    norms: list[float] = []
+    tokenizer = tiny_tokenizer if trainer_name == "trl" else None
+    with adapted(make_tiny_model) as (model, weights):
+        pruned = pruned_for(weights, 0.8) if kind == "fixed" else controller_for(weights, kind=kind)
+        if trainer_name == "ours":
+            train_ours(model, tmp_path, callbacks=[pruned, Norms()], max_grad_norm=1e-4)
+        else:
+            train_any(model, tmp_path, pruned, [Norms()], tokenizer, max_grad_norm=1e-4)
+    assert norms == pytest.approx([1e-4] * 12, rel=1e-2)
+    assert "clips" not in caplog.text
+
+
+def test_a_step_that_is_clipped_before_it_is_masked_is_said(model, weights, tmp_path, caplog):
+    for norm in (0.0, 1.0):
+        assert "add_to(trainer)" not in caplog.text
+        trainer = make_trainer(model, tmp_path, max_grad_norm=norm)
+        trainer.add_callback(pruned_for(weights))
+        trainer.train()
+    assert "clips; use add_to(trainer)" in caplog.text
+
+
+def test_a_callback_that_was_taken_away_masks_nothing_more(model, weights, tmp_path):
+    pruned = pruned_for(weights)
+    trainer = make_trainer(model, tmp_path, pruned)
+    trainer.train()
+    trainer.remove_callback(pruned)
+    trainer.train()
+    assert not pruned.masks.are_on()
 
 
 def test_mixed_precision_and_checkpointing_as_trl_has_them_by_default(model, weights, tiny_tokenizer, tmp_path):

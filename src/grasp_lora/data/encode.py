@@ -4,6 +4,7 @@ Data is text: what spells a control token in it, such as the end token, is broke
 So a row "Say <eos>" with a tokenizer whose end is `<eos>` becomes the tokens of "Say <" and those of "eos>", and no end.
 """
 
+import hashlib
 import logging
 import re
 import sys
@@ -47,9 +48,12 @@ class Example:
 
     @property
     def public_id(self) -> str:
-        """The id for files that others read: a record that is known by its place in a file has its path in its id."""
+        """The id for files that others read: of a path on this machine, in the id of a record that is known by its place in a
+        file, the last part and a hash, since two files may have one name."""
         file, _, number = self.id.rpartition(":")
-        return f"{without_place(file)}:{number}" if number.isdigit() else self.id
+        if not number.isdigit() or (name := without_place(file)) == file:
+            return self.id
+        return f"{name}~{hashlib.sha256(file.encode()).hexdigest()[:6]}:{number}"
 
 
 @dataclass

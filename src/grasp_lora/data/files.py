@@ -302,6 +302,13 @@ def resolve_file(name: str, root: str | None = None, base: Path | None = None) -
     return places[first]
 
 
+def name_of_file(name: str, root: str | None = None, base: Path | None = None) -> str:
+    """Name a file as its rows are known by: below `data.root`, or else the recipe's folder, as a relative path has it."""
+    folder = os.path.normpath(Path.cwd() / (base or "") / expanded(root or ""))
+    place = Path(os.path.normpath(expanded(name)))
+    return place.relative_to(folder).as_posix() if place.is_relative_to(folder) else name
+
+
 def read_hub(name: str, config: str | None = None, split: str = "train") -> Table:
     """Read one split of a data set on the hub; never runs code of its repository.
 

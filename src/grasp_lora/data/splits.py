@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from grasp_lora.data.data_settings import CorpusSettings, DataSettings
 from grasp_lora.data.encode import Encoder, Example, Tally, check_tokenizer, encode_labels
-from grasp_lora.data.files import Table, read_file, read_hub, resolve_file
+from grasp_lora.data.files import Table, name_of_file, read_file, read_hub, resolve_file
 from grasp_lora.data.groups import by_group, join_groups, keys_with_turns
 from grasp_lora.data.records import Pool, Record, check_labels, close_label, make_pool, same_label, same_text
 from grasp_lora.data.tasks import resolve_template, task_fields
@@ -198,7 +198,8 @@ def read_shares(settings: DataSettings, corpus: CorpusSettings, role: str, base:
         return make_pool(tables, settings.task, corpus.columns, skip_unanswered=skip)
 
     def read(names: Sequence[str]) -> Pool:
-        places = ((name, resolve_file(name, settings.root, base)) for name in names)
+        where = settings.root, base
+        places = ((name_of_file(name, *where), resolve_file(name, *where)) for name in names)
         return pool_of(read_file(name, place, corpus.sheet) for name, place in places)
 
     if corpus.explicit:

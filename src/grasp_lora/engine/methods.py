@@ -250,7 +250,7 @@ TRAININGS: dict[str, set[str]] = {
     "grid_paper": _IN_PAPER | {"paper grid"},
     "grid": _TO_MERGE | {"grid"},
     "grasp": _TO_PRUNE,
-    "delivered": _TO_PRUNE | {"continued"},
+    "delivered": _TO_PRUNE | {"continued", "unpruned"},
     "grasp_paper": _IN_PAPER | {"paper controller", "paper final"},
 }
 
@@ -269,6 +269,8 @@ def most_trained(names: Collection[str], session: Session, ratios: int = 0) -> t
         trains -= {"controller"}
     if "continued" not in names and recipe.final.deliver == "grasp":
         trains -= {"continued"}
+    if recipe.final.deliver != "grasp" or recipe.final.prune_ratio is not None:
+        trains -= {"unpruned"}
     if list(names) == ["delivered"] and recipe.final.deliver == "continued":
         trains = {"source", "continued"}
     final, own = recipe.final.training.epochs, recipe.target.training.epochs

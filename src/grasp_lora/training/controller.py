@@ -27,7 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
@@ -147,17 +147,16 @@ class GraspController(PrunedTraining):
         """Return the rounds and their timings, as `rounds.jsonl` and `timings.jsonl` hold them."""
         return self._rows[ROUNDS_FILE], self._rows[TIMINGS_FILE]
 
-    def add_to(self, trainer: Trainer) -> "GraspController":
-        """Register with a trainer, so that its trackers receive the ratio, the deviation and the rewards too.
+    def add_to(self, trainer: Trainer) -> Self:
+        """Register with a trainer; its trackers receive the ratio, the deviation and the rewards, too.
 
         Raises:
             DataError: its tokenizer has another EOS token or chat template than that of `from_rows` had.
         """
         check_encoding(self._encoding, trainer.processing_class)
-        trainer.add_callback(self)
         # Not trainer.log: TRL's adds its own running metrics to every row and starts them anew.
         self._log = functools.partial(Trainer.log, trainer)
-        return self
+        return super().add_to(trainer)
 
     def _start_anew(self) -> None:
         self.search = RatioSearch(self.settings.policy, ratio_rule(self.settings.rule))

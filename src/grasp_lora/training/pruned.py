@@ -3,7 +3,8 @@
 What happens when, in any Trainer:
 
     on_train_begin           prune at the ratio, or take up the masks of the checkpoint that training resumes from
-    on_pre_optimizer_step    mode `hold`: masked weights get no gradient; with one ratio their moments stay zero, too
+    before clipping          mode `hold`: masked weights get no gradient, where `add_to` has registered with the trainer
+    on_pre_optimizer_step    the same where nothing is clipped; with one ratio their moments stay zero, too
     on_optimizer_step        put the mask back on (`hold`), or choose it anew (`reselect`)
     on_save                  masks and stash go beside the checkpoint of the Trainer
 
@@ -16,11 +17,11 @@ import logging
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from grasp_lora.errors import GraspError
 from grasp_lora.method.lora import LoraPair, Segment
@@ -158,6 +159,22 @@ class PrunedTraining(GradientCheck, SavedInCheckpoints):
         self.segments = segments
         self._masks: MaskSet | None = None
         self._left: list[int] | None = None  # checksums of the weights at the end of a training
+        self._before_clipping = False
+
+    def add_to(self, trainer: Trainer) -> Self:
+        """Register with a trainer, so that it clips by the norm of what is trained; `add_callback` alone masks later."""
+        trainer.add_callback(self)
+        clip: Any = trainer._clip_grad_norm
+
+        def clip_kept(model: torch.nn.Module) -> Any:
+            if self in trainer.callback_handler.callbacks:
+                self.mask_gradients()
+            return clip(model)
+
+        # No callback is called between the last gradient and the clipping.
+        trainer._clip_grad_norm = clip_kept  # type: ignore[method-assign]
+        self._before_clipping = True
+        return self
 
     @property
     def masks(self) -> MaskSet:
@@ -196,6 +213,8 @@ class PrunedTraining(GradientCheck, SavedInCheckpoints):
         self._mask(pairs)
         if self.mode == "hold" and self._most_pruned > 0.0:
             _check_order(self.masks)
+            if args.max_grad_norm and not self._before_clipping:
+                logger.warning("gradients of pruned weights count where the trainer clips; use add_to(trainer) instead")
         calibrate(kwargs["model"], self.masks, self.calibration)
         if self.mode == "reselect":
             self.masks.reselect(self.prune_ratio)
@@ -214,7 +233,7 @@ class PrunedTraining(GradientCheck, SavedInCheckpoints):
         self.mask_gradients()
 
     def mask_gradients(self) -> None:
-        """Zero the gradients of held weights. `finetune` does so before it clips, so that they have no part in the norm."""
+        """Zero the gradients of held weights."""
         if self.mode == "hold":
             self.masks.mask_gradients()
 

@@ -142,11 +142,14 @@ def finetune(
             args=arguments,
             train_dataset=list(train),
             data_collator=lambda examples: collate(examples, pad_id),
-            callbacks=[_Watch(on_step), GradientCheck(), *callbacks],
+            callbacks=[_Watch(on_step), GradientCheck()],
         )
         trainer.remove_callback(PrinterCallback)  # it prints; progress is shown by whoever passes `on_step`
-        if controller is not None:
-            controller.add_to(trainer)
+        for callback in (*callbacks, *([controller] if controller else [])):
+            if isinstance(callback, PrunedTraining):
+                callback.add_to(trainer)
+            else:
+                trainer.add_callback(callback)
         if dev and settings.patience:  # after the callbacks that prune, so that it measures and keeps pruned weights
             best = BestOnDev(ProbeSet(dev, pad_id), settings.patience, settings.evaluate_steps(steps_per_epoch))
             trainer.add_callback(best)
@@ -231,14 +234,6 @@ class FineTuneTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Count none: nobody reads the sum, and counting the parameters anew takes 1 % of a step on a small model."""
         return 0
-
-    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
-        """Clip by the norm of what is trained: else a step would depend on gradients that the mask takes away."""
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, PrunedTraining):
-                callback.mask_gradients()
-        clip: Any = super()._clip_grad_norm
-        return clip(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Multiply the learning rate by `lr_decay` after every epoch."""
