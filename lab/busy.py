@@ -128,7 +128,7 @@ def serve(arguments: argparse.Namespace) -> None:
     lab = Lab(recipe, base, (), arguments.examples, 1, {}, now=wall_time)
     session, splits = lab.session, lab.session.splits
     prompts = [example.prompt_ids for example in splits.test[: arguments.answers]]
-    train, probes = taken(splits.train, arguments.examples), ProbeSet(splits.micro_dev or splits.dev, session.pad_id)
+    train, probes = taken(splits.train, arguments.examples), ProbeSet(splits.micro_dev or splits.dev)
     with lab.on() as model:
         masks = MaskSet(live_pairs(model, segments_of(lab.merged)), recipe.mask)
         calibrate(model, masks, probes)

@@ -25,19 +25,15 @@ from grasp_lora.data.encode import Example
 from grasp_lora.engine.steps import GRID
 from grasp_lora.method.masks import MaskSet
 from grasp_lora.method.search import preset
+from grasp_lora.models import generation
 from grasp_lora.models.backbone import supports_logits_to_keep
 from grasp_lora.models.generation import answer
 from grasp_lora.models.live import live_pairs, segments_of
+from grasp_lora.models.loss import collate, example_losses
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.recipes.stages import ControllerStage
-from grasp_lora.training.probes import (
-    TOKEN_BUDGET,
-    ProbeSet,
-    calibrate,
-    collate,
-    example_losses,
-)
+from grasp_lora.training.probes import ProbeSet, calibrate
 from grasp_lora.training.training_settings import TrainingSettings
 
 CANDIDATES, MICRO_DEV, RANKS, ADAPTERS = (1, 3, 6), (4, 16), (4, 16, 64), (2, 4)
@@ -75,7 +71,7 @@ def step(lab: Lab) -> list[Row]:
 
 def probe(lab: Lab) -> list[Row]:
     """Masks on, losses of the micro-dev examples, weights back, over the forward pass up to the last hidden state."""
-    probes = ProbeSet(probed(lab), lab.session.pad_id)
+    probes = ProbeSet(probed(lab))
     with lab.on() as model:
         masks = MaskSet(live_pairs(model, segments_of(lab.merged)), lab.recipe.mask)
         calibrate(model, masks, probes)
@@ -88,9 +84,9 @@ def probe(lab: Lab) -> list[Row]:
         @torch.no_grad()
         def forward() -> None:
             model.eval()
-            for _, batch in probes.batches():
-                inputs = {name: batch[name].to(lab.device) for name in ("input_ids", "attention_mask")}
-                decoder(**inputs, use_cache=False)
+            batch = collate(probed(lab), lab.session.pad_id)
+            inputs = {name: batch[name].to(lab.device) for name in ("input_ids", "attention_mask")}
+            decoder(**inputs, use_cache=False)
 
         times = take_turns({"ours": lambda: lab.clocked(ours), "forward": lambda: lab.clocked(forward)}, lab.pairs)
     return [row("probe", f"probe / pure forward, {len(probes)} examples", times["ours"], times["forward"])]
@@ -99,7 +95,7 @@ def probe(lab: Lab) -> list[Row]:
 def formats(lab: Lab) -> list[Row]:
     """A fine-tune's epoch and the micro-dev losses in float32 over the same in bfloat16, on one backbone that is cast in turn."""
     train, training = taken(lab.session.splits.train, lab.examples), one_by_one(lab.recipe)
-    probes, backbone = ProbeSet(probed(lab), lab.session.pad_id), lab.session.backbone.model
+    probes, backbone = ProbeSet(probed(lab)), lab.session.backbone.model
     own = backbone.dtype
 
     def timed(dtype: torch.dtype, work: Callable[[Any], float]) -> float:
@@ -126,7 +122,7 @@ def answers(lab: Lab) -> list[Row]:
     """Answers to test prompts over the forward pass of these prompts; answers with losses over answers and losses apart."""
     rows, backbone = taken(lab.session.splits.test, lab.examples), lab.session.backbone
     ends, prompts = {row.completion_ids[-1] for row in rows}, [row.prompt_ids for row in rows]
-    right, probes = [row.completion_ids for row in rows], ProbeSet(rows, lab.session.pad_id)
+    right, probes = [row.completion_ids for row in rows], ProbeSet(rows)
     given = [adapter.weights.together() for adapter in lab.session.given.values()]
     with lab.on(given[0] if given else None) as model:  # a random adapter seldom ends its answers
         decoder = decoder_of(model)
@@ -155,12 +151,20 @@ def answers(lab: Lab) -> list[Row]:
 def batches(lab: Lab) -> list[Row]:
     """Losses of the test examples in batches of so many tokens over those in our batches."""
     examples = lab.session.splits.test
-    sets = {budget: ProbeSet(examples, lab.session.pad_id, budget) for budget in (*BUDGETS, TOKEN_BUDGET)}
+    probes, usual = ProbeSet(examples), generation.READ_TOKENS
+
+    def measured(budget: int) -> None:
+        generation.READ_TOKENS = budget
+        probes.losses(model)
+
     with lab.on() as model:
-        works = {str(budget): partial(lab.clocked, partial(one.losses, model)) for budget, one in sets.items()}
-        times = take_turns(works, lab.pairs)
-    ours = f"{TOKEN_BUDGET} tokens a batch, {len(examples)} examples"
-    return [row("batches", f"{one} / {ours}", times[str(one)], times[str(TOKEN_BUDGET)]) for one in BUDGETS]
+        works = {str(one): partial(lab.clocked, partial(measured, one)) for one in (*BUDGETS, usual)}
+        try:
+            times = take_turns(works, lab.pairs)
+        finally:
+            generation.READ_TOKENS = usual
+    ours = f"{usual} tokens a batch, {len(examples)} examples"
+    return [row("batches", f"{one} / {ours}", times[str(one)], times[str(usual)]) for one in BUDGETS]
 
 
 def controller(lab: Lab) -> list[Row]:

@@ -295,7 +295,7 @@ class Lab:
         turn = stage.rounds.turn(len(pool)) if probes is None else None
         rounds = replace(stage.rounds, every=stage.spacing(len(train)), patience=None)
         controller = TimedController(
-            probes_of(pool, self.session.pad_id, turn, 0),
+            probes_of(pool, turn, 0),
             replace(stage, rounds=rounds),
             self.recipe.mask,
             segments_of(weights),
@@ -307,13 +307,13 @@ class Lab:
 
     def measured(self, examples: Sequence[Example]) -> float:
         """Return the seconds of measuring the examples' losses under the merged adapter."""
-        probes = ProbeSet(examples, self.session.pad_id)
+        probes = ProbeSet(examples)
         with self.on() as model:
             return self.clocked(lambda: probes.losses(model))
 
     def pruning(self) -> PrunedTraining:
         """A new callback of a final run."""
-        calibration = ProbeSet(self.session.splits.train[:CALIBRATION_EXAMPLES], self.session.pad_id)
+        calibration = ProbeSet(self.session.splits.train[:CALIBRATION_EXAMPLES])
         final = self.recipe.final
         mask, segments = final.mask_of(self.recipe.mask), segments_of(self.merged)
         return PrunedTraining(RATIO, calibration, mask, final.mode, segments)

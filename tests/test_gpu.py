@@ -57,8 +57,8 @@ def test_masks_are_those_of_the_cpu_and_a_step_does_not_make_the_host_wait(cuda)
 @pytest.mark.gpu
 def test_losses_are_those_of_the_cpu_whatever_the_batches(cuda, make_tiny_model):
     backbone = make_tiny_model("llama").double()
-    expected = ProbeSet(EXAMPLES, 0).losses(backbone)
-    assert ProbeSet(EXAMPLES, 0).losses(backbone.to(cuda)) == pytest.approx(expected, abs=1e-9)
+    expected = ProbeSet(EXAMPLES).losses(backbone)
+    assert ProbeSet(EXAMPLES).losses(backbone.to(cuda)) == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.gpu

@@ -136,7 +136,7 @@ def test_gradients_are_the_same_before_and_after_a_dev_evaluation(kind: str, ada
     model, backbone = adapted(kind)
     before = gradients(model)
     assert all(gradient.abs().sum() > 0 for gradient in before.values())
-    ProbeSet(EXAMPLES, 0).losses(model)
+    ProbeSet(EXAMPLES).losses(model)
     model.eval()
     answer(model, backbone.tokenizer, [one.prompt_ids for one in EXAMPLES], GenerationSettings(max_new_tokens=3))
     for name, gradient in gradients(model).items():
@@ -147,7 +147,7 @@ def test_a_dev_loss_is_the_loss_that_is_trained_on(kind: str, adapted: Callable[
     model, _ = adapted(kind)
     model.train()
     trained = example_losses(model, collate(EXAMPLES, 0), label_positions=True).detach()
-    assert torch.equal(torch.tensor(ProbeSet(EXAMPLES, 0).losses(model)), trained)
+    assert torch.equal(torch.tensor(ProbeSet(EXAMPLES).losses(model)), trained)
 
 
 def test_its_adapter_works_on_the_full_model_in_plain_peft(
@@ -171,7 +171,7 @@ def test_each_way_has_a_fingerprint_of_its_own_that_stays(kind: str, load: Calla
     assert load(kind).fingerprint == backbone.fingerprint
     others = {load(other).fingerprint for other in (None, *QUANTISERS) if other != kind}
     assert backbone.fingerprint not in others
-    ProbeSet(EXAMPLES, 0).losses(backbone.model)
+    ProbeSet(EXAMPLES).losses(backbone.model)
     assert fingerprint(backbone.model) == backbone.fingerprint
     assert load(kind, "bfloat16").fingerprint == backbone.fingerprint
 
@@ -246,5 +246,5 @@ def test_what_was_saved_quantised_trains_exactly_as_well(
     again = load_backbone(BackboneSettings(str(tmp_path / "saved"), dtype="float32", device="cpu"))
     assert again.fingerprint == backbone.fingerprint
     assert again.quantise is None
-    losses = [ProbeSet(EXAMPLES, 0).losses(one.model) for one in (backbone, again)]
+    losses = [ProbeSet(EXAMPLES).losses(one.model) for one in (backbone, again)]
     assert losses[0] == losses[1]

@@ -50,7 +50,7 @@ def test_a_classification_is_answered_by_the_likeliest_label(tiny_workspace) -> 
     # The score of a label is the one loss of its answer, not divided by its length.
     with attached(session.backbone.model, read_adapter("run/final").weights) as model:
         by_label = {
-            label: ProbeSet([replace(row, completion_ids=tokens) for row in test], session.pad_id).losses(model)
+            label: ProbeSet([replace(row, completion_ids=tokens) for row in test]).losses(model)
             for label, tokens in labels.items()
         }
     for number, row in enumerate(rows):

@@ -64,26 +64,9 @@ def test_batch_size_does_not_change_answers(architecture, make_tiny_model, tiny_
     expected = [expected_text(tiny_tokenizer, greedy_tokens(model, prompt)) for prompt in prompts]
     assert len(set(expected)) > 4  # the prompts matter to this model
     settings = GenerationSettings(max_new_tokens=NEW_TOKENS, stop=())
-    for size, *others in ((1, 1024, 8), (3, 40, 1), (8, 64, 3)):
-        for name, value in zip(("BATCH_SIZE", "READ_TOKENS", "PART"), (size, *others), strict=True):
-            monkeypatch.setattr(module, name, value)
-        assert generate(model, tiny_tokenizer, prompts, settings) == expected, size
-
-
-def test_rows_that_have_ended_leave_their_batch(make_tiny_model, tiny_tokenizer, monkeypatch):
-    model, prompts, rows = make_tiny_model("qwen3"), make_prompts(6), []
-    tokens = [greedy_tokens(model, prompt) for prompt in prompts]
-    model.generation_config.eos_token_id = sorted({EOS, *(row[place] for place, row in enumerate(tokens[:3], start=2))})
-    ends = model.generation_config.eos_token_id
-    lengths = [next((place for place, token in enumerate(row, start=1) if token in ends), NEW_TOKENS) for row in tokens]
-    assert len(set(lengths)) > 2
-    assert min(lengths) > 1  # an end waits for a text
-    model.lm_head.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0].view(-1, inputs[0].shape[-1]))))
-    monkeypatch.setattr(module, "PART", 1)
-    settings = GenerationSettings(max_new_tokens=NEW_TOKENS, stop=())
-    answers = generate(model, tiny_tokenizer, prompts, settings)
-    assert answers == [expected_text(tiny_tokenizer, row, stop_ids=ends) for row in tokens]
-    assert sum(rows) == sum(lengths)  # each row makes the tokens of its answer, and no others
+    for rows in (1, 3, 8):
+        monkeypatch.setattr(module, "BATCH_SIZE", rows)
+        assert generate(model, tiny_tokenizer, prompts, settings) == expected, rows
 
 
 def test_stop_text_is_cut_off_and_ends_the_batch_early(make_tiny_model, tiny_tokenizer, monkeypatch):
@@ -397,20 +380,20 @@ def test_what_prompts_share_is_read_once_and_other_prompts_cost_no_more(make_tin
     label_scores(model, [[*context, 100]], LABELS)  # its labels share all but its last token
     assert read == [(1, 31), (4, 5)]
     read.clear()
-    monkeypatch.setattr(module, "BATCH_TOKENS", 75)
+    monkeypatch.setattr(module, "SCORED_TOKENS", 10)
     label_scores(model, [[*context, 100]], LABELS)  # in two parts
     assert read == [(1, 31), (2, 5), (2, 5)]
     read.clear()
     generate(model, tiny_tokenizer, [context, other], settings)
-    assert read == [(2, 30), (2, 1)]
+    assert read == [(2, 31)]
 
 
 def test_groups_read_the_fewest_tokens():
     instruction, contexts = [1] * 30, [[2] * 20, [3] * 24]
     prompts = [[*instruction, *context, question] for context in contexts for question in (5, 6, 7)]
-    assert sorted(module._groups(prompts, 64)) == [([0, 1, 2], 50), ([3, 4, 5], 54)]
-    assert module._groups([[1, 2, 3, 4], [1, 5, 6, 7]], 64) == [([1], 3), ([0], 3)]  # too little to share
-    assert module._groups([], 64) == []
+    assert sorted(module._groups(prompts, [1] * 6)) == [([0, 1, 2], 50), ([3, 4, 5], 54)]
+    assert module._groups([[1, 2, 3, 4], [1, 5, 6, 7]], [1, 1]) == [([0], 0), ([1], 0)]  # too little to share
+    assert module._groups([], []) == []
 
 
 @pytest.mark.parametrize("with_stop", [False, True])
@@ -487,22 +470,14 @@ def test_of_equally_likely_labels_the_first_is_the_answer(make_tiny_model, tiny_
         assert [text for text, _ in found] == [names[0]] * 2
 
 
-def test_a_prompt_is_read_once_and_what_the_model_says_of_the_right_answer_is_not_said_again(
-    make_tiny_model, tiny_tokenizer
-):
+def test_a_prompt_is_read_once_for_its_loss_and_its_answer(make_tiny_model, tiny_tokenizer):
     model, read = make_tiny_model("llama"), []
-    prompts, settings = [[1, *range(4, 104)], [1, *range(4, 53)], [1, *range(60, 80)]], GenerationSettings(6, ())
-    tokens = [greedy_tokens(model, prompt, 6) for prompt in prompts]
-    model.generation_config.eos_token_id = [EOS, tokens[0][3]]
-    assert EOS not in [token for row in tokens for token in row]
-    assert tokens[0][3] not in [*tokens[0][:3], *tokens[1], *tokens[2]]
-    right = [tokens[0][:4], [*tokens[1][:3], 7, EOS], [7, EOS]]
-    assert 7 not in (tokens[1][3], tokens[2][0])
+    context, settings = [1, *range(4, 104)], GenerationSettings(2, ())
+    prompts = [[*context, *range(4, 9)], [*context, *range(14, 17)]]
     model.model.embed_tokens.register_forward_pre_hook(lambda _, args: read.append(tuple(args[0].shape)))
-    answer(model, tiny_tokenizer, prompts, settings, right=right)
-    # The prompts; their last tokens with the right answers. The first row has said all of it, the second four tokens of six, the
-    # third one.
-    assert read == [(3, 100), (3, 5), *[(2, 1)] * 2, *[(1, 1)] * 3]
+    answer(model, tiny_tokenizer, prompts, settings, right=[[70, 71, EOS], [70, EOS]])
+    # The context, the questions, their last tokens with the right answers, and the answers.
+    assert read == [(1, 101), (2, 4), (2, 3), (2, 1), (2, 1)]
 
 
 @pytest.mark.parametrize("labels", [None, {"a": [70, EOS], "b": [71, EOS]}])

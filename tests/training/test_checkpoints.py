@@ -50,7 +50,7 @@ def little_garbage() -> Iterator[None]:
     gc.unfreeze()
 
 
-DEV, PROBES = make_examples(4, 1), ProbeSet(make_examples(3, 2), PAD)
+DEV, PROBES = make_examples(4, 1), ProbeSet(make_examples(3, 2))
 
 
 class Killed(BaseException):

@@ -46,7 +46,7 @@ TRAINERS = ["ours", "transformers", "trl"]
 ANY_TRAINER = ["transformers", "trl"]
 PAD = 0
 TRAIN, MICRO_DEV = make_examples(12), make_examples(5, 1, "m")
-PROBES = ProbeSet(MICRO_DEV, PAD, token_budget=40)
+PROBES = ProbeSet(MICRO_DEV)
 ROWS = [{"prompt": f"What is {i} + {i}?", "completion": f" It is {2 * i}."} for i in range(12)]
 EVERY_FIFTH = {"save_strategy": "steps", "save_steps": 5}
 
@@ -429,7 +429,7 @@ def test_candidate_losses_are_those_of_the_pruned_model(model, weights, tmp_path
     def measure(values) -> list[float]:
         for key, value in values.items():
             controller.masks.weights[key].data.copy_(value)
-        return ProbeSet(MICRO_DEV, PAD).losses(model)
+        return ProbeSet(MICRO_DEV).losses(model)
 
     keep = Keep()
     controller = controller_for(weights, folder=tmp_path, mask=MaskSettings(score))
@@ -443,7 +443,7 @@ def test_candidate_losses_are_those_of_the_pruned_model(model, weights, tmp_path
 
 
 def test_a_candidate_at_the_ratio_in_force_has_the_baseline_of_its_own_examples(model, weights, tmp_path):
-    probes = ProbesInTurn(make_examples(7, 1, "m"), PAD, count=3, seed=5)
+    probes = ProbesInTurn(make_examples(7, 1, "m"), count=3, seed=5)
     controller = controller_for(weights, probes, folder=tmp_path, patience=99, policy=InForce())
     train_ours(model, tmp_path, controller)
     for row in read_rows(tmp_path / "rounds.jsonl"):
@@ -471,7 +471,7 @@ def test_examples_take_turns_and_a_baseline_is_of_all_where_rounds_are_compared(
     probed, measure = [], ProbeSet.losses
     monkeypatch.setattr(ProbeSet, "losses", lambda self, *rest: probed.append(self.ids) or measure(self, *rest))
     how = {"nothing": {}, "patience": {"patience": 99}, "surrogate": {"rule": "surrogate"}}
-    probes = ProbesInTurn(make_examples(7, 1, "m"), PAD, count=3, seed=5)
+    probes = ProbesInTurn(make_examples(7, 1, "m"), count=3, seed=5)
     controller = controller_for(weights, probes, folder=tmp_path, kind=kind, **how[compared_by])
     train_ours(model, tmp_path, controller)
     rows = read_rows(tmp_path / "rounds.jsonl")
@@ -528,7 +528,7 @@ def test_a_probe_that_fails_names_the_ratio_and_the_example(model, weights, tmp_
         calls.append(len(losses))
         return losses if len(calls) < 3 else losses.index_fill(0, torch.tensor([1]), math.inf)
 
-    probes = ProbeSet([Example(f"m{i}", (5, 6, 7), (8, 2)) for i in range(3)], PAD)
+    probes = ProbeSet([Example(f"m{i}", (5, 6, 7), (8, 2)) for i in range(3)])
     controller = controller_for(weights, probes, folder=tmp_path)
     monkeypatch.setattr(probing, "example_losses", fail)
     with pytest.raises(ProbeError, match=r"^the loss of example m1 is inf[^\n]+$"):
@@ -956,7 +956,7 @@ def test_a_checkpoint_holds_every_loss_once_and_a_search_that_differs_is_refused
         "rule .* and resumes with 'best_reward'": {"rule": "best_reward"},
         "policy.seed .* and resumes with 7": {"seed": 7},
         "rounds.every .* and resumes with 4": {"every": 4},
-        "probed rows of hash": {"probes": ProbeSet(others, PAD)},
+        "probed rows of hash": {"probes": ProbeSet(others)},
     }.items():
         with pytest.raises(GraspError, match=f"training began with {name}"):
             restored(**changes)

@@ -56,7 +56,7 @@ def counted_steps(make_tiny_model, tmp_path, layers: int, kind: str) -> list[Cou
     """The operations of each step between the first, whose gradients are checked, and the next round."""
     backbone = make_tiny_model("llama", layers=layers)
     weights = random_merged(backbone, (1, 3), 1.0)
-    probes, segments = ProbeSet(EXAMPLES[:2], 0), segments_of(weights)
+    probes, segments = ProbeSet(EXAMPLES[:2]), segments_of(weights)
     pruned: PrunedTraining
     if kind == "final":
         pruned = PrunedTraining(0.4, probes, segments=segments)

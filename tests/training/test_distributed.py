@@ -84,7 +84,7 @@ class First(TrainerCallback):  # before the controller, at its first round
 
 for score in ("input_aware", "magnitude"):
     with attached(backbone, random_adapter(backbone), dropout=0.3) as model:
-        micro_dev = ProbeSet(MICRO_DEV, 0, MICRO_DEV_BUDGET)
+        micro_dev = ProbeSet(MICRO_DEV)
         controller = GraspController(
             micro_dev, Controller(PaperPolicy(), Rounds(2), "surrogate_at_end"), MaskSettings(score), folder=folder / score
         )
@@ -106,7 +106,7 @@ for score in ("input_aware", "magnitude"):
 # The final run.
 for mode in ("hold", "reselect"):
     with attached(backbone, random_adapter(backbone), dropout=0.3) as model:
-        pruned = PrunedTraining(0.5, ProbeSet(MICRO_DEV, 0, MICRO_DEV_BUDGET), MaskSettings("gradient_of_delta"), mode)
+        pruned = PrunedTraining(0.5, ProbeSet(MICRO_DEV), MaskSettings("gradient_of_delta"), mode)
         finetune(
             # Without a dev set the last step's weights stay, and with them the mask that the ranks are asked for.
             model, make_examples(6), [], TrainingSettings(epochs=1, learning_rate=1e-2), pad_id=0, seed=1,
@@ -122,14 +122,14 @@ for mode in ("hold", "reselect"):
 with attached(backbone, random_adapter(backbone)) as model:
     collector = NormCollector(model)
     with collector.collecting():
-        ProbeSet(MICRO_DEV, 0, MICRO_DEV_BUDGET).losses(model, collector)
+        ProbeSet(MICRO_DEV).losses(model, collector)
     results["norms"] = [{name: (norm.A, norm.B) for name, norm in collector.norms().items()} for _ in range(2)]
 
 # All processes refuse a loss that is not finite, also the one that did not measure it.
 with torch.no_grad():
     backbone.get_input_embeddings().weight[MICRO_DEV[0].prompt_ids[0]] = float("nan")
 try:
-    ProbeSet(MICRO_DEV, 0, 1).losses(backbone)
+    ProbeSet(MICRO_DEV).losses(backbone)
 except ValueError as error:
     results["error"] = str(error)
 torch.save(results, folder / f"rank{rank}.pt")
@@ -216,7 +216,7 @@ def test_ranks_agree_on_the_final_run(ranks, mode):
 
 def test_losses_are_those_that_one_process_measures(ranks, model):
     put(model, ranks[0]["at_first_round"])
-    alone = ProbeSet(MICRO_DEV, PAD, MICRO_DEV_BUDGET).losses(model)
+    alone = ProbeSet(MICRO_DEV).losses(model)
     for rank in ranks:
         assert rank["input_aware"]["records"][0]["baseline_losses"] == pytest.approx(alone, abs=1e-6)
 
@@ -224,7 +224,7 @@ def test_losses_are_those_that_one_process_measures(ranks, model):
 def test_norms_count_each_example_once(ranks, model):
     collector = NormCollector(model)
     with collector.collecting():
-        ProbeSet(MICRO_DEV, PAD, MICRO_DEV_BUDGET).losses(model, collector)
+        ProbeSet(MICRO_DEV).losses(model, collector)
     norms = collector.norms()
     for found in (*ranks[0]["norms"], *ranks[1]["norms"], ranks[0]["hold"]["norms"]):  # asked twice, the same
         for name, (norm_A, norm_B) in found.items():

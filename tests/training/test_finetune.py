@@ -72,7 +72,7 @@ def script_dev_losses(monkeypatch, losses) -> None:
 
 def test_clipping_takes_the_norm_of_kept_weights_alone(run):
     watch = Watch()
-    run(callbacks=[PrunedTraining(0.8, ProbeSet(make_examples(2), PAD)), watch], max_grad_norm=1e-4)
+    run(callbacks=[PrunedTraining(0.8, ProbeSet(make_examples(2))), watch], max_grad_norm=1e-4)
     for gradients in watch.gradients:
         assert math.hypot(*(float(gradient.norm()) for gradient in gradients)) == pytest.approx(1e-4, rel=1e-2)
 
@@ -169,7 +169,7 @@ def test_the_model_has_the_dev_loss_of_the_result(make_tiny_model, run, architec
     dev = make_examples(4, 1)
     with adapted(make_tiny_model, architecture, dropout=0.1) as peft_model:
         result = run(dev=dev, on=peft_model, epochs=3, learning_rate=3e-2)
-        losses = ProbeSet(dev, PAD).losses(peft_model)
+        losses = ProbeSet(dev).losses(peft_model)
         with torch.no_grad():
             naive = naive_losses(peft_model, dev).mean().item()
     assert result.dev_loss == pytest.approx(sum(losses) / len(losses), abs=1e-6)

@@ -80,7 +80,7 @@ def our_run(folder: Path) -> tuple[list[int], list[dict[str, Any]]]:
         rounds.append(kept | more)
 
     controller = GraspController(
-        ProbeSet(MICRO_DEV, PAD),
+        ProbeSet(MICRO_DEV),
         Controller(PaperPolicy(seed=3), Rounds(EVERY), "best_reward"),
         segments=segments_of(merged),
         on_round=keep,

@@ -12,6 +12,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from grasp_lora.errors import AdapterError, DataError, ProbeError
 from grasp_lora.method.masks import MaskSet, MaskSettings
+from grasp_lora.models import generation
 from grasp_lora.models.adapters import attached, fresh_adapter
 from grasp_lora.models.backbone import supports_logits_to_keep
 from grasp_lora.models.live import live_pairs, lora_layers
@@ -47,14 +48,13 @@ def test_losses_equal_a_naive_loop(make_tiny_model, architecture):
 
 @pytest.mark.parametrize("architecture", TARGETS)
 @pytest.mark.parametrize("token_budget", [1, 40, 10_000])
-def test_neither_batches_nor_padding_change_a_loss(make_tiny_model, architecture, token_budget):
+def test_neither_batches_nor_padding_change_a_loss(make_tiny_model, architecture, token_budget, monkeypatch):
+    monkeypatch.setattr(generation, "READ_TOKENS", token_budget)
     model = make_tiny_model(architecture)
     examples = [*make_examples(9), Example("a", (5, 6), (7, 2, 2))]
     with torch.no_grad():
         expected = naive_losses(model, examples)
-    for pad_id in (PAD, 2):  # many tokenizers pad with EOS, which stands in answers, too
-        found = ProbeSet(examples, pad_id, token_budget).losses(model)
-        torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(torch.tensor(ProbeSet(examples).losses(model)), expected, rtol=1e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("architecture", TARGETS)
@@ -71,7 +71,7 @@ def test_a_context_of_several_questions_is_read_once(make_tiny_model, architectu
         expected = naive_losses(peft_model, examples)
         read.clear()
         peft_model.train()
-        found = ProbeSet(examples, PAD).losses(peft_model)
+        found = ProbeSet(examples).losses(peft_model)
     torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-5, atol=2e-6)
     assert sum(read) < 0.75 * sum(len(one.prompt_ids) + len(one.completion_ids) for one in examples)
     assert all(module.training for module in peft_model.modules())
@@ -90,29 +90,29 @@ def test_many_answer_tokens_are_split_too(make_tiny_model):
     model = make_tiny_model("llama")
     rows = []
     model.register_forward_hook(lambda _, __, output: rows.append(len(output.logits)))
-    examples = [Example(str(i), (5,), (6,) * 200) for i in range(5)]
-    ProbeSet(examples, PAD, 100_000).losses(model)
+    ProbeSet([Example(str(i), (5,), (6,) * 200) for i in range(5)]).losses(model)
     assert rows == [400, 400, 200]
 
 
 def test_what_has_no_loss_is_refused():
     with pytest.raises(DataError, match="there are none"):
-        ProbeSet([], PAD)
+        ProbeSet([])
     with pytest.raises(DataError, match="but empty lack one"):
-        ProbeSet([*make_examples(2), Example("empty", (5, 6), ())], PAD)
+        ProbeSet([*make_examples(2), Example("empty", (5, 6), ())])
     with pytest.raises(DataError, match="but bare lack one"):
-        ProbeSet([*make_examples(2), Example("bare", (), (5, 2))], PAD)
+        ProbeSet([*make_examples(2), Example("bare", (), (5, 2))])
 
 
 @pytest.mark.parametrize("token_budget", [1, 10_000])
-def test_a_loss_that_is_not_finite_names_its_example(make_tiny_model, token_budget):
+def test_a_loss_that_is_not_finite_names_its_example(make_tiny_model, token_budget, monkeypatch):
+    monkeypatch.setattr(generation, "READ_TOKENS", token_budget)
     model = make_tiny_model("llama")  # its head is not tied to the embedding: NaN stays within the example
     examples = [*make_examples(4), Example("poisoned", (5, 3, 6), (7, 2)), *make_examples(3, 1, "f")]
     with torch.no_grad():
         model.get_input_embeddings().weight[3] = float("nan")
     model.train()
     with pytest.raises(ProbeError, match=r"loss of example poisoned is nan, not a finite number; "):
-        ProbeSet(examples, PAD, token_budget).losses(model)
+        ProbeSet(examples).losses(model)
     assert all(module.training for module in model.modules())
 
 
@@ -127,10 +127,10 @@ def test_a_probe_leaves_everything_as_it_was(adapted, monkeypatch):
         parameter.grad = torch.full_like(parameter, float(number)) if number % 2 else None
     parameters = [(p.detach().clone(), p.grad if p.grad is None else p.grad.clone()) for p in adapted.parameters()]
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
-    probe = ProbeSet(make_examples(5), PAD)
+    probe = ProbeSet(make_examples(5))
     first = probe.losses(adapted)
     assert first == probe.losses(adapted)  # eval mode: the dropout of 0.5 is off
-    monkeypatch.setattr("grasp_lora.training.probes.example_losses", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("grasp_lora.models.generation.target_scores", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         probe.losses(adapted)
     assert torch.equal(torch.get_rng_state(), states[0])
@@ -159,7 +159,8 @@ def norms_by_hand(peft_model, examples) -> dict[tuple[str, str], torch.Tensor]:
 
 @pytest.mark.parametrize("architecture", TARGETS)
 @pytest.mark.parametrize("token_budget", [60, 10_000])
-def test_norms_equal_those_by_hand_without_the_padding(make_tiny_model, architecture, token_budget):
+def test_norms_equal_those_by_hand_without_the_padding(make_tiny_model, architecture, token_budget, monkeypatch):
+    monkeypatch.setattr(generation, "READ_TOKENS", token_budget)
     model = make_tiny_model(architecture)
     examples = make_examples(6)
     with attached(model, random_adapter(model, architecture), dropout=0.5) as peft_model:
@@ -167,24 +168,25 @@ def test_norms_equal_those_by_hand_without_the_padding(make_tiny_model, architec
         peft_model.train()
         collector = NormCollector(peft_model)
         with collector.collecting():
-            ProbeSet(examples, PAD, token_budget).losses(peft_model, collector)
+            ProbeSet(examples).losses(peft_model, collector)
         norms = collector.norms()
-        ProbeSet(examples, PAD).losses(peft_model)  # the context is closed: nothing is added
+        ProbeSet(examples).losses(peft_model)  # the context is closed: nothing is added
         assert set(norms) == set(lora_layers(peft_model))
         for (name, factor), value in expected.items():
             torch.testing.assert_close(getattr(norms[name], factor), value, rtol=1e-5, atol=1e-5)
             assert torch.equal(getattr(norms[name], factor), getattr(collector.norms()[name], factor))
 
 
-def test_padding_does_not_count_where_a_model_flattens_the_batch():
+def test_padding_does_not_count_where_a_model_flattens_the_batch(monkeypatch):
     sizes = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = OPTForCausalLM(OPTConfig(vocab_size=260, word_embed_proj_dim=32, pad_token_id=PAD, init_std=0.2, **sizes))
     examples, norms = make_examples(6), []
     with fresh_adapter(model, LoraSettings(rank=4, target_modules=("fc1", "q_proj")), 1) as peft_model:
         for token_budget in (10_000, 1):  # one padded batch, then each example alone
+            monkeypatch.setattr(generation, "READ_TOKENS", token_budget)
             collector = NormCollector(peft_model)
             with collector.collecting():
-                ProbeSet(examples, PAD, token_budget).losses(peft_model, collector)
+                ProbeSet(examples).losses(peft_model, collector)
             norms.append(collector.norms())
     assert {name.rpartition(".")[2] for name in norms[0]} == {"fc1", "q_proj"}
     for name, own in norms[0].items():
@@ -192,12 +194,12 @@ def test_padding_does_not_count_where_a_model_flattens_the_batch():
 
 
 @pytest.mark.parametrize("score", ["input_aware", "gradient_of_delta"])
-def test_scores_with_inputs_get_norms_and_their_pass_gives_the_losses(adapted, score):
+def test_scores_with_inputs_get_norms(adapted, score):
     examples = make_examples(5)
-    probe = ProbeSet(examples, PAD)
+    probe = ProbeSet(examples)
     masks = MaskSet(live_pairs(adapted), MaskSettings(score))
     expected = norms_by_hand(adapted, examples)
-    assert calibrate(adapted, masks, probe) == probe.losses(adapted)
+    calibrate(adapted, masks, probe)
     for (name, factor), value in expected.items():
         torch.testing.assert_close(getattr(masks.norms[name], factor), value, rtol=1e-5, atol=1e-5)
     masks.commit(0.5)  # measured anew with the weights as they are then
@@ -212,31 +214,17 @@ def test_a_module_that_is_never_called_is_named(adapted):
     masks = MaskSet(live_pairs(adapted), MaskSettings("input_aware"))
     layer.forward = layer.get_base_layer().forward
     with pytest.raises(AdapterError, match=r"nothing was seen to enter model.layers.0.self_attn.q_proj; .*reach it$"):
-        calibrate(adapted, masks, ProbeSet(make_examples(3), PAD))
+        calibrate(adapted, masks, ProbeSet(make_examples(3)))
 
 
 def test_examples_take_turns_in_an_order_that_the_seed_decides():
     pool = make_examples(7)
-    probes = ProbesInTurn(pool, PAD, count=3, seed=5)
+    probes = ProbesInTurn(pool, count=3, seed=5)
     order = probes.whole.ids
     assert sorted(order) == sorted(one.id for one in pool)
     for number, expected in enumerate(((0, 1, 2), (3, 4, 5), (6, 0, 1), (2, 3, 4))):
         assert probes.places(number) == expected
         assert [order[place] for place in expected] == list(probes.at(number).ids)
-    orders = {tuple(ProbesInTurn(pool, PAD, count=3, seed=seed).whole.ids) for seed in range(5)}
+    orders = {tuple(ProbesInTurn(pool, count=3, seed=seed).whole.ids) for seed in range(5)}
     assert len(orders) == 5
-    assert list(ProbesInTurn(pool, PAD, count=2, seed=5).whole.ids) == list(order)
-
-
-def test_a_batch_suits_the_device():
-    examples = make_examples(400, seed=7)
-    probes = ProbeSet(examples, PAD)
-    sizes = {}
-    for device in ("cpu", "cuda"):
-        batches = probes.batches(device)
-        assert sorted(place for places, _ in batches for place in places) == list(range(400))
-        sizes[device] = max(batch["input_ids"].numel() for _, batch in batches)
-    assert sizes["cpu"] <= 2048 < sizes["cuda"] <= 4 * 2048
-    assert probes.batches() is probes.batches("cpu")  # made once
-    own = ProbeSet(examples, PAD, token_budget=40)
-    assert max(batch["input_ids"].numel() for _, batch in own.batches("cuda")) <= 40
+    assert list(ProbesInTurn(pool, count=2, seed=5).whole.ids) == list(order)

@@ -276,14 +276,14 @@ class Steps:
             from grasp_lora.training.trainer import finetune
 
             weights = start.weights
+            segments, pruning = segments_of(weights), list[PrunedTraining]()
             if prune_ratio > 0.0:
                 self._check_trained(weights)
-            segments = segments_of(weights)
-            calibration = ProbeSet(self.splits.train[:CALIBRATION_EXAMPLES], self.session.pad_id)
-            pruning = PrunedTraining(prune_ratio, calibration, mask, stage.mode, segments)
+                calibration = ProbeSet(self.splits.train[:CALIBRATION_EXAMPLES])
+                pruning = [PrunedTraining(prune_ratio, calibration, mask, stage.mode, segments)]
             how = self._how(training, self.recipe.seed_of("final order"), folder)
             with attached(self._backbone, weights, dropout=self.recipe.dropout) as model:
-                result = finetune(model, self.splits.train, dev, callbacks=[pruning], **how)
+                result = finetune(model, self.splits.train, dev, callbacks=pruning, **how)
                 trained = adapter_weights(model, segments)
                 return self._save(folder, trained, rows, result, training, self.splits.train, dev, pruned=True)
 
@@ -327,7 +327,7 @@ class Steps:
             policy = replace(stage.policy, seed=recipe.seed_of(f"policy {stage.policy.seed}"))
             pool = [row for split in stage.rounds.splits for row in getattr(self.splits, split)]
             controller = GraspController(
-                probes_of(pool, self.session.pad_id, stage.rounds.turn(len(pool)), policy.seed),
+                probes_of(pool, stage.rounds.turn(len(pool)), policy.seed),
                 replace(stage, policy=policy),
                 recipe.mask,
                 segments_of(weights),
@@ -489,7 +489,7 @@ class Steps:
 
     def _losses(self, weights: AdapterWeights, rows: Sequence[Example]) -> list[float]:
         with self._on_backbone(weights) as model:
-            return ProbeSet(rows, self.session.pad_id).losses(model) if rows else []
+            return ProbeSet(rows).losses(model) if rows else []
 
     # What decides a step
 

@@ -1,10 +1,9 @@
-"""Answers: token ids of prompts in; greedy texts or the likeliest labels out, and the losses of the right answers.
+"""Answers and losses: token ids of prompts in; greedy texts, likeliest labels and the NLL of given tokens out.
 
-Prompts with a long common beginning, such as the questions on one context, are a group: what they share is read once, into
-transformers' cache; its row is repeated for each prompt, and the rest of each with its right answer or label is added on the
-right. Nothing is ever moved in a cache: padding, and what the model would not have said, is masked and stays. A greedy answer
-begins with what the loss of the right one has told, and `generate` writes on. A model whose cache cannot do this reads each row
-whole.
+Prompts with a long common beginning, such as the questions on one context, are a group: what they share is read once, and its
+row in transformers' cache is repeated for each of them (`Cache.batch_select_indices`). Then the rest of each prompt is read, the
+given tokens are scored on a copy of the cache, and `generate` goes on from it. Nothing is ever moved in a cache: padding is
+masked and stays. A model whose cache cannot do this reads each row whole.
 """
 
 import copy
@@ -12,16 +11,17 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import pairwise, takewhile
+from itertools import takewhile
 from operator import eq
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from grasp_lora.errors import DataError, ProbeError
 from grasp_lora.models.backbone import calls_behind, find_stop_ids, is_split, supports_logits_to_keep, without_peft
 from grasp_lora.models.live import evaluating
-from grasp_lora.models.loss import IGNORED, collate_pairs, target_scores
+from grasp_lora.models.loss import IGNORED, collate_pairs, summed_losses, target_scores
 from grasp_lora.models.model_settings import GenerationSettings
 from grasp_lora.storage.memory import enough_memory
 
@@ -29,20 +29,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Rows = Sequence[Sequence[int]]
-Group = tuple[
-    list[int], int
-]  # places of prompts, and how many tokens they share; of one prompt alone, all but its last
+Group = tuple[list[int], int]  # places of prompts, and how many tokens they share; 0 for one prompt alone
 
 BATCH_SIZE = 64  # most rows of a batch: a step of few takes nearly as long as one of many
-BATCH_TOKENS = 8192  # most tokens of a batch, padding and room for the answers included
-READ_TOKENS, SCORED_TOKENS = (
-    1024,
-    512,
-)  # of one call on a processor: what outgrows its caches takes longer; scores are large
-_ON_ACCELERATOR = 4  # as many times the scored tokens
-_SPLIT_ROWS = 16  # of a batch of a split backbone
+BATCH_TOKENS = 8192  # most tokens that a batch of answers holds, padding and room for the answers included
+READ_TOKENS = 2048  # most tokens of a batch that is only scored: on two CPU cores 4096 took 1.1 to 1.2 times as long
+SCORED_TOKENS = 512  # most that are scored at once: 512 positions x 262k vocabulary in float32 are 0.5 GB
+_ON_ACCELERATOR = 4  # as many times the tokens that are read and scored; not measured, `make gpu` does
 PART = 4  # tokens of answers, after which the rows that have ended leave
-LESS_MEMORY = "shorten the prompts, lower generation.max_new_tokens, or set backbone.dtype to bfloat16 if it is float32"
+_SPLIT_ROWS = 16  # of a batch of a split backbone
+LESS_MEMORY = (
+    "shorten the prompts, lower data.max_tokens or generation.max_new_tokens, or set backbone.dtype to bfloat16 if it is "
+    "float32"
+)
 
 
 def answer(
@@ -87,10 +86,8 @@ def answer(
     else:
         ending = _Ending(tokenizer, settings, {*find_stop_ids(model, tokenizer), *ends})
         losses, texts = _ask(model, prompts, right, progress, ending)
-        rows = [
-            (text, loss / len(right[place]) if right else 0.0)
-            for place, (text, loss) in enumerate(zip(texts, losses, strict=True))
-        ]
+        lengths = [len(tokens) for tokens in right or [[0]] * len(prompts)]
+        rows = [(text, loss / length) for text, loss, length in zip(texts, losses.tolist(), lengths, strict=True)]
     for number, (_, loss) in enumerate(rows, start=1):
         if math.isnan(loss):
             raise _no_numbers(model)
@@ -111,23 +108,20 @@ def label_scores(
     """
     asked, following = [prompt for prompt in prompts for _ in labels], [label for _ in prompts for label in labels]
     losses, _ = _ask(model, asked, following, progress, None, len(labels))
-    if any(map(math.isnan, losses)):
+    if losses.isnan().any():
         raise _no_numbers(model)
-    return [[-loss for loss in losses[at : at + len(labels)]] for at in range(0, len(losses), len(labels))]
+    return (-losses).view(len(prompts), len(labels)).tolist()
 
 
-def losses_after(model: torch.nn.Module, prompts: Rows, right: Rows) -> list[float]:
-    """Return the loss of each prompt's right answer, the mean NLL of its tokens in nats, which may be no finite number."""
-    losses, _ = _ask(model, prompts, right, None, None)
-    return [loss / len(tokens) for loss, tokens in zip(losses, right, strict=True)]
+def losses_after(
+    model: torch.nn.Module, prompts: Rows, right: Rows, watch: Callable[[Tensor], None] | None = None
+) -> Tensor:
+    """Return the mean NLL of each prompt's right answer in nats, which may be no finite number; [prompts], on the CPU.
 
-
-def share_contexts(model: torch.nn.Module, prompts: Rows) -> bool:
-    """Whether `losses_after` reads a quarter of the tokens less than row by row, since prompts share their beginnings."""
-    if is_split(model) or _empty_cache(without_peft(model)) is None:
-        return False
-    twice = sum((len(group) - 1) * shared for group, shared in _groups(prompts, BATCH_SIZE, BATCH_TOKENS))
-    return 4 * twice >= sum(map(len, prompts))
+    With `watch` each row is read whole, and it is told before each pass which tokens of it count: a mask, [rows, tokens].
+    """
+    losses, _ = _ask(model, prompts, right, watch=watch)
+    return losses / torch.tensor([len(tokens) for tokens in right])
 
 
 @torch.no_grad()
@@ -135,27 +129,29 @@ def _ask(
     model: torch.nn.Module,
     prompts: Rows,
     following: Rows | None,
-    progress: Callable[[int, int], None] | None,
-    ending: "_Ending | None",
+    progress: Callable[[int, int], None] | None = None,
+    ending: "_Ending | None" = None,
     each: int = 1,
-) -> tuple[list[float], list[str]]:
+    watch: Callable[[Tensor], None] | None = None,
+) -> tuple[Tensor, list[str]]:
     """The summed NLL of the tokens that follow each prompt, and, with an ending, its greedy answer; `each` rows are a prompt."""
     inner, count, done, told = without_peft(model), len(prompts), 0, 0
-    most, scores = ending.max_new_tokens if ending else 0, following is not None
-    # Without a right answer the first token is predicted in any case. The last row is one that nobody asked for.
-    prompts, following = [*prompts, [0, 0]], [*(following or [[0]] * count), [0]]
-    losses, texts, lengths = [0.0] * len(prompts), [""] * len(prompts), [len(tokens) for tokens in following]
-    _check_lengths(inner, prompts[:-1], [max(most, length) for length in lengths[:-1]], each)
-    stop_ids = sorted(ending.stop_ids) if ending else []
-    with _prepared(inner, stop_ids), enough_memory("answering", LESS_MEMORY):
-        batches = _batches(inner, prompts[:-1], lengths, most, each)
+    if not count:
+        return torch.zeros(0), []
+    new, following = ending.max_new_tokens if ending else 0, following or [[]] * count
+    lengths = [max(new, len(tokens)) for tokens in following]
+    _check_lengths(inner, prompts, lengths, each)
+    # The last row is one that nobody asked for.
+    prompts, following, texts = [*prompts, [0, 0]], [*following, following[0][:1]], [""] * (count + 1)
+    losses = torch.zeros(count + 1, dtype=torch.promote_types(inner.dtype, torch.float32))
+    with _prepared(inner, ending), enough_memory("answering" if ending else "measuring losses", LESS_MEMORY):
+        batches = _batches(inner, prompts[:-1], lengths, bool(ending), apart=watch is not None)
         # All processes of a split backbone make the same calls.
-        for groups in [*batches, *[[([count], 1)]] * calls_behind(inner, len(batches))]:
-            batch = _Batch(inner, prompts, groups)
-            if batch.cache is not None or scores:
-                for place, loss in batch.losses(following, most).items():
-                    losses[place] = loss if scores else 0.0
-            for place, text in (batch.answers(ending) if ending else {}).items():
+        for groups in [*batches, *[[([count], 0)]] * calls_behind(inner, len(batches))]:
+            batch = _Batch(inner, prompts, groups, answers=bool(ending), scores=any(following))
+            if any(following):
+                losses[batch.places] = batch.losses([following[place] for place in batch.places], bool(ending), watch)
+            for place, text in zip(batch.places, batch.answers(ending) if ending else (), strict=False):
                 texts[place] = text.strip()
             done = min(count, done + len(batch.places))
             if progress is not None and done // each > told:
@@ -164,133 +160,109 @@ def _ask(
 
 
 class _Batch:
-    """Rows that are read together, and then written on."""
+    """Rows that are read together: a cache with their beginnings, or none, its mask [rows, held], and the rest of each row."""
 
-    def __init__(self, model: Any, prompts: Rows, groups: Sequence[Group]) -> None:
+    def __init__(self, model: Any, prompts: Rows, groups: Sequence[Group], *, answers: bool, scores: bool) -> None:
         self.model, self.places = model, [place for group, _ in groups for place in group]
-        self.cache: Any = None if is_split(model) else _empty_cache(model)
-        held = [0 if self.cache is None else shared for group, shared in groups for _ in group]
-        self.rest = [list(prompts[place][shared:]) for place, shared in zip(self.places, held, strict=True)]
-        self.heard: list[tuple[Sequence[int], list[int]]] = []  # right answers, and what the model said in their places
-        # Of each row the one in the cache that it goes on from, and masks of what the cache holds.
-        self.owners = torch.tensor([number for number, (group, _) in enumerate(groups) for _ in group])
-        self.before, self.after = (
-            torch.zeros(len(groups), 0, dtype=torch.long),
-            torch.zeros(len(held), 0, dtype=torch.long),
-        )
-        if self.cache is not None and any(held):
-            ids, self.before = padded([prompts[group[0]][:shared] for group, shared in groups])
-            self._read(ids, self.before, torch.full_like(ids, IGNORED))
+        shared = [shared for group, shared in groups for _ in group]
+        self.rest = [list(prompts[place][held:]) for place, held in zip(self.places, shared, strict=True)]
+        self.held = torch.zeros(len(self.rest), 0, dtype=torch.long)
+        self.said: dict[int, Sequence[int]] = {}  # rows whose given tokens are what the model says itself
+        self.cache = None if is_split(model) or not (any(shared) or answers) else _empty_cache(model)
+        if self.cache is None:
+            return
+        if any(shared):
+            ids, self.held = padded([prompts[group[0]][:shared] for group, shared in groups])
+            self._read(ids, torch.full_like(ids, IGNORED))
+            owners = torch.tensor([number for number, (group, _) in enumerate(groups) for _ in group])
+            self.cache.batch_select_indices(owners)  # which repeats rows, too
+            self.held = self.held[owners]
+        if answers and scores and max(map(len, self.rest)) > 1:  # both to score and to answer go on from the last token
+            ids, mask = padded([rest[:-1] for rest in self.rest])
+            self.held, self.rest = torch.cat([self.held, mask], 1), [rest[-1:] for rest in self.rest]
+            self._read(ids, torch.full_like(ids, IGNORED))
 
-    def losses(self, following: Rows, new: int = 0) -> dict[int, float]:
-        """The summed NLL of what follows each prompt, by its place; `new` tokens of an answer are to be written after this."""
-        pairs = [(rest, following[place]) for place, rest in zip(self.places, self.rest, strict=True)]
-        batch = collate_pairs(pairs, pad_id=0)
-        # The last column is only predicted. Padding stands on the right, where nothing that counts sees it.
-        ids, mask, targets = batch["input_ids"][:, :-1], batch["attention_mask"][:, :-1], batch["labels"][:, 1:]
-        width, read, found = self.before.shape[1] + ids.shape[1], self.cache, list[float]()
-        self.before = self.before[self.owners]
-        goes_on = read is not None and width + new < _room(self.model, read)
-        # Many labels of a prompt are several parts of rows, each with a copy of what has been read.
-        size = len(pairs) if new or read is None else max(1, min(BATCH_SIZE, BATCH_TOKENS // width))
-        for start in range(0, len(pairs), size):
-            part = slice(start, start + size)
-            again = start + size < len(pairs) or (new and not goes_on)
-            self.cache = copy.deepcopy(read) if again else read
-            if (
-                read is not None
-                and read.get_seq_length()
-                and (size < len(pairs) or len(set(self.owners.tolist())) < len(pairs))
-            ):
-                self.cache.batch_select_indices(self.owners[part])  # which repeats rows, too
-            losses, said = self._read(ids[part], torch.cat([self.before, mask], dim=1)[part], targets[part])
-            found += losses.sum(1).tolist()
-        if new and goes_on:
-            self.heard = [(right, row[row >= 0].tolist()) for (_, right), row in zip(pairs, said, strict=True)]
-            self.after = mask
-        else:
-            self.cache = read
-        return dict(zip(self.places, found, strict=True))
+    def losses(self, following: Rows, again: bool, watch: Callable[[Tensor], None] | None) -> Tensor:
+        """The summed NLL of what follows each row, [rows]; `again`: the cache is needed once more."""
+        batch = collate_pairs(list(zip(self.rest, following, strict=True)), pad_id=0)
+        # The last token is only predicted. Padding stands on the right, where nothing that counts sees it.
+        last = -1 if watch is None else None
+        ids, mask = batch["input_ids"][:, :last], batch["attention_mask"][:, :last]
+        targets = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)[:, :last]
+        size = max(1, SCORED_TOKENS * _share(self.model) // max(map(len, following)))
+        size = len(ids) if is_split(self.model) else size  # all processes make as many calls
+        whole, held, found = self.cache, torch.cat([self.held, mask], 1), []
+        for start in range(0, len(ids), size):
+            rows = slice(start, start + size)
+            if whole is not None and (again or size < len(ids)):
+                self.cache = copy.deepcopy(whole)
+                self.cache.batch_select_indices(torch.arange(len(ids))[rows])
+            if watch is not None:
+                watch(held[rows])
+            self.held = held[rows]
+            scores, wanted = self._read(ids[rows], targets[rows]), targets[rows]
+            found.append(summed_losses(scores, wanted).cpu())
+            if is_split(self.model):  # whose processes all have to answer, since all call the model equally often
+                continue
+            others = scores.argmax(-1).cpu() != wanted[wanted != IGNORED]
+            differ = (wanted != IGNORED).nonzero()[:, 0][others].tolist()
+            self.said |= {start + row: following[start + row] for row in range(len(wanted)) if row not in differ}
+        self.cache, self.held = whole, held[:, : held.shape[1] - ids.shape[1]]
+        return torch.cat(found)
 
-    def answers(self, ending: "_Ending") -> dict[int, str]:
-        """The greedy answers, by their places."""
-        begun = [ending.beginning(*pair) for pair in self.heard] or [[] for _ in self.places]
-        ids, mask = padded(self.rest)
-        if self.cache is not None:  # it holds all but the last token of each row, and more that does not count
-            known = [[*rest, *begun] for rest, begun in zip(self.rest, begun, strict=True)]
-            counts = torch.arange(self.after.shape[1]) < torch.tensor([[len(row) - 1] for row in known])
-            last = torch.tensor([row[-1:] for row in known])
-            mask = torch.cat([self.before, self.after * counts, torch.ones_like(last)], dim=1)
-            ids = torch.nn.functional.pad(last, (mask.shape[1] - 1, 0))
-        ids, mask = ids.to(self.model.device), mask.to(self.model.device)
-        places, prompt, texts = self.places, ids.shape[1], dict[int, str]()
-        while True:
-            found = ending.texts(begun, ids[:, prompt:])
-            texts |= {place: text for place, (text, ended) in zip(places, found, strict=True) if ended}
-            left = [row for row, (_, ended) in enumerate(found) if not ended]
-            if not left:
-                return texts
-            if len(left) < len(found):
-                places, begun = [places[row] for row in left], [begun[row] for row in left]
-                ids, mask = ids[left], mask[left]
-                if self.cache is not None:
-                    self.cache.batch_select_indices(torch.tensor(left))
-            ids = self._written(ids, mask, begun, prompt, ending)
-            mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
-
-    def _written(self, ids: torch.Tensor, mask: torch.Tensor, begun: Rows, prompt: int, ending: "_Ending") -> Any:
-        """The rows with some more tokens; without a cache, which is `generate`'s own then, all of them."""
+    def answers(self, ending: "_Ending") -> list[str]:
+        """The greedy answers."""
         from transformers import LogitsProcessorList, StoppingCriteriaList
 
-        def are_ended(ids: torch.Tensor, _: Any, **more: Any) -> torch.Tensor:
-            return torch.tensor([ended for _, ended in ending.texts(begun, ids[:, prompt:])], device=ids.device)
+        ids, mask = padded(self.rest)
+        mask = torch.cat([self.held, mask], 1)
+        ids = torch.nn.functional.pad(ids, (self.held.shape[1], 0))  # what the cache holds is not read again
+        prompt = ids.shape[1]
 
-        def wait_for_text(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        def are_ended(ids: Tensor, _: Any, **more: Any) -> Tensor:
+            return torch.tensor([ending.text(row)[1] for row in ids[:, prompt:].tolist()], device=ids.device)
+
+        def wait_for_text(ids: Tensor, scores: Tensor) -> Tensor:
             if scores.amax(dim=-1).isnan().any():
                 raise _no_numbers(self.model)
-            waiting = [row for row, (text, _) in enumerate(ending.texts(begun, ids[:, prompt:])) if not text]
+            waiting = [row for row, tokens in enumerate(ids[:, prompt:].tolist()) if not ending.text(tokens)[0]]
             stops = [token for token in sorted(ending.stop_ids) if token < scores.shape[-1]]
             scores[torch.tensor(waiting, dtype=torch.long)[:, None], torch.tensor(stops, dtype=torch.long)] = -torch.inf
             return scores
 
-        most = ending.max_new_tokens - max(map(len, begun)) - ids.shape[1] + prompt
-        return self.model.generate(
-            ids,
-            attention_mask=mask,
-            max_new_tokens=most if self.cache is None else min(PART, most),
-            stopping_criteria=StoppingCriteriaList([are_ended]),
-            logits_processor=LogitsProcessorList([wait_for_text]),
-            synced_gpus=is_split(self.model),
-            **({} if self.cache is None else {"cache": self.cache}),
-        )
+        ids, mask = ids.to(self.model.device), mask.to(self.model.device)
+        texts = {row: ending.text(tokens) for row, tokens in self.said.items() if len(tokens) <= ending.max_new_tokens}
+        texts = {row: (text, ended) for row, (text, ended) in texts.items() if text and ended}
+        left = list(range(len(ids)))
+        while True:
+            rows = [row for row, place in enumerate(left) if not texts.get(place, ("", False))[1]]
+            left, ids, mask = [left[row] for row in rows], ids[rows], mask[rows]
+            if not left:
+                return [texts[row][0] for row in range(len(self.rest))]
+            if self.cache is not None:
+                self.cache.batch_select_indices(torch.tensor(rows))
+            most = ending.max_new_tokens - ids.shape[1] + prompt
+            ids = self.model.generate(
+                ids,
+                attention_mask=mask,
+                max_new_tokens=most if self.cache is None else min(PART, most),
+                stopping_criteria=StoppingCriteriaList([are_ended]),
+                logits_processor=LogitsProcessorList([wait_for_text]),
+                synced_gpus=is_split(self.model),
+                **({} if self.cache is None else {"cache": self.cache}),
+            )
+            texts |= {place: ending.text(row) for place, row in zip(left, ids[:, prompt:].tolist(), strict=True)}
+            mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
 
-    def _read(self, ids: torch.Tensor, mask: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read tokens after those that the cache holds; the NLL of each target, 0 where none counts, and the likeliest tokens.
-
-        Args:
-            mask: of those that the cache holds, too.
-        """
-        model, cache, (rows, columns), held = self.model, self.cache, ids.shape, mask.shape[1] - ids.shape[1]
-        places, keeps, counts = (mask.cumsum(1) - 1).clamp_min(0), supports_logits_to_keep(model), targets != IGNORED
-        width, on_cpu = columns, model.device.type == "cpu"
-        if cache is not None and counts.any():
-            width = max(1, SCORED_TOKENS * (1 if on_cpu else _ON_ACCELERATOR) // rows)
-        elif cache is not None and on_cpu and columns <= READ_TOKENS:  # parts cost the attention of longer ones more
-            width = max(1, READ_TOKENS // rows)
-        losses, said = torch.zeros(targets.shape), torch.full_like(targets, -1)
-        for start in range(0, columns, width):
-            part, seen = slice(start, start + width), slice(held + start, held + start + width)
-            inputs = {"input_ids": ids[:, part], "attention_mask": mask[:, : seen.stop]}
-            inputs |= {} if cache is None else {"position_ids": places[:, seen]}
-            inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-            given = {"use_cache": False} if cache is None else {"use_cache": True, "cache": cache}
-            wanted = targets[:, part].to(model.device)
-            scores = target_scores(model, inputs | given, wanted, label_positions=keeps)
-            aims = wanted[wanted != IGNORED].to(scores.device)
-            found = torch.nn.functional.cross_entropy(scores, aims, reduction="none")
-            losses[:, part][counts[:, part]] = found.float().cpu()
-            said[:, part][counts[:, part]] = scores.argmax(-1).cpu()
-        return losses, said
+    def _read(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Read tokens, the last ones of those that `held` is the mask of; the scores where a target counts."""
+        given: dict[str, Any] = {"input_ids": ids, "attention_mask": self.held}
+        if self.cache is not None:
+            given["position_ids"] = (self.held.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+        given = {name: tensor.to(self.model.device) for name, tensor in given.items()}
+        given |= {"use_cache": False} if self.cache is None else {"use_cache": True, "cache": self.cache}
+        keeps = supports_logits_to_keep(self.model)
+        return target_scores(self.model, given, targets.to(self.model.device), label_positions=keeps)
 
 
 class _Ending:
@@ -306,38 +278,17 @@ class _Ending:
         self.stop_ids = stop_ids | {token for token, one in added if one.special and one.content in stops}
         self.max_new_tokens, self._tokenizer, self._stops = settings.max_new_tokens, tokenizer, settings.stop
 
-    def texts(self, begun: Rows, ids: torch.Tensor) -> list[tuple[str, bool]]:
-        """The text of each row, of the tokens that it has begun with and those after them, and whether it has ended."""
-        return [self.text([*known, *new]) for known, new in zip(begun, ids.tolist(), strict=True)]
-
     def text(self, tokens: Sequence[int]) -> tuple[str, bool]:
         """Return the text of an answer's tokens, and whether it has ended."""
-        tokens = list(tokens[: self.max_new_tokens])
         length = next((place for place, token in enumerate(tokens) if token in self.stop_ids), len(tokens))
         options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        text = str(self._tokenizer.decode(tokens[:length], **options)).lstrip()
+        text = str(self._tokenizer.decode(list(tokens[:length]), **options)).lstrip()
         cuts = [place for place in map(text.find, self._stops) if place >= 0]
-        ended = bool(cuts) or length < len(tokens) or length == self.max_new_tokens
-        return text[: min(cuts)] if cuts else text, ended
-
-    def beginning(self, right: Sequence[int], said: Sequence[int]) -> list[int]:
-        """Return what a greedy answer begins with, given what the model says after each beginning of the right answer.
-
-        It is the right answer as far as the model says the same, and the first token that differs. No end token stands before
-        there is a text.
-        """
-        same = next(
-            (place for place, pair in enumerate(zip(right, said, strict=True)) if pair[0] != pair[1]), len(right)
-        )
-        for length in range(1, min(same + 1, len(said)) + 1):
-            text, ended = self.text(said[:length])
-            if ended:  # as it would have been, token by token
-                return list(said[: length - 1 if not text and said[length - 1] in self.stop_ids else length])
-        return list(said[: same + 1])
+        return text[: min(cuts)] if cuts else text, bool(cuts) or length < len(tokens) or length == self.max_new_tokens
 
 
 def _empty_cache(model: Any) -> Any:
-    """A cache whose rows can be added to, repeated and taken out; None where the model has none such."""
+    """A cache whose rows can be repeated and taken out; None where the model has none such."""
     from transformers import cache_utils
 
     plain = (cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer, cache_utils.DummyLayer)
@@ -352,17 +303,6 @@ def _empty_cache(model: Any) -> Any:
         return None
     cache = cache_utils.DynamicCache(config=config)
     return cache if all(type(layer) in plain for layer in cache.layers) else None
-
-
-def _room(model: Any, cache: Any) -> float:
-    """How many tokens a cache may hold with gaps among them: as many as its windows and the context."""
-    # GPT-Neo's cache does not know its window.
-    rooms = [
-        context_of(model),
-        getattr(model.config, "window_size", None),
-        *(one.get_max_length() for one in cache.layers),
-    ]
-    return min((room for room in rooms if isinstance(room, int) and room > 0), default=math.inf)
 
 
 def context_of(model: Any) -> int | None:
@@ -388,65 +328,69 @@ def _no_numbers(model: Any) -> ProbeError:
     return ProbeError(f"the model's scores are no numbers; {ways}")
 
 
-def _groups(prompts: Rows, most: int, tokens: float = math.inf) -> list[Group]:
-    """Group prompts by a common beginning of at least half of each, so that the fewest tokens are read.
+def _share(model: Any) -> int:
+    return 1 if model.device.type == "cpu" else _ON_ACCELERATOR
 
-    Of a group there are at most so many rows, and tokens of whole rows.
-    """
-    order = sorted(range(len(prompts)), key=lambda place: tuple(prompts[place]))
-    rows = [prompts[place] for place in order]
-    common = [sum(takewhile(bool, map(eq, one, other))) for one, other in pairwise(rows)]
-    fewest = [(0, 0, 0)]  # of the first rows: tokens that are read, where the last group begins, and what it shares
-    for end in range(1, len(rows) + 1):
-        whole = longest = len(rows[end - 1])
-        shared, ways = whole - 1, [(fewest[end - 1][0] + whole, end - 1, whole - 1)]
-        for start in range(end - 2, max(-1, end - 1 - most), -1):
-            shared = min(shared, len(rows[start]) - 1, common[start])
-            longest, whole = max(longest, len(rows[start])), whole + len(rows[start])
-            if 2 * shared < longest or (end - start) * longest > tokens:
-                break
-            ways.append((fewest[start][0] + whole - (end - start - 1) * shared, start, shared))
-        fewest.append(min(ways))
-    found, end = [], len(rows)
-    while end:
-        _, start, shared = fewest[end]
-        found.append((order[start:end], shared))
-        end = start
+
+def _groups(prompts: Rows, following: Sequence[int]) -> list[Group]:
+    """Group prompts by a common beginning, wherever it saves more tokens than it leaves to be read once more for each."""
+    found: list[Group] = []
+    for place in sorted(range(len(prompts)), key=lambda place: tuple(prompts[place])):
+        prompt, (places, shared) = prompts[place], found[-1] if found else ([], 0)
+        if 0 < len(places) < BATCH_SIZE:
+            first = prompts[places[0]]
+            own = shared or len(first) - 1
+            common = min(own, len(prompt) - 1, sum(takewhile(bool, map(eq, first, prompt))))
+            fits = (len(places) + 1) * (len(prompt) + following[place]) <= BATCH_TOKENS
+            if fits and 2 * common >= len(prompt) and common > len(places) * (own - common):
+                found[-1] = ([*places, place], common)
+                continue
+        found.append(([place], 0))
     return found
 
 
-def _batches(model: Any, prompts: Rows, following: Sequence[int], new: int, each: int) -> list[list[Group]]:
-    """Batches of groups, those that share much first: what does not fit in memory fails at once."""
-    alone: list[Group] = [([place], len(prompt) - 1) for place, prompt in enumerate(prompts)]
-    cache, context = _empty_cache(model), context_of(model) or math.inf
-    if cache is None or is_split(model):  # padding would change what a state holds
-        rows = _SPLIT_ROWS if cache is not None else 1
-        alone.sort(key=lambda group: -group[1])
-        return [alone[start : start + rows] for start in range(0, len(alone), rows)]
+def _batches(model: Any, prompts: Rows, following: Sequence[int], answers: bool, *, apart: bool) -> list[list[Group]]:
+    """Groups and single rows, packed into batches by like length."""
+    alone: list[Group] = [([place], 0) for place in range(len(prompts))]
+    cache, split = _empty_cache(model), is_split(model)
+    if answers and cache is None:  # padding on the left would change what a state holds
+        return [[group] for group in alone]
+    tokens, most = BATCH_TOKENS if answers else READ_TOKENS * _share(model), _SPLIT_ROWS if split else BATCH_SIZE
+    # How many tokens may stand in a row with gaps among them: a window counts gaps. GPT-Neo's cache does not know its window.
+    context = context_of(model) or math.inf
+    windows = [
+        getattr(model.config, "window_size", None),
+        *(one.get_max_length() for one in (cache.layers if cache else ())),
+    ]
+    room = min([context, *(size for size in windows if answers and isinstance(size, int) and size > 0)])
 
-    def width(groups: Sequence[Group]) -> int:
-        longest = max(len(prompts[place]) - shared + following[place] for group, shared in groups for place in group)
-        return max(shared for _, shared in groups) + longest
+    def shape(groups: Sequence[Group]) -> tuple[int, int, int]:
+        rows = [(len(prompts[place]) - shared, following[place]) for places, shared in groups for place in places]
+        rest = sum(map(max, zip(*rows, strict=True))) if answers else max(map(sum, rows))
+        return max(shared for _, shared in groups), rest, len(rows)
 
-    def packed(groups: Iterable[Group]) -> list[list[Group]]:
+    def fits(groups: Sequence[Group], room: float) -> bool:
+        shared, rest, rows = shape(groups)
+        held = shared * (rows if answers else len(groups))  # of contexts a copy for each row, or one in all
+        return rows <= most and held + rest * rows <= tokens and shared + rest <= room
+
+    def packed(groups: Iterable[Group], room: float) -> list[list[Group]]:
         batches: list[list[Group]] = [[]]
-        for group in sorted(groups, key=lambda group: (len(group[0]) == 1, -group[1])):
-            more, rows = width([*batches[-1], group]), sum(len(places) for places, _ in (*batches[-1], group))
-            if batches[-1] and (rows > BATCH_SIZE or (more + new) * rows > BATCH_TOKENS or more > context):
+        # What needs most memory first, so that it fails at once.
+        for group in sorted(groups, key=lambda group: shape([group]), reverse=answers):
+            if batches[-1] and not fits([*batches[-1], group], room):
                 batches.append([])
             batches[-1].append(group)
         return [batch for batch in batches if batch]
 
-    found, room = [], _room(model, cache)
-    for batch in packed(_groups(prompts, BATCH_SIZE, BATCH_TOKENS) if new else _groups(prompts, max(BATCH_SIZE, each))):
-        # Where a window or the context leaves no room for gaps, answers begin after the prompts, each read alone.
-        gaps = not new or width(batch) + new <= room
-        found += [batch] if gaps else packed(alone[place] for group, _ in batch for place in group)
-    return found
+    groups = alone if apart or split or cache is None else _groups(prompts, following)
+    shared = [group for group in groups if group[1] and sum(shape([group])[:2]) <= room]
+    together = {place for places, _ in shared for place in places}
+    return packed(shared, room) + packed((group for group in alone if group[0][0] not in together), context)
 
 
 @contextmanager
-def _prepared(model: Any, stop_ids: list[int]) -> Iterator[None]:
+def _prepared(model: Any, ending: "_Ending | None") -> Iterator[None]:
     """Put the model in eval mode, with a greedy generation config in place of its own, and hand its head contiguous inputs.
 
     Passing our config to `generate` would not do: its gaps are filled from the model's own (temperature, penalties). It slices
@@ -454,6 +398,7 @@ def _prepared(model: Any, stop_ids: list[int]) -> Iterator[None]:
     """
     from transformers import GenerationConfig
 
+    stop_ids = sorted(ending.stop_ids) if ending else []
     config_type: Any = GenerationConfig  # its constructor has no type hints
     usual, head = model.generation_config, model.get_output_embeddings()
     hooks = (

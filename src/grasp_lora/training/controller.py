@@ -33,7 +33,7 @@ import torch
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 
-from grasp_lora.data.encode import check_encoding, encoding_of
+from grasp_lora.data.encode import check_encoding, encode_rows, encoding_of
 from grasp_lora.errors import GraspError
 from grasp_lora.method.lora import Segment
 from grasp_lora.method.masks import MaskSettings, Order, named, reset_moments
@@ -47,7 +47,6 @@ from grasp_lora.training.probes import (
     ProbesInTurn,
     Reward,
     calibrate,
-    encoded_rows,
     probes_of,
     rewarded,
 )
@@ -127,9 +126,9 @@ class GraspController(PrunedTraining):
             options: what else the constructor takes.
         """
         settings = preset(settings)
-        examples, pad_id = encoded_rows(rows, tokenizer)
+        examples = encode_rows(rows, tokenizer)
         turn = settings.rounds.turn(len(examples))
-        controller = cls(probes_of(examples, pad_id, turn, settings.policy.seed), settings, **options)
+        controller = cls(probes_of(examples, turn, settings.policy.seed), settings, **options)
         controller._encoding = encoding_of(tokenizer)
         controller._rows_of, controller._tokenizer = {example.id: example for example in examples}, tokenizer
         return controller
@@ -179,11 +178,10 @@ class GraspController(PrunedTraining):
         whole = self.micro_dev.whole if self.settings.compares_rounds else few
 
         self._rest()
-        if self._each_step:
-            order, seen = self._order, None
-        else:
-            seen, order = calibrate(model, masks, whole), masks.rank()
-        baseline = self._measure(model, whole) if seen is None or self._reward else seen
+        if not self._each_step:
+            calibrate(model, masks, whole)
+        order = self._order if self._each_step else masks.rank()
+        baseline = self._measure(model, whole)
         if places is not None and len(baseline) < len(places):  # a reward of one number, that of the candidates' rows
             baseline, places = baseline if whole is few else self._measure(model, few), None
         candidates, before = search.ask(), search.current_ratio

@@ -230,7 +230,8 @@ class PrunedTraining(GradientCheck, SavedInCheckpoints):
             GraspError: no LoRA weight has a gradient, so nothing would be trained.
         """
         super().on_pre_optimizer_step(args, state, control, **kwargs)
-        self.mask_gradients()
+        if not (self._before_clipping and args.max_grad_norm):
+            self.mask_gradients()
 
     def mask_gradients(self) -> None:
         """Zero the gradients of held weights."""

@@ -151,7 +151,7 @@ def finetune(
             else:
                 trainer.add_callback(callback)
         if dev and settings.patience:  # after the callbacks that prune, so that it measures and keeps pruned weights
-            best = BestOnDev(ProbeSet(dev, pad_id), settings.patience, settings.evaluate_steps(steps_per_epoch))
+            best = BestOnDev(ProbeSet(dev), settings.patience, settings.evaluate_steps(steps_per_epoch))
             trainer.add_callback(best)
         if stop_requested is not None:
             folder.mkdir(parents=True, exist_ok=True)
