@@ -417,6 +417,34 @@ MUTATIONS = (
         ("data/test_labels.py",),
         "labels that are never an answer",
     ),
+    Mutation(
+        "check: the unpruned twin of a run costs nothing",
+        '_TO_PRUNE | {"continued", "unpruned"}',
+        '_TO_PRUNE | {"continued"}',
+        ("engine/test_preflight.py",),
+        "check promises fewer trained examples than there are",
+    ),
+    Mutation(
+        "given adapters: one given twice weighs twice",
+        "if len({adapter.sha256 for adapter in found.values()}) < len(places):",
+        "if False:",
+        ("engine/test_single.py",),
+        "a merge of other weights than the recipe seems to say",
+    ),
+    Mutation(
+        "training: a trainer of one's own clips before the mask",
+        'if self.mode == "hold" and self in trainer.callback_handler.callbacks:',
+        "if False:",
+        (CONTROLLER,),
+        "gradients of pruned weights shrink each clipped step",
+    ),
+    Mutation(
+        "data: an absolute path gives other ids",
+        "return place.relative_to(folder).as_posix() if place.is_relative_to(folder) else name",
+        "return name",
+        (SPLITS,),
+        "the same files split otherwise, and rows of two files with one id",
+    ),
 )
 
 

@@ -143,6 +143,21 @@ def test_an_adapter_chooses_from_its_own_labels(judged: Callable[..., Judgement]
     assert trial.scores["xy"]["accuracy"] == 0.0
 
 
+def test_labels_that_differ_in_case_alone_are_refused(judged: Callable[..., Judgement]) -> None:
+    write_rows([{"text": f"text {number}", "label": "ab"[number % 2]} for number in range(6)], "labels.jsonl")
+    with pytest.raises(DataError, match=r"labels\.jsonl and the adapters: the labels 'A' and 'a' differ in case"):
+        judged(saying("capitals", task="classification", labels=["A", "b"]), rows="labels.jsonl")
+
+
+def test_rows_without_an_answer_are_told_of(judged: Callable[..., Judgement], caplog: pytest.LogCaptureFixture) -> None:
+    qas = [{"id": f"q{i}", "question": f"{i}?", "answers": [{"text": "a", "answer_start": 0}]} for i in range(2)]
+    qas.append({"id": "q2", "question": "what?", "answers": [], "is_impossible": True})
+    squad = {"data": [{"title": "t", "paragraphs": [{"context": "a text", "qas": qas}]}]}
+    Path("squad.json").write_text(json.dumps(squad), encoding="utf-8")
+    assert judged(saying("questions", task="qa"), rows="squad.json").examples == 2
+    assert "1 rows of squad.json have no answer and are left out" in caplog.text
+
+
 def test_an_adapter_is_asked_in_the_chat_template_that_it_brings_along(judged: Callable[..., Judgement]) -> None:
     folder = saying("talks", task="completion", chat_template=True, prompt="{prompt}")
     template = "{% for turn in messages %}<{{ turn['content'] }}>{% endfor %}"

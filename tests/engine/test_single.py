@@ -91,6 +91,31 @@ def test_an_adapter_that_was_trained_on_test_rows_is_refused_whatever_their_file
     assert f"share an id, a text or an article with 1 of the {len(test)} test rows" in caplog.text
 
 
+def test_an_adapter_that_is_given_twice_is_refused(finished_run: Path) -> None:
+    shutil.copytree("run/source", "copy")
+    for changes in (
+        ["source.adapters=[run/source, run/source]"],
+        ["source.adapters=[run/source, ./run/source]"],
+        ["source.adapters=[run/source, copy]"],
+        ["source.adapters=[run/source]", "target.adapter=copy"],
+    ):
+        with pytest.raises(AdapterError, match=r"of the adapters run/source, \S+ two are the same; name each once"):
+            check(session_of("data.source=null", *changes))
+
+
+def test_a_chat_template_that_a_given_adapter_brings_along_is_told_of(
+    finished_run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    template = "{% for turn in messages %}<{{ turn['content'] }}>{% endfor %}"
+    session = session_of("source.adapters=[run/source]", "data.chat_template=true")
+    session.backbone.tokenizer.chat_template = template
+    for theirs, told in ((template, False), (f"{template} ", True)):
+        Path("run/source/chat_template.jinja").write_text(theirs, encoding="utf-8")
+        session.__dict__.pop("given", None)
+        check(session)
+        assert ("adapter 'source' brings a chat template of its own" in caplog.text) == told
+
+
 def test_a_final_run_marks_the_rows_that_it_was_trained_on(tiny_workspace: Path) -> None:
     steps = steps_of()
     known = {mark for row in steps.splits.train for mark in row.marks}

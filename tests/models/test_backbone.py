@@ -58,6 +58,22 @@ def test_a_local_folder_loads_frozen_in_eval_mode(tiny_backbone_folder):
     assert backbone.tokenizer.decode(backbone.tokenizer(text).input_ids, skip_special_tokens=True) == text
 
 
+@pytest.mark.parametrize(("device", "device_map"), [("cpu", None), ("cuda:1", {"": "cuda:1"})])
+def test_weights_go_to_a_gpu_without_a_stay_on_the_processor(tiny_backbone_folder, monkeypatch, device, device_map):
+    asked = []
+    whole = AutoModelForCausalLM.from_pretrained
+
+    def from_pretrained(place, **given):
+        asked.append(given["device_map"])
+        return whole(place, **given | {"device_map": None})
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(backbones, "_device_for", lambda settings: device)
+    monkeypatch.setattr(LlamaForCausalLM, "to", lambda model, where: model)
+    load(tiny_backbone_folder, dtype="float32")
+    assert asked == [device_map]
+
+
 @pytest.mark.parametrize(
     ("maker", "capabilities", "dtype"),
     [

@@ -523,6 +523,11 @@ def test_two_given_adapters_are_merged_at_a_learned_ratio(start: Callable[..., P
     (tmp_path / "german/grasp_lora.json").write_text(json.dumps({"answers": how}))
     said, _ = load_recipe(start(data, (english,), Path("said.yaml"), **both))
     assert (said.data.prompt, said.data.completion) == (how["prompt"], how["completion"])
+    write(Path("other.jsonl"), completion(60))
+    with pytest.raises(
+        RecipeError, match="german was trained for the task qa, and the rows are of the task completion"
+    ):
+        start(Path("other.jsonl"), (english,), Path("other.yaml"), **both)
     for source, message in (((), "give that with --source$"), (("t.jsonl",), "is the data file t.jsonl now, or leave")):
         with pytest.raises(RecipeError, match=f"--target-adapter german is merged .*{message}"):
             start(data, source, Path("more.yaml"), **both | {"backbone": "org/llama"}, **asked)

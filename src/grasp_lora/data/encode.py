@@ -48,8 +48,7 @@ class Example:
 
     @property
     def public_id(self) -> str:
-        """The id for files that others read: of a path on this machine, in the id of a record that is known by its place in a
-        file, the last part and a hash, since two files may have one name."""
+        """The id for files that others read: of a path on this machine the last part, and a hash, as others may end alike."""
         file, _, number = self.id.rpartition(":")
         if not number.isdigit() or (name := without_place(file)) == file:
             return self.id

@@ -198,8 +198,7 @@ def read_shares(settings: DataSettings, corpus: CorpusSettings, role: str, base:
         return make_pool(tables, settings.task, corpus.columns, skip_unanswered=skip)
 
     def read(names: Sequence[str]) -> Pool:
-        where = settings.root, base
-        places = ((name_of_file(name, *where), resolve_file(name, *where)) for name in names)
+        places = ((name_of_file(name, settings.root, base), resolve_file(name, settings.root, base)) for name in names)
         return pool_of(read_file(name, place, corpus.sheet) for name, place in places)
 
     if corpus.explicit:

@@ -82,6 +82,8 @@ def check_seen(session: Session, adapter: LoadedAdapter) -> None:
         )
         logger.warning(text, name, dev)
     theirs, ours = adapter.info.answers, session.how_to_answer
+    if ours.chat_template and adapter.chat_template not in (None, session.backbone.tokenizer.chat_template):
+        logger.warning("adapter %s brings a chat template of its own, and prompts stand in the backbone's", name)
     if theirs is None or theirs.task is None:
         return
     alike = (theirs.prompt, theirs.chat_template) == (ours.prompt, ours.chat_template)

@@ -197,6 +197,8 @@ def _corpus(file: str | Path, form: Answers | None, columns: Mapping[str, str] |
     option = "--column" if columns else None
     renamed = columns or (form.columns if form else None)
     corpus = read_corpus(name, resolve_file(name), Path(), form.task if form else None, renamed, sheet, option=option)
+    if corpus.unanswered:
+        logger.warning("%d rows of %s have no answer and are left out", corpus.unanswered, name)
     if len(corpus.records) < 2:  # an answer is needed in each
         raise DataError(f"{name} has {len(corpus.records)} rows to judge by; at least 2 are needed")
     return corpus
@@ -301,7 +303,7 @@ def _labels(corpus: Corpus, contestants: Sequence[Contestant]) -> tuple[str, ...
     if not task_fields(corpus.task).chooses:
         return ()
     known = (corpus.labels, *(each.form.labels for each in contestants))
-    return tuple(dict.fromkeys(label for labels in known for label in labels))
+    return check_labels((label for labels in known for label in labels), f"{corpus.name} and the adapters")
 
 
 def _encoder(contestant: Contestant, corpus: Corpus, language: str, loaded: Backbone, chat: bool | None) -> Encoder:

@@ -277,8 +277,8 @@ def _systems(recipe: Recipe) -> int:
     if recipe.final.deliver == "continued":
         return 2 + sources
     rivals = 2 * (recipe.final.deliver == "best")  # `continued`, and its mean with GRASP's result
-    rivals += recipe.final.deliver == "grasp" and recipe.final.prune_ratio is None  # the same with nothing pruned
-    return 3 + sources + (recipe.target.on != "source") + rivals
+    unpruned = recipe.final.deliver == "grasp" and recipe.final.prune_ratio is None
+    return 3 + sources + (recipe.target.on != "source") + rivals + unpruned
 
 
 def _cost(session: Session) -> tuple[int, int, float]:

@@ -9,6 +9,7 @@ from grasp_lora.data.encode import Example
 from grasp_lora.data.splits import Fold, Splits, build_splits
 from grasp_lora.data.tasks import task_fields
 from grasp_lora.engine.progress import Progress
+from grasp_lora.errors import AdapterError
 from grasp_lora.evaluation.metrics import Metric, resolve_metrics, score
 from grasp_lora.evaluation.short_answers import MetricScore
 from grasp_lora.method.lora import AdapterWeights
@@ -19,6 +20,7 @@ from grasp_lora.models.backbone import Backbone, load_backbone
 from grasp_lora.models.model_settings import EMBEDDED_NAME, BackboneSettings
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.storage.reading import is_folder
+from grasp_lora.text.display import listed
 from grasp_lora.text.names import without_place
 
 
@@ -71,7 +73,10 @@ class Session:
     def given(self) -> dict[str, LoadedAdapter]:
         """The adapters that the recipe names, by what it calls them; read, and checked against the backbone."""
         places = [*self.recipe.source.adapters, *([self.recipe.target.adapter] if self.recipe.target.adapter else [])]
-        return {place: self.read(place) for place in places}
+        found = {place: self.read(place) for place in places}
+        if len({adapter.sha256 for adapter in found.values()}) < len(places):  # it would weigh twice as much
+            raise AdapterError(f"of the adapters {listed(places)} two are the same; name each once")
+        return found
 
     def read(self, place: str | Path) -> LoadedAdapter:
         """Read an adapter (a folder, relative to the recipe's, or a hub id) and check that it fits the backbone."""

@@ -494,8 +494,8 @@ def _load(location: str, settings: BackboneSettings, device: str) -> tuple[Any, 
         location,
         config=config,
         dtype=getattr(torch, dtype),
-        # Quantised weights are packed for the device they arrive on, and refuse `.to` later.
-        device_map={"": device} if packed else None,
+        # Quantised weights are packed for the device they arrive on, and refuse `.to` later; to a GPU all go directly.
+        device_map={"": device} if packed or (device != "cpu" and not settings.shard) else None,
         use_safetensors=True,
         output_loading_info=True,
         **more,

@@ -198,6 +198,10 @@ def _how_asked(adapter: str | None, task: str, prompt: str | None) -> dict[str, 
     if prompt is not None or adapter is None:
         return {"prompt": prompt and prompt.replace("\\n", "\n"), "completion": None, "chat_template": False}
     answers, _ = read_how_asked(adapter)
+    if answers and answers.task not in (None, task):
+        raise RecipeError(
+            f"adapter {adapter} was trained for the task {answers.task}, and the rows are of the task {task}"
+        )
     if answers is None or answers.prompt is None:
         templates = TEMPLATES[task]
         example = json.dumps(templates.get(FALLBACK_LANGUAGE, next(iter(templates.values()))).prompt)

@@ -167,12 +167,11 @@ class PrunedTraining(GradientCheck, SavedInCheckpoints):
         clip: Any = trainer._clip_grad_norm
 
         def clip_kept(model: torch.nn.Module) -> Any:
-            if self in trainer.callback_handler.callbacks:
-                self.mask_gradients()
+            if self.mode == "hold" and self in trainer.callback_handler.callbacks:
+                self.masks.mask_gradients()
             return clip(model)
 
-        # No callback is called between the last gradient and the clipping.
-        trainer._clip_grad_norm = clip_kept  # type: ignore[method-assign]
+        trainer._clip_grad_norm = clip_kept  # type: ignore[method-assign]  # no callback is called before it clips
         self._before_clipping = True
         return self
 
@@ -230,12 +229,7 @@ class PrunedTraining(GradientCheck, SavedInCheckpoints):
             GraspError: no LoRA weight has a gradient, so nothing would be trained.
         """
         super().on_pre_optimizer_step(args, state, control, **kwargs)
-        if not (self._before_clipping and args.max_grad_norm):
-            self.mask_gradients()
-
-    def mask_gradients(self) -> None:
-        """Zero the gradients of held weights."""
-        if self.mode == "hold":
+        if self.mode == "hold" and not (self._before_clipping and args.max_grad_norm):
             self.masks.mask_gradients()
 
     def on_optimizer_step(
