@@ -521,16 +521,16 @@ def test_ratios_that_rise_and_fall_are_followed_exactly(model, weights, tmp_path
 
 
 def test_a_probe_that_fails_names_the_ratio_and_the_example(model, weights, tmp_path, monkeypatch):
-    measure, calls = probing.example_losses, []
+    measure, calls = probing.losses_after, []
 
-    def fail(model, batch, **options):
-        losses = measure(model, batch, **options)
+    def fail(*arguments):
+        losses = measure(*arguments)
         calls.append(len(losses))
         return losses if len(calls) < 3 else losses.index_fill(0, torch.tensor([1]), math.inf)
 
     probes = ProbeSet([Example(f"m{i}", (5, 6, 7), (8, 2)) for i in range(3)])
     controller = controller_for(weights, probes, folder=tmp_path)
-    monkeypatch.setattr(probing, "example_losses", fail)
+    monkeypatch.setattr(probing, "losses_after", fail)
     with pytest.raises(ProbeError, match=r"^the loss of example m1 is inf[^\n]+$"):
         train_ours(model, tmp_path, controller)
     assert len(calls) == 3  # baseline, first candidate, second candidate
@@ -653,7 +653,7 @@ class ScriptedBaselines(ProbeSet):
     """Measures these baselines; candidates are measured as always."""
 
     def __init__(self, baselines, candidates: int = 4) -> None:
-        super().__init__(MICRO_DEV, PAD)
+        super().__init__(MICRO_DEV)
         self._baselines = iter(baselines)
         self._calls = itertools.cycle([True] + candidates * [False])
 
@@ -1073,7 +1073,7 @@ def test_a_reward_of_ones_own_takes_the_place_of_losses(
     model, weights, tiny_tokenizer, tmp_path, monkeypatch, kind, reward
 ):
     asked, generate = [], generation.answer
-    monkeypatch.setattr(generation, "answer", lambda *call, **more: asked.append(1) or generate(*call, **more))
+    monkeypatch.setattr(probing, "answer", lambda *call, **more: asked.append(1) or generate(*call, **more))
     seen = []
 
     def watched(probe):
