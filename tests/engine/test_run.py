@@ -143,6 +143,12 @@ class TestFiles:
         learned = read(reference_run / "controller/ratio.json")
         assert metrics["prune_ratio"] == learned["ratio"]
         assert metrics["prune_ratio_interval"] == [learned["low"], learned["high"]]
+        ours = metrics["systems"][metrics["delivered"]["name"]]["metrics"]
+        assert metrics["differences"].keys() == metrics["systems"].keys() - {metrics["delivered"]["name"]}
+        for name, each in metrics["differences"].items():
+            theirs = metrics["systems"][name]["metrics"]
+            assert (each["ours"], each["theirs"]) == (ours[each["metric"]], theirs[each["metric"]])
+            assert each["score"]["low"] <= each["ours"] - each["theirs"] <= each["score"]["high"]
         assert metrics["nothing_learned_about_ratio"] is (learned["high"] - learned["low"] >= 0.75 * (0.8 - 0.1))
         assert [row["id"] for row in rows_of(reference_run / "evaluation/prompts.jsonl")] == test_ids
 

@@ -84,7 +84,7 @@ def test_a_metric_of_the_users_own_is_found_by_its_import_path(own_module):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("meteor", "metric is 'meteor'; allowed: accuracy, macro_f1, exact_match, f1, .*import path"),
+        ("meteor", r"metric is 'meteor'; allowed: accuracy, macro_f1, chrf\+\+, f1, .*import path"),
         ("json:__name__", "metrics: json:__name__ is a str; it must be a function of Outputs, or a Metric"),
         ("no_such_module_here:f", "metrics: No module named 'no_such_module_here'"),
     ],

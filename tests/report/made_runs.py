@@ -9,6 +9,7 @@ import pytest
 from conftest import write_tiny_workspace
 
 from grasp_lora.engine.comparison import Against, Comparison, ComparisonSettings, Cost, CurvePoint, MeanAndSd, MethodRow
+from grasp_lora.engine.differences import differences
 from grasp_lora.engine.methods import METHODS
 from grasp_lora.engine.results import Prediction
 from grasp_lora.engine.run import run as run_engine
@@ -49,6 +50,13 @@ def fixture_run(whole_run: tuple[Run, Path]) -> Run:
 
 def with_metrics(run: Run, **changes: Any) -> Run:
     return replace(run, metrics=replace(run.metrics, **changes))
+
+
+def compared_anew(run: Run) -> Run:
+    """What is delivered, compared once more with the other systems, whose answers or scores a test has changed."""
+    scores = {name: system.metrics for name, system in run.metrics.systems.items()}
+    found = differences(run.metrics.delivered.name, scores, run.predictions, run.data.test_groups)
+    return with_metrics(run, differences=found)
 
 
 def with_delivered(run: Run, **changes: Any) -> Run:

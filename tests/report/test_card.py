@@ -10,6 +10,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 from made_runs import (  # noqa: F401
+    compared_anew,
     fixture_run,
     fixture_whole_run,
     with_delivered,
@@ -32,7 +33,7 @@ def folder(whole_run: tuple[Run, Path]) -> Path:
 
 
 def card(record: Run, folder: Path, place: Path) -> str:
-    return write_model_card(record, folder, place).read_text(encoding="utf-8").replace("\u00a0", " ")
+    return write_model_card(compared_anew(record), folder, place).read_text(encoding="utf-8").replace("\u00a0", " ")
 
 
 def snippet_of(text: str) -> str:

@@ -16,6 +16,7 @@ import pytest
 from made_runs import (
     SYSTEMS,
     answered,
+    compared_anew,
     fixture_run,  # noqa: F401
     fixture_whole_run,  # noqa: F401
     with_delivered,
@@ -29,6 +30,7 @@ from made_runs import (
     with_scores,
 )
 
+from grasp_lora.engine.differences import Difference
 from grasp_lora.engine.run_folder import Run, SystemScores
 from grasp_lora.evaluation.statistics import PairedComparison, compare_with_baselines
 from grasp_lora.report.card import write_model_card
@@ -37,8 +39,6 @@ from grasp_lora.report.examples import examples_of
 from grasp_lora.report.figures import figures_of
 from grasp_lora.report.pages import write_report
 from grasp_lora.report.tables import (
-    Difference,
-    compare_handed_over,
     confusion,
     kept_share,
     losses_table,
@@ -49,12 +49,12 @@ from grasp_lora.report.tables import (
 
 def text_of(record: Run, folder: Path) -> str:
     """What the report says, with plain spaces and signs."""
-    page = write_report(record, folder).read_text(encoding="utf-8")
+    page = write_report(compared_anew(record), folder).read_text(encoding="utf-8")
     return page.replace("\u00a0", " ").replace("\u2212", "-")
 
 
 def card(record: Run, folder: Path) -> str:
-    return write_model_card(record, folder, folder).read_text(encoding="utf-8").replace("\u00a0", " ")
+    return write_model_card(compared_anew(record), folder, folder).read_text(encoding="utf-8").replace("\u00a0", " ")
 
 
 def with_f1(run: Run, f1: Callable[[str, int], float]) -> Run:
@@ -112,7 +112,7 @@ class Page(HTMLParser):
 
 
 def page_of(record: Run, folder: Path) -> Page:
-    return Page(write_report(record, folder).read_text(encoding="utf-8"))
+    return Page(write_report(compared_anew(record), folder).read_text(encoding="utf-8"))
 
 
 def test_the_table_holds_the_scores_and_the_measured_ratio(run: Run, tmp_path: Path) -> None:
@@ -173,9 +173,9 @@ def test_losses_are_compared_where_scores_are_not_there_by_example(run: Run, tmp
 
 def test_rows_of_one_group_are_drawn_together(run: Run, tmp_path: Path) -> None:
     run = answered(run, "grasp", lambda place: {"loss": 1.0 + place})
-    alone = compare_handed_over(run)["target"].loss
+    alone = compared_anew(run).metrics.differences["target"].loss
     together = replace(run, data=replace(run.data, test_groups=[0, 0, 0, 0, 1, 1, 1, 1]))
-    grouped = compare_handed_over(together)["target"].loss
+    grouped = compared_anew(together).metrics.differences["target"].loss
     assert alone is not None
     assert grouped is not None
     assert grouped.high - grouped.low > alone.high - alone.low
@@ -218,7 +218,7 @@ def test_the_first_line_says_that_the_test_rows_show_another_system_to_be_better
     run = with_f1(run, lambda name, place: 40.0 + place % 3 + (4.0 + place % 2) * (name == "merged"))
     sentence = "The test rows show another to be better (merged, not trained): F1 40.9 against 45.4, -4.5 (-5."
     assert sentence in text_of(run, tmp_path).partition("</h1>")[0]
-    assert sentence in verdict(run, compare_handed_over(run)).replace("\u2212", "-")  # the terminal's first line
+    assert sentence in verdict(compared_anew(run)).replace("\u2212", "-")  # the terminal's first line
     assert sentence in card(run, tmp_path).replace("\u2212", "-")
     run = with_scores(run, merged={"f1": 40.9})
     run = replace(run, predictions={**run.predictions, "merged": run.predictions["grasp"]})
@@ -232,9 +232,9 @@ def test_a_score_that_is_higher_perhaps_by_chance_is_named_with_the_folder_of_it
     run = with_f1(run, lambda name, place: 40.0 + (9.0 * (place % 2) - 4.0) * (name in ("merged", "grasp")))
     said = "A higher test F1 than its 40.0: merged, not trained (40.5, in {}merged/); GRASP (40.5, in {}final/). 8 test rows cannot show"
     assert said.format("", "") in text_of(run, tmp_path)
-    assert said.format("runs/a/", "runs/a/") in str(higher(run, compare_handed_over(run), Path("runs/a")))
+    assert said.format("runs/a/", "runs/a/") in str(higher(compared_anew(run), Path("runs/a")))
     run = with_scores(run, target={"f1": 41.0})
-    assert higher(run, compare_handed_over(run)) is None
+    assert higher(compared_anew(run)) is None
     assert "A higher test" not in text_of(run, tmp_path)
 
 
@@ -543,8 +543,8 @@ def test_what_can_be_done_next_names_what_it_costs(run: Run, tmp_path: Path) -> 
 def test_a_rival_is_named_once(run: Run, theirs: float, named_by: str) -> None:
     run = with_delivered(with_recipe(run, final={"deliver": "best"}), name="grasp")
     sure = PairedComparison(61.0 - theirs, -6.0, 18.0, 0.01, 0.95, 100, 1000)
-    rivals = {"continued": Difference("f1", 61.0, theirs, sure, None)}
-    texts = {"headline": headline(run, rivals), "higher": higher(run, rivals) or ""}
+    run = with_metrics(run, differences={"continued": Difference("f1", 61.0, theirs, sure, None)})
+    texts = {"headline": headline(run), "higher": higher(run) or ""}
     assert [name for name, text in texts.items() if f"{theirs:.1f}" in text] == [named_by]
 
 
@@ -561,14 +561,14 @@ def test_the_first_line_says_over_what_there_is_a_gain(run: Run, source: bool, b
         low = 6.0 if better else -6.0
         return Difference("f1", 61.0, 49.0, PairedComparison(12.0, low, 18.0, 0.01, 0.95, 100, 1000), None)
 
-    text = gain(run, {"source": of(source), "zero_shot": of(backbone)})
+    text = gain(with_metrics(run, differences={"source": of(source), "zero_shot": of(backbone)}))
     assert re.search(told, (text or "").replace("\u2212", "-"))
-    assert gain(run, {}) is None
+    assert gain(with_metrics(run, differences={})) is None
 
 
 def test_the_gain_stands_first_in_the_report(whole_run: tuple[Run, Path]) -> None:
     run, folder = whole_run
-    text = gain(run, compare_handed_over(run))
+    text = gain(run)
     assert text is not None
     page = write_report(run, folder).read_text(encoding="utf-8")
     assert page.index("<h1>") < page.index(text.split(":")[0]) < page.index("<h2>")

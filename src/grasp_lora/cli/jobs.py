@@ -93,21 +93,20 @@ def _run(
         from grasp_lora.report import delivered as words
         from grasp_lora.report.bars import TerminalProgress
         from grasp_lora.report.pages import print_table
-        from grasp_lora.report.tables import compare_handed_over, final_text, is_unpruned, scores_table
+        from grasp_lora.report.tables import final_text, is_unpruned, scores_table
     # A grid on record is that of the recipe as it is.
     shown = grid or (recorded_grid(grid_of) if grid_of and not overrides else None) or False
     progress = TerminalProgress(console, answers)
     result = api.run(recipe, overrides, output, progress, allow_code=allow_code, grid=shown)
     record, metrics, folder = result.record, result.metrics, result.folder
-    compared = compare_handed_over(record)
     print_table(scores_table(record), console)
-    say(words.verdict(record, compared), style="bold")
+    say(words.verdict(record), style="bold")
     if search := words.search_note(record):
-        say(words.headline(record, compared), style="bold")
+        say(words.headline(record), style="bold")
         say(search)
-    if gain := words.gain(record, compared):
+    if gain := words.gain(record):
         say(gain, style="bold")
-    if higher := words.higher(record, compared, folder):
+    if higher := words.higher(record, folder):
         say(higher)
     say(metrics.delivered.why)
     if warning := words.warning_of(record):

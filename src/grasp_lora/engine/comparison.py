@@ -18,6 +18,7 @@ from grasp_lora.engine.methods import METHODS, Outcome
 from grasp_lora.engine.results import TEST_LOSS, Finished, Measured, Tested, main_metric
 from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import GRID
+from grasp_lora.evaluation.metrics import METRICS
 from grasp_lora.evaluation.statistics import PairedComparison, compare_with_baselines, half_width
 from grasp_lora.text.display import listed
 
@@ -27,12 +28,9 @@ SEEDS = (42, 1337, 9001)  # Paper: experimental setup
 PLANNED = ("grasp", "continued", "joint", "grid")  # less the reference: GRASP against the other three
 # Sets of planned comparisons by name. Paper: its own claim.
 PLANS = {"paper": ("grasp_paper:grid_paper", "grasp_paper:adaptive_merge", "grasp_paper:target_only")}
-# Standard deviation over examples of the difference of two systems, each the mean of three seeds: the largest of the planned
-# ones in `lab/results`, rounded up. One seed alone has about 1.3 times that, two have 1.1 times.
-ASSUMED_SD = {"f1": 26.0, "exact_match": 28.0, "rougeL": 9.0, "accuracy": 33.0}
 # Correlation of that difference within a group, as of F1 on TyDi QA Swahili (`lab/results/README.md`); MLQA has none.
 ALIKE = 0.2
-FEWER_SEEDS = {1: 1.3, 2: 1.1}
+FEWER_SEEDS = {1: 1.3, 2: 1.1}  # as many times the spread of three seeds
 
 
 class _Shape(BaseModel):
@@ -461,10 +459,11 @@ def expected_width(
     'intervals of f1 will reach about 2.0 points to each side'
     """
     metric = main_metric(metrics)
-    if metric not in ASSUMED_SD or min(examples, groups or examples) < 2:
+    spread = METRICS[metric].spread if metric in METRICS else None
+    if spread is None or min(examples, groups or examples) < 2:
         return None
     planned, wider = max(1, comparisons), math.sqrt(1.0 + ALIKE * (group_size - 1.0))
-    sd = ASSUMED_SD[metric] * FEWER_SEEDS.get(seeds, 1.0)
+    sd = spread * FEWER_SEEDS.get(seeds, 1.0)
     reach = wider * half_width(sd, examples, planned, groups)
     together = f" in groups of {group_size:.1f} on average" if group_size > 1.0 else ""
     return (

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from grasp_lora.data.encode import Example
 from grasp_lora.errors import RecipeError
+from grasp_lora.evaluation.metrics import METRICS
 from grasp_lora.evaluation.short_answers import MetricScore
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.rules import RatioEstimate
@@ -25,7 +26,6 @@ from grasp_lora.storage.writing import write_json
 from grasp_lora.training.training_settings import TRAINED_AS_MEASURED
 
 RESULT = "result.json"
-MAIN = ("f1", "rougeL", "exact_match")  # the first of them that was computed leads the tables
 TEST_LOSS = "test_loss"
 
 Shape = TypeVar("Shape")
@@ -268,7 +268,8 @@ class Prediction:
 def main_metric(metrics: Sequence[str]) -> str:
     """The score that tables give the first place: that of answers, or the test loss where there is none."""
     scores = [name for name in metrics if name != TEST_LOSS]
-    return next((name for name in MAIN if name in scores), next(iter(scores), TEST_LOSS))
+    leading = (name for name, metric in METRICS.items() if metric.leads and name in scores)
+    return next(leading, next(iter(scores), TEST_LOSS))
 
 
 def each_once(steps: Sequence[Finished[Any]]) -> tuple[Finished[Any], ...]:

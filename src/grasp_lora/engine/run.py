@@ -12,6 +12,7 @@ from pathlib import Path
 
 from grasp_lora.engine import deliver
 from grasp_lora.engine.check import check
+from grasp_lora.engine.differences import differences
 from grasp_lora.engine.results import Adapter, Finished, Learned, Measured, each_once
 from grasp_lora.engine.run_folder import (
     ADAPTER_FOLDER,
@@ -144,17 +145,19 @@ def main_job(steps: Steps, info: RunInfo, grid: Grid | bool = False) -> Run:
     adapters[ADAPTER_FOLDER] = rivals[delivered.name]
     last = next(adapter.made for name in (FINAL_FOLDER, CONTINUED_FOLDER) if (adapter := adapters.get(name)))
 
-    test = steps.splits.test
+    test, data = steps.splits.test, DataFacts.of(steps.session)
+    predictions = {name: system.predictions(test) for name, system in measured.items()}
+    scores = {name: system.values for name, system in measured.items()}
     estimate = learned.result.estimate if learned else None
     return Run(
         info=info,
         recipe=steps.recipe,
-        data=DataFacts.of(steps.session),
+        data=data,
         adapters={
             name: adapter for name, adapter in adapters.items() if adapter.title == ""
         },  # given ones have a title
         learned=learned,
-        predictions={name: system.predictions(test) for name, system in measured.items()},
+        predictions=predictions,
         prompts=[row.prompt for row in test],
         metrics=Metrics(
             systems={
@@ -162,6 +165,7 @@ def main_job(steps: Steps, info: RunInfo, grid: Grid | bool = False) -> Run:
                 for name, system in measured.items()
             },
             delivered=delivered,
+            differences=differences(delivered.name, scores, predictions, data.test_groups),
             prune_ratio=made.ratio,
             prune_ratio_interval=(estimate.low, estimate.high) if estimate else None,
             nothing_learned_about_ratio=estimate is not None and estimate.nothing_learned,

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from grasp_lora.data.splits import SPLITS, group_numbers, hash_of
+from grasp_lora.engine.differences import Difference
 from grasp_lora.engine.results import Adapter, Finished, Learned, Prediction, Trained, read_if_there
 from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import computed_with, given_adapter
@@ -197,11 +198,13 @@ def recorded_grid(language: str) -> Grid | None:
 
 @dataclass(frozen=True)
 class Metrics:
-    """metrics.json; the interval is None where the ratio was given, as is `search`. `best_step` is that of the final run, or of
+    """metrics.json. `differences` are those of `delivered` and every other system, by its name; the interval is None where the
+    ratio was given, as is `search`. `best_step` is that of the final run, or of
     `continued` where there is none."""
 
     systems: Mapping[str, SystemScores]
     delivered: Delivered
+    differences: Mapping[str, Difference]
     prune_ratio: float
     prune_ratio_interval: tuple[float, float] | None
     nothing_learned_about_ratio: bool

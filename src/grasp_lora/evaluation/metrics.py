@@ -45,40 +45,89 @@ class Metric:
             scores [...]; the paired bootstrap needs it. None for a mean.
         lack: for a metric that is not there for every language, a function from a code (see `language_code`) to what is lacking,
             such as "no model for sw", or to None. It raises a RecipeError where something has to be installed first.
+        title: what it is called where it is printed.
+        leads: whether it comes first in tables and verdicts, wherever it was computed.
+        in_points: whether full marks are 100, and good answers come near.
+        below_zero: whether scores may be.
+        spread: standard deviation over examples of the difference of two systems, each the mean of three seeds: the largest of
+            the planned ones in `lab/results`, rounded up. None where that is not known.
     """
 
     function: Callable[[Outputs], MetricScore]
     summary: str
     from_statistics: "Callable[[Tensor], Tensor] | None" = None
     lack: Callable[[str], str | None] | None = None
+    title: str = ""
+    leads: bool = False
+    in_points: bool = False
+    below_zero: bool = False
+    spread: float | None = None
 
     def lacking(self, language: str) -> str | None:
         """What a language lacks for this metric, or None; see `lack`."""
         return self.lack(language_code(language)) if self.lack else None
 
 
-METRICS: dict[str, Metric] = {
-    "accuracy": Metric(accuracy, "share of labels that are right"),
+METRICS: dict[str, Metric] = {  # in the order of columns
+    "accuracy": Metric(accuracy, "share of labels that are right", title="Accuracy", in_points=True, spread=33.0),
     "macro_f1": Metric(
-        macro_f1, "mean of the F1 of each label that occurs in the references", macro_f1_from_statistics
+        macro_f1,
+        "mean of the F1 of each label that occurs in the references",
+        macro_f1_from_statistics,
+        title="Macro-F1",
     ),
-    "exact_match": Metric(exact_match, "share of answers that equal a gold answer (MLQA rules)"),
-    "f1": Metric(token_f1, "overlap of the tokens with the best gold answer (MLQA rules)"),
-    "rouge1": Metric(partial(rouge, "rouge1"), "F-measure of shared words (characters where words are not spaced)"),
-    "rouge2": Metric(
-        partial(rouge, "rouge2"), "F-measure of shared pairs of words (characters where words are not spaced)"
-    ),
-    "rougeL": Metric(partial(rouge, "rougeL"), "F-measure of the longest common subsequence of words"),
     "chrf++": Metric(
-        chrf, "chrF++ of the corpus, by sacrebleu: shared pieces of words, and words", chrf_from_statistics
+        chrf,
+        "chrF++ of the corpus, by sacrebleu: shared pieces of words, and words",
+        chrf_from_statistics,
+        title="chrF++",
     ),
-    "bleu": Metric(bleu, "BLEU-4 of the corpus, by sacrebleu", bleu_from_statistics),
+    "f1": Metric(
+        token_f1,
+        "overlap of the tokens with the best gold answer (MLQA rules)",
+        title="F1",
+        leads=True,
+        in_points=True,
+        spread=26.0,
+    ),
+    "rougeL": Metric(
+        partial(rouge, "rougeL"),
+        "F-measure of the longest common subsequence of words",
+        title="ROUGE-L",
+        leads=True,
+        in_points=True,
+        spread=9.0,
+    ),
+    "exact_match": Metric(
+        exact_match,
+        "share of answers that equal a gold answer (MLQA rules)",
+        title="Exact match",
+        leads=True,
+        in_points=True,
+        spread=28.0,
+    ),
     "bertscore": Metric(
         bertscore,
         "BERTScore-F1: similarity of contextual embeddings; needs a model of the language (extra `eval`)",
         lack=lack_of_bertscore,
+        title="BERTScore",
+        below_zero=True,
     ),
+    "rouge1": Metric(
+        partial(rouge, "rouge1"), "F-measure of shared words (characters where words are not spaced)", title="ROUGE-1"
+    ),
+    "rouge2": Metric(
+        partial(rouge, "rouge2"),
+        "F-measure of shared pairs of words (characters where words are not spaced)",
+        title="ROUGE-2",
+    ),
+    "bleu": Metric(bleu, "BLEU-4 of the corpus, by sacrebleu", bleu_from_statistics, title="BLEU"),
 }
+
+
+def metric_title(name: str) -> str:
+    """What a metric is called where it is printed; one of the user's own as it is named."""
+    return METRICS[name].title if name in METRICS else name
 
 
 def score(

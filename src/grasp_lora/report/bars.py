@@ -85,7 +85,7 @@ class TerminalProgress(Progress):
         """Start the bar of a step."""
         self._ratio = None
         system = self._system if step.startswith("answers") else ""
-        self._begin(f"{title_of(step)}{system}{self._method and ': '}{self._method}")
+        self._begin(f"{metric_title(step)}{system}{self._method and ': '}{self._method}")
 
     def step(self, report: Mapping[str, float]) -> None:
         """Move the bar of a training."""
@@ -110,7 +110,7 @@ class TerminalProgress(Progress):
             return
         took = "already done" if step.repeated else f"{step.seconds:.1f} s"
         system = self._system if isinstance(step.result, Tested) else ""
-        self._say(f"{title_of(step.name):<26} {took:>12}   {_facts(step.result)}{system}")
+        self._say(f"{metric_title(step.name):<26} {took:>12}   {_facts(step.result)}{system}")
 
     def scored(self, system: str, predictions: Sequence[Prediction]) -> None:
         """Print the first answers of a system, with what each is worth and what was expected."""
@@ -142,7 +142,7 @@ def listener_of(progress: Progress | bool) -> Progress:
     return TerminalProgress(console) if progress and (console.is_terminal or console.is_jupyter) else Progress()
 
 
-def title_of(step: str) -> str:
+def metric_title(step: str) -> str:
     """What a step does, in words."""
     return next((title for name, title in _TITLES.items() if step.startswith(name)), step)
 

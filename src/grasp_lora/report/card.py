@@ -18,13 +18,13 @@ from grasp_lora.data.data_settings import CorpusSettings
 from grasp_lora.data.splits import SPLITS
 from grasp_lora.data.tasks import options_of
 from grasp_lora.engine.run_folder import CARD_FILE, FINAL_FOLDER, TRAINED, Run
+from grasp_lora.evaluation.metrics import METRICS
 from grasp_lora.models.adapter_files import WEIGHTS_FILE
 from grasp_lora.models.embedded import PUBLIC_NAME
 from grasp_lora.models.model_settings import EMBEDDED_HUB_ID, EMBEDDED_LICENCE
 from grasp_lora.recipes.recipe import TEXTS
 from grasp_lora.report.delivered import discarded, made_of, upload_command
 from grasp_lora.report.pages import languages_of, public_name, render, sizes_of, view_of
-from grasp_lora.report.tables import METRIC_NAMES
 from grasp_lora.storage.reading import sha256_of
 from grasp_lora.storage.writing import write_whole
 from grasp_lora.text.display import escaped
@@ -112,7 +112,9 @@ def _front_matter(run: Run, backbone: str, system: str, corpora: Sequence[Corpus
 def _results(run: Run, system: str) -> list[EvalResult]:
     """The scores of the adapter that was handed over, one a metric, with the number of test rows."""
     scores, count, hub = run.metrics.systems[system], run.metrics.test_examples, "".join(run.recipe.data.target.hub[:1])
-    names = {"loss": "Test loss, nats per token of the answer"} | METRIC_NAMES
+    names = {"loss": "Test loss, nats per token of the answer"} | {
+        name: metric.title for name, metric in METRICS.items()
+    }
     rows, on_hub = f"{count} test rows", HUB_ID.fullmatch(hub)
     return [
         EvalResult(

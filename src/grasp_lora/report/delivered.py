@@ -1,7 +1,7 @@
 """What the end of a run says, in the terminal, the report and the card: which adapter to take, why, and how to use it."""
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from grasp_lora.data.splits import HELD_OUT
@@ -9,18 +9,19 @@ from grasp_lora.data.tasks import ANY_LANGUAGE, TEMPLATES, options_of
 from grasp_lora.engine.check import why_no_folds
 from grasp_lora.engine.compare import LEAST_TEST
 from grasp_lora.engine.deliver import TITLES, UNPRUNED
+from grasp_lora.engine.differences import Difference
 from grasp_lora.engine.judge import turned
 from grasp_lora.engine.results import main_metric
 from grasp_lora.engine.run_folder import ADAPTER_FOLDER, FINAL_FOLDER, PROMPT_FILE, Run
 from grasp_lora.engine.steps import names_of
+from grasp_lora.evaluation.metrics import METRICS, metric_title
 from grasp_lora.report.examples import best_guess
 from grasp_lora.report.tables import (
-    METRIC_NAMES,
-    Difference,
     duration,
     gain_text,
     in_text,
     is_unpruned,
+    name_and_digits,
     percent,
     titles_of,
 )
@@ -30,7 +31,6 @@ MERGED = "a source and a target adapter were merged"
 SUMMED = "a target adapter was trained on top of a source adapter and added to it"  # with `target.on`
 FEW_ROWS, FOLDS = 200, 4  # of all target rows: below that a test split alone tells little
 WEAK = 25  # points of the main metric, below which most answers are no use
-IN_POINTS = ("f1", "accuracy", "rougeL", "exact_match")  # where full marks are 100, and good answers come near
 NOTHING_LEARNED = "No adapter is shown to be better than the backbone alone."
 
 
@@ -39,11 +39,8 @@ def is_chosen(run: Run) -> bool:
     return run.recipe.final.deliver != "grasp" or run.learned is not None
 
 
-def verdict(run: Run, compared: Mapping[str, Difference]) -> str:
-    """Say which adapter to take, and whether the test rows show another one to be better.
-
-    `compared` is of `compare_handed_over`, as in all that follows here.
-    """
+def verdict(run: Run) -> str:
+    """Say which adapter to take, and whether the test rows show another one to be better."""
     delivered = run.metrics.delivered
     taken = delivered.title
     if run.recipe.final.deliver == "grasp" and run.learned:
@@ -51,30 +48,32 @@ def verdict(run: Run, compared: Mapping[str, Difference]) -> str:
     if discarded(run, delivered.name):
         taken += ", not trained further (no step lowered the dev loss)"
     start = f"{NOTHING_LEARNED} Handed over all the same" if delivered.nothing_learned else "Take this adapter"
-    return f"{start}: {taken}.{_surpassed(run, compared)}"
+    return f"{start}: {taken}.{_surpassed(run)}"
 
 
-def _surpassed(run: Run, compared: Mapping[str, Difference]) -> str:
+def _surpassed(run: Run) -> str:
     """Which system the test rows show to be better than what is handed over, as a sentence; empty where there is none."""
-    better = {name: each for name, each in compared.items() if each.score and each.score.verdict == "worse"}
+    better = {
+        name: each for name, each in run.metrics.differences.items() if each.score and each.score.verdict == "worse"
+    }
     if not better:
         return ""
     best = max(better, key=lambda name: better[name].theirs)
     return f" The test rows show another to be better ({in_text(titles_of(run)[best])}): {gain_text(better[best])}."
 
 
-def gain(run: Run, compared: Mapping[str, Difference]) -> str | None:
+def gain(run: Run) -> str | None:
     """Whether what is handed over is shown to be better than what its user had: the source adapter, the backbone, or neither."""
     had = dict.fromkeys(names_of(len(run.recipe.source.adapters)), "the source adapter") | {
         "zero_shot": "the backbone alone"
     }
-    names = {name: title for name, title in had.items() if name in compared}
-    verdicts = {name: score.verdict for name in names if (score := compared[name].score)}
+    names = {name: title for name, title in had.items() if name in run.metrics.differences}
+    verdicts = {name: score.verdict for name in names if (score := run.metrics.differences[name].score)}
     if not verdicts:
         return None
     better = next((name for name, verdict in verdicts.items() if verdict == "better"), None)
     first = better or next(iter(verdicts))
-    text = f"{gain_text(compared[first])}, of {run.metrics.test_examples} test rows."
+    text = f"{gain_text(run.metrics.differences[first])}, of {run.metrics.test_examples} test rows."
     if better:
         text = f"It answers better than {names[better]}: {text}"
         left = dict.fromkeys(names[name] for name in verdicts if verdicts[name] != "better")
@@ -83,34 +82,38 @@ def gain(run: Run, compared: Mapping[str, Difference]) -> str | None:
     return f"It is not shown to be better than {' or '.join(dict.fromkeys(names.values()))}{beside}: {text}"
 
 
-def higher(run: Run, compared: Mapping[str, Difference], folder: Path = Path()) -> str | None:
+def higher(run: Run, folder: Path = Path()) -> str | None:
     """Which systems have higher test scores, perhaps by chance, and where they lie, as sentences; None where there are none."""
-    above = {name: each for name, each in compared.items() if _is_higher(each)}
+    above = {name: each for name, each in run.metrics.differences.items() if _is_higher(each)}
     if not above:
         return None
     folders = {name: name for name in run.adapters} | {"grasp": FINAL_FOLDER}
+    first, rows = next(iter(above.values())), run.metrics.test_examples
+    metric, digits = name_and_digits(first)
     others = [
-        f"{in_text(titles_of(run)[name])} ({each.theirs:.{each.digits}f}"
+        f"{in_text(titles_of(run)[name])} ({each.theirs:.{digits}f}"
         + (f", in {folder / folders[name]}/)" if name in folders else ")")
         for name, each in above.items()
     ]
-    first, rows = next(iter(above.values())), run.metrics.test_examples
     return (
-        f"A higher test {first.name} than its {first.ours:.{first.digits}f}: {'; '.join(others)}. "
+        f"A higher test {metric} than its {first.ours:.{digits}f}: {'; '.join(others)}. "
         f"{rows} test rows cannot show whether that is chance."
     )
 
 
 def _is_higher(each: Difference) -> bool:
     """Whether another system has a higher test score, as it is printed, which may be chance."""
-    return bool(each.score and each.score.verdict != "worse") and round(each.theirs - each.ours, each.digits) > 0
+    return (
+        bool(each.score and each.score.verdict != "worse")
+        and round(each.theirs - each.ours, name_and_digits(each)[1]) > 0
+    )
 
 
-def headline(run: Run, compared: Mapping[str, Difference]) -> str:
+def headline(run: Run) -> str:
     """What was learned about the ratio, and what GRASP's result scores beside what is handed over, else beside a rival."""
     if run.recipe.final.deliver == "continued":
         return ""
-    chosen, ratio = is_chosen(run), run.metrics.prune_ratio
+    chosen, ratio, differences = is_chosen(run), run.metrics.prune_ratio, run.metrics.differences
     prune = "It prunes" if chosen else "Prune"  # the verdict is what says what to do
     sentences = [f"{prune} {percent(ratio)} of the merged adapter (given, not learned)."]
     if is_unpruned(run):
@@ -136,20 +139,19 @@ def headline(run: Run, compared: Mapping[str, Difference]) -> str:
     )
     if run.metrics.delivered.name != "grasp":
         beside = {"grasp": "what is handed over"}
-    elif "unpruned" in compared:
+    elif "unpruned" in differences:
         beside = {"unpruned": "the same training with nothing pruned"}
-    rival = next((name for name in beside if name in compared), None)
-    if rival is not None and not _is_higher(compared[rival]):  # of which `higher` tells
-        against, digits = compared[rival], compared[rival].digits
+    rival = next((name for name in beside if name in differences), None)
+    if rival is not None and not _is_higher(differences[rival]):  # of which `higher` tells
+        against = differences[rival]
+        metric, digits = name_and_digits(against)
         grasp, other, score = against.ours, against.theirs, against.score
         if rival == "grasp":
             grasp, other, score = other, grasp, score and turned(score)
         shown = f": {score.verdict}." if score else "."
-        sentences.append(
-            f"Test {against.name} {grasp:.{digits}f} against {other:.{digits}f} for {beside[rival]}{shown}"
-        )
+        sentences.append(f"Test {metric} {grasp:.{digits}f} against {other:.{digits}f} for {beside[rival]}{shown}")
     if not chosen:  # so that this stands in the place of the verdict
-        sentences.append(_surpassed(run, compared).strip())
+        sentences.append(_surpassed(run).strip())
     return " ".join(filter(None, sentences))
 
 
@@ -203,9 +205,9 @@ def warning_of(run: Run) -> str | None:
     scores = metrics.systems[metrics.delivered.name].metrics
     right, main = scores.get("accuracy"), main_metric(list(scores))
     score, weak = scores.get(main), False
-    if main in IN_POINTS and score is not None and score < WEAK:
+    if main in METRICS and METRICS[main].in_points and score is not None and score < WEAK:
         weak = True
-        warnings.append(f"The model is weak at this task: test {METRIC_NAMES[main]} {score:.1f} of 100.")
+        warnings.append(f"The model is weak at this task: test {metric_title(main)} {score:.1f} of 100.")
     if right is not None and guess is not None and right <= guess[1]:
         weak = True
         warnings.append(

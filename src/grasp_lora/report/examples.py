@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from grasp_lora.engine.results import Prediction, main_metric
 from grasp_lora.engine.run_folder import Run
-from grasp_lora.report.tables import BELOW_ZERO, METRIC_NAMES, titles_of
+from grasp_lora.evaluation.metrics import METRICS, metric_title
+from grasp_lora.report.tables import titles_of
 from grasp_lora.text.display import listed
 
 MOST_SHOWN = 20
@@ -83,7 +84,7 @@ def differing(
         first = next(iter(rows.values()))
         prompt, references = _cut(prompts[place], PROMPT_CHARACTERS_SHOWN), list(map(_cut, first.references))
         shown.append(Question(place + 1, first.id, prompt, references, of_systems))
-    name = METRIC_NAMES.get(metric, metric) if metric else None
+    name = metric_title(metric) if metric else None
     return Examples(shown, len(prompts), name, marked(0.0, metric)[0] is not None)
 
 
@@ -126,11 +127,11 @@ def marked(score: float | None, metric: str | None) -> tuple[str | None, str]:
     """
     if score is None or metric is None:
         return None, ""
-    if metric not in METRIC_NAMES or metric in BELOW_ZERO:
-        return None, f"{METRIC_NAMES.get(metric, metric)} {score:.3g}"
+    if metric not in METRICS or METRICS[metric].below_zero:
+        return None, f"{metric_title(metric)} {score:.3g}"
     if score >= 99.95:
         return "right", "✓ right"
-    return ("wrong", "✗ wrong") if score <= 0 else ("partly", f"≈ {METRIC_NAMES[metric]} {score:.0f}")
+    return ("wrong", "✗ wrong") if score <= 0 else ("partly", f"≈ {metric_title(metric)} {score:.0f}")
 
 
 def _likeness(rows: Sequence[Prediction], metric: str | None) -> tuple[float, int]:

@@ -10,9 +10,10 @@ from rich.console import Console
 
 from grasp_lora.engine.judge import Judgement
 from grasp_lora.engine.results import TEST_LOSS, Prediction
+from grasp_lora.evaluation.metrics import metric_title
 from grasp_lora.report.examples import differing
 from grasp_lora.report.pages import print_table
-from grasp_lora.report.tables import METRIC_NAMES, Cell, TextTable, column_of, interval_text, percent
+from grasp_lora.report.tables import Cell, TextTable, column_of, interval_text, percent
 from grasp_lora.storage.claims import new_folder
 from grasp_lora.storage.writing import write_json, write_jsonl
 from grasp_lora.text.display import listed, one_line
@@ -109,7 +110,7 @@ def _answer(row: Prediction) -> dict[str, Any]:
 
 
 def _name(metric: str) -> str:
-    return "Loss" if metric == TEST_LOSS else METRIC_NAMES.get(metric, metric)
+    return "Loss" if metric == TEST_LOSS else metric_title(metric)
 
 
 def _short(text: str) -> str:

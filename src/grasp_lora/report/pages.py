@@ -23,11 +23,12 @@ from grasp_lora.engine.comparison import Comparison
 from grasp_lora.engine.methods import METHODS
 from grasp_lora.engine.results import TEST_LOSS
 from grasp_lora.engine.run_folder import COMPARE_FOLDER, DISCARDED, FINAL_FOLDER, REPORT_FILE, Run
+from grasp_lora.evaluation.metrics import metric_title
 from grasp_lora.recipes.text import RECIPE_FILE
 from grasp_lora.report import delivered, tables
 from grasp_lora.report.examples import examples_of, label_note
 from grasp_lora.report.figures import figures_of, plotly_js
-from grasp_lora.report.tables import METRIC_NAMES, percent
+from grasp_lora.report.tables import percent
 from grasp_lora.storage.writing import write_whole
 from grasp_lora.text.display import escaped, one_line
 from grasp_lora.text.languages import language_name
@@ -70,22 +71,22 @@ def write_comparison(folder: Path, comparison: Comparison) -> Path:
 def view_of(run: Run, folder: Path) -> dict[str, Any]:
     """Everything that the report and the model card print, as texts and tables; paths of the recipe as seen from a folder."""
     metrics, estimate, in_chat = run.metrics, run.estimate, run.data.report["chat_template"]
-    compared, chosen = tables.compare_handed_over(run), delivered.is_chosen(run)
+    chosen = delivered.is_chosen(run)
     return {
         "version": version("grasp-lora"),
         "paper": PAPER,
         "info": run.info,
         "estimate": estimate,
         "grid": metrics.grid is not None,
-        "verdict": delivered.verdict(run, compared) if chosen else None,
+        "verdict": delivered.verdict(run) if chosen else None,
         "why_delivered": metrics.delivered.why if chosen else None,
         # The result of the final run is another adapter, where there is one.
         "apart": metrics.delivered.name != "grasp" and FINAL_FOLDER in run.adapters,
         "final": tables.final_text(run),
         "warning": delivered.warning_of(run),
-        "headline": delivered.headline(run, compared),
-        "gain": delivered.gain(run, compared),
-        "higher": delivered.higher(run, compared),
+        "headline": delivered.headline(run),
+        "gain": delivered.gain(run),
+        "higher": delivered.higher(run),
         "search": delivered.search_note(run),
         "predict": 'grasp-lora predict adapter "..."' if in_chat else delivered.predict_command(),
         "predict_texts": delivered.command_for_texts(run),
@@ -101,9 +102,9 @@ def view_of(run: Run, folder: Path) -> dict[str, Any]:
         "interval_note": _interval_note(run),
         "language": run.recipe.data.target.language.replace("_", "-"),  # as HTML has it
         "scores": tables.scores_table(run),
-        "signatures": {METRIC_NAMES.get(key, key): text for key, text in metrics.signatures.items()},
+        "signatures": {metric_title(key): text for key, text in metrics.signatures.items()},
         "scale": tables.scale_note(metrics.signatures),
-        "notes": [*label_note(run), *tables.score_notes(run, compared)],
+        "notes": [*label_note(run), *tables.score_notes(run)],
         "confusion": tables.confusion(run),
         "examples": examples_of(run) if metrics.test_examples else None,
         "losses": tables.losses_table(run),

@@ -10,22 +10,16 @@ Beside the scores stand the paired intervals of `evaluation.statistics`: a diffe
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from grasp_lora.engine.comparison import Comparison, MeanAndSd, MethodRow, saves_over_confidence
-from grasp_lora.engine.results import TEST_LOSS, Prediction, main_metric
+from grasp_lora.engine.differences import Difference, is_number
+from grasp_lora.engine.results import TEST_LOSS, main_metric
 from grasp_lora.engine.run_folder import TRAINED, Run
 from grasp_lora.engine.steps import names_of
-from grasp_lora.evaluation.metrics import METRICS
-from grasp_lora.evaluation.statistics import PairedComparison, compare_with_baselines
+from grasp_lora.evaluation.metrics import METRICS, metric_title
+from grasp_lora.evaluation.statistics import PairedComparison
 
-METRIC_NAMES = {
-    "accuracy": "Accuracy", "macro_f1": "Macro-F1", "chrf++": "chrF++",
-    "f1": "F1", "exact_match": "Exact match", "bertscore": "BERTScore", "rougeL": "ROUGE-L", "rouge1": "ROUGE-1",
-    "rouge2": "ROUGE-2", "bleu": "BLEU",
-}  # fmt: skip
-BELOW_ZERO = ("bertscore",)  # the metrics whose scores may be
 SAME_EVERYWHERE = "the same in every draw"  # and so no interval says what other examples would show
 CHOSEN_ON = {None: "–", "dev": "dev", "micro_dev": "micro-dev", "both": "micro-dev and dev"}
 MOST_LABELS_SHOWN = 12  # in a table with a row and a column for each
@@ -58,16 +52,16 @@ def score_digits(metric: str, values: Iterable[float | None], usual: int) -> int
     (1, 3, 1)
     """
     sizes = [abs(value) for value in values if value is not None and math.isfinite(value)]
-    return usual + 2 if metric not in METRIC_NAMES and sizes and max(sizes) <= 1.5 else usual
+    return usual + 2 if metric not in METRICS and sizes and max(sizes) <= 1.5 else usual
 
 
 def scale_note(metrics: Iterable[str]) -> str:
     """Between what scores lie, as the end of a sentence."""
     names = list(metrics)
-    below = " and ".join(METRIC_NAMES[name] for name in names if name in BELOW_ZERO)
+    below = " and ".join(metric_title(name) for name in names if name in METRICS and METRICS[name].below_zero)
     note = "scores run from 0 to 100" + (f", {below} below 0, too" if below else "")
     return note + (
-        ", those of your own metrics as you define them" if any(name not in METRIC_NAMES for name in names) else ""
+        ", those of your own metrics as you define them" if any(name not in METRICS for name in names) else ""
     )
 
 
@@ -148,7 +142,7 @@ def scores_table(run: Run) -> TextTable:
     """Losses and scores of every system; the row of what is handed over is marked."""
     titles, systems = titles_of(run), run.metrics.systems
     used = {key for system in systems.values() for key in system.metrics}
-    keys = [key for key in METRIC_NAMES if key in used] + sorted(used - METRIC_NAMES.keys())
+    keys = [key for key in METRICS if key in used] + sorted(used - METRICS.keys())
     dev = [score.dev_loss for score in systems.values()]
     looked_at = any(loss is not None for loss in dev)
     columns: list[list[Cell]] = [[Cell(titles[name], name == run.metrics.delivered.name) for name in systems]]
@@ -163,7 +157,7 @@ def scores_table(run: Run) -> TextTable:
         pruned = run.metrics.prune_ratio > 0  # else zeros are those of an untrained factor
         share = percent(1 - kept_share(run.sparsity), 1) if pruned else percent(0)
         columns.append([Cell(share if name == "grasp" else percent(0)) for name in systems])
-    names = [f"{METRIC_NAMES.get(key, key)}\u00a0↑" for key in keys]
+    names = [f"{metric_title(key)}\u00a0↑" for key in keys]
     heads = ["System", *names, "Test loss\u00a0↓", *["Dev loss\u00a0↓"] * looked_at, *["Pruned"] * prunes]
     return TextTable("Scores on the test set", heads, [list(row) for row in zip(*columns, strict=True)])
 
@@ -178,79 +172,12 @@ def column_of(
     return [Cell(text, text == best) for text in texts]
 
 
-@dataclass(frozen=True)
-class Difference:
-    """One system against another on the same test rows, by the leading metric."""
-
-    metric: str
-    ours: float
-    theirs: float
-    score: PairedComparison | None  # None where there are no finite values by row
-    loss: PairedComparison | None  # the same of the test losses
-
-    @property
-    def name(self) -> str:
-        """The metric, as it is printed."""
-        return METRIC_NAMES.get(self.metric, self.metric)
-
-    @property
-    def digits(self) -> int:
-        """Decimals that show its scores."""
-        return score_digits(self.metric, [self.ours, self.theirs], 1)
+def name_and_digits(difference: Difference) -> tuple[str, int]:
+    """The metric of a difference as it is printed, and the decimals that show its scores."""
+    return metric_title(difference.metric), score_digits(difference.metric, [difference.ours, difference.theirs], 1)
 
 
-def compare_handed_over(run: Run) -> dict[str, Difference]:
-    """What is handed over against every other system by the leading metric; the intervals hold for all of them together."""
-    ours = run.metrics.delivered.name
-    names = [ours, *(name for name in run.metrics.systems if name != ours)]
-    scores = {name: run.metrics.systems[name].metrics for name in names}
-    finite = [key for key in scores[ours] if all(_is_number(scores[name].get(key)) for name in names)]
-    if not finite or len(names) < 2:
-        return {}
-    metric = main_metric(finite)
-    corpus_score = METRICS[metric].from_statistics if metric in METRICS else None
-
-    def values_of(row: Prediction) -> Sequence[float]:
-        return row.statistics.get(metric, ()) if corpus_score else (row.scores.get(metric, math.nan),)
-
-    sure = _paired(run, names, values_of, corpus_score)
-    losses = _paired(run, names, lambda row: (row.loss,), higher_is_better=False)
-    values = {name: float(scores[name][metric] or 0.0) for name in names}
-    return {
-        name: Difference(metric, values[ours], values[name], sure.get(name), losses.get(name)) for name in names[1:]
-    }
-
-
-def _is_number(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
-
-
-def _paired(
-    run: Run,
-    names: Sequence[str],
-    values_of: Callable[[Prediction], Sequence[float]],
-    corpus_score: Callable[[Any], Any] | None = None,
-    *,
-    higher_is_better: bool = True,
-) -> dict[str, PairedComparison]:
-    """Compare the first of some systems with each other one, where every row of both has finite values."""
-    values = {name: [list(values_of(row)) for row in run.predictions[name]] for name in names}
-    usable = {
-        name: rows for name, rows in values.items() if rows and all(row and all(map(_is_number, row)) for row in rows)
-    }
-    if names[0] not in usable or len(usable[names[0]]) < 2:
-        return {}
-    runs: dict[str, Any] = usable if corpus_score else {name: [row[0] for row in rows] for name, rows in usable.items()}
-    return compare_with_baselines(
-        runs.pop(names[0]),
-        runs,
-        groups=run.data.test_groups,
-        corpus_score=corpus_score,
-        higher_is_better=higher_is_better,
-    )
-
-
-def score_notes(run: Run, compared: Mapping[str, Difference]) -> list[str]:
+def score_notes(run: Run) -> list[str]:
     """How much of the table is noise, and what separates what is handed over from other systems."""
     count, titles = run.metrics.test_examples, titles_of(run)
     if not count:
@@ -260,14 +187,16 @@ def score_notes(run: Run, compared: Mapping[str, Difference]) -> list[str]:
     worth = f": one example is worth {100 / count:.2f} points of a score that is a mean over examples and runs from 0 to 100"
     notes = [f"The test set has {count} example{'' if count == 1 else 's'}{worth if has_mean else ''}."]
     ours = titles["grasp"] if run.metrics.delivered.name == "grasp" else "What is handed over"
-    for name, difference in compared.items():
-        points = " points" if difference.metric in METRIC_NAMES else ""
-        gap = f"{difference.name} {_signed(difference.ours - difference.theirs, difference.digits)}{points}"
-        gap += _sure(difference.score, difference.digits)
+    for name, difference in run.metrics.differences.items():
+        metric, digits = name_and_digits(difference)
+        points = " points" if difference.metric in METRICS else ""
+        gap = (
+            f"{metric} {_signed(difference.ours - difference.theirs, digits)}{points}{_sure(difference.score, digits)}"
+        )
         if difference.loss is not None:
             gap += f"; test loss {_signed(difference.loss.difference, 3)}{_sure(difference.loss, 3)}"
         notes.append(f"{ours} against {in_text(titles[name])}: {gap}.")
-    shown = [interval for each in compared.values() for interval in (each.score, each.loss) if interval]
+    shown = [interval for each in run.metrics.differences.values() for interval in (each.score, each.loss) if interval]
     if shown:
         groups, together = len(set(run.data.test_groups)), shown[0].comparisons
         over = f"examples in their {groups} groups" if groups < count else "examples"
@@ -291,10 +220,9 @@ def gain_text(difference: Difference) -> str:
     >>> gain_text(Difference("f1", 61.0, 49.0, sure, None))
     'F1 61.0 against 49.0, +12.0 (+6.0 to +18.0)'
     """
-    digits, gap = difference.digits, difference.ours - difference.theirs
-    sure = _sure(difference.score, digits).rpartition(": ")[0]
+    (metric, digits), gap = name_and_digits(difference), difference.ours - difference.theirs
     scores = f"{difference.ours:.{digits}f} against {difference.theirs:.{digits}f}"
-    return f"{difference.name} {scores}, {_signed(gap, digits)}{sure}"
+    return f"{metric} {scores}, {_signed(gap, digits)}{_bounds(difference.score, digits)}"
 
 
 def interval_text(interval: PairedComparison, digits: int) -> str:
@@ -307,11 +235,16 @@ def interval_text(interval: PairedComparison, digits: int) -> str:
 
 
 def _sure(interval: PairedComparison | None, digits: int) -> str:
+    bounds = _bounds(interval, digits)
+    return f"{bounds}: {interval.verdict}" if interval and bounds.endswith(")") else bounds
+
+
+def _bounds(interval: PairedComparison | None, digits: int) -> str:
     if interval is None:
         return ""
     if interval.low == interval.high == 0.0:
         return f", {SAME_EVERYWHERE}"
-    return f" ({_signed(interval.low, digits)} to {_signed(interval.high, digits)}): {interval.verdict}"
+    return f" ({_signed(interval.low, digits)} to {_signed(interval.high, digits)})"
 
 
 def losses_table(run: Run) -> TextTable:
@@ -322,7 +255,7 @@ def losses_table(run: Run) -> TextTable:
         if not history:
             continue
         train = [_number(row["loss"], 3) for row in history if "loss" in row] or ["–"]
-        dev = [(row["dev_loss"], row["step"]) for row in history if _is_number(row.get("dev_loss"))]
+        dev = [(row["dev_loss"], row["step"]) for row in history if is_number(row.get("dev_loss"))]
         best = [_number(min(dev)[0], 3), f"{min(dev)[1]:.0f}"] if dev else ["–", "–"]
         rows.append([Cell(text) for text in (title, f"{history[-1]['step']:.0f}", train[0], train[-1], *best)])
     heads = ["Training", "Steps", "First train loss", "Last train loss", "Best dev loss", "at step"]
@@ -422,7 +355,7 @@ def comparison_verdicts(comparison: Comparison) -> TextTable:
 
 def _heading(metric: str) -> str:
     """A metric of a comparison as a column is headed."""
-    return "test loss" if metric == TEST_LOSS else METRIC_NAMES.get(metric, metric)
+    return "test loss" if metric == TEST_LOSS else metric_title(metric)
 
 
 def _against(row: MethodRow, metric: str, digits: int) -> str:
