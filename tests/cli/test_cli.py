@@ -215,12 +215,7 @@ def test_a_probe_loss_that_is_not_finite_names_the_example_and_keeps_the_adapter
 ) -> None:
     for step in (finished_run / "store").glob("controller*"):
         shutil.rmtree(step)
-    measure = probes.example_losses
-
-    def losses(model: torch.nn.Module, batch: dict[str, Any], **options: object) -> torch.Tensor:
-        return measure(model, batch, **options) * (1.0 if torch.is_grad_enabled() else float("nan"))
-
-    monkeypatch.setattr(probes, "example_losses", losses)
+    monkeypatch.setattr(probes, "losses_after", lambda _, prompts, *more: torch.full([len(prompts)], torch.nan))
     line = refusal(cli("run", "tiny.yaml", "-o", finished_run), out=None)
     example = re.search(r"loss of example (\S+) is nan", line)
     assert example, line

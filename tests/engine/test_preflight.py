@@ -49,7 +49,7 @@ def test_all_that_a_run_needs_is_said_and_measured_and_nothing_is_written(check:
     assert "loss on the answer only, for example ' " in found["label mask"]
     assert "<eos>" in found["label mask"]
     assert found["cost"] == (
-        "at most 42 training examples and 48 probed ones, 132 forward passes; dev losses and answers come on top"
+        "at most 52 training examples and 48 probed ones, 152 forward passes; dev losses and answers come on top"
     )
     assert found["power"].startswith("in the report of the run, intervals of ")
     numbers = [float(number) for number in re.findall(r"\d+\.\d+|\d+", found["time"] + found["memory"])]
@@ -260,10 +260,10 @@ def test_settings_that_cannot_give_what_they_ask_for_are_warned_of(check: Check,
         assert finding.level == "warning"
         assert finding.text.startswith(text)
     given = ("source.adapters=[run/source]", "data.source=null")
-    assert check(given[0])["cost"].text.startswith("at most 30 training examples")  # none of the source's
+    assert check(given[0])["cost"].text.startswith("at most 40 training examples")  # none of the source's
     found = check(*given)
     assert found["adapter"].text == "run/source: 4 modules, ranks 2"
-    assert found["cost"].text.startswith("at most 30 training examples")
+    assert found["cost"].text.startswith("at most 40 training examples")
 
 
 def test_few_rows_and_few_rounds_are_warned_of(check: Check) -> None:

@@ -178,7 +178,8 @@ leave()
         assert f"<{rank} [[('0', 1), ('0', 2), ('1', 3)], [('0', 4)], []] 0>" in done.stdout
 
 
-# backbone.shard: everything that comes out is as if it were not split.
+# backbone.shard: what comes out is as if it were not split; losses within rounding, since only a whole model reads shared contexts
+# once.
 
 HELD = """
 import json, os, sys
@@ -216,17 +217,30 @@ def results(folder: str) -> dict[str, Any]:
     return {file: Path(folder, file).read_bytes() for file in files}
 
 
-def test_a_split_backbone_changes_no_bit(tiny_workspace: Path) -> None:
+def assert_alike(split: dict[str, bytes], whole: dict[str, bytes]) -> None:
+    """Adapters to the last bit, numbers within rounding, all else equal."""
+    number = re.compile(r"-?\d+\.\d+(?:e-?\d+)?")
+    for file, expected in whole.items():
+        if file.endswith("safetensors"):
+            assert split[file] == expected, file
+            continue
+        found, wanted = (text[file].decode() for text in (split, whole))
+        assert number.sub("#", found) == number.sub("#", wanted), file
+        found_numbers, wanted_numbers = ([float(one) for one in number.findall(text)] for text in (found, wanted))
+        assert found_numbers == pytest.approx(wanted_numbers, abs=1e-5), file
+
+
+def test_a_split_backbone_changes_nothing_beyond_rounding(tiny_workspace: Path) -> None:
     changes = ["data.target.test=1", "target.on=source"]  # one process has nothing to answer
     for folder, shard in (("whole", "false"), ("split", "true")):
         status, output = launch_forked(*CHANGES, *changes, f"backbone.shard={shard}", folder=folder)
         assert status == 0, output
-    assert results("split") == results("whole")
+    assert_alike(results("split"), results("whole"))
     # It is the same run: without the split one goes on with it.
     forget("split", "final-*")
     status, output = launch_forked(*CHANGES, *changes, folder="split")
     assert status == 0, output
-    assert results("split") == results("whole")
+    assert_alike(results("split"), results("whole"))
 
 
 @pytest.mark.slow
@@ -238,7 +252,7 @@ def test_labels_are_scored_on_a_split_backbone_too(tiny_workspace: Path) -> None
     for folder, shard in (("whole", "false"), ("split", "true")):
         status, output = launch_forked(*changes, f"backbone.shard={shard}", folder=folder)
         assert status == 0, output
-    assert results("split") == results("whole")
+    assert_alike(results("split"), results("whole"))
 
 
 def test_each_process_holds_half_of_the_weights(tiny_workspace: Path) -> None:

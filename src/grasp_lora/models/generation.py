@@ -136,20 +136,20 @@ def _ask(
 ) -> tuple[Tensor, list[str]]:
     """The summed NLL of the tokens that follow each prompt, and, with an ending, its greedy answer; `each` rows are a prompt."""
     inner, count, done, told = without_peft(model), len(prompts), 0, 0
-    if not count:
-        return torch.zeros(0), []
-    new, following = ending.max_new_tokens if ending else 0, following or [[]] * count
+    scores, new = following is not None, ending.max_new_tokens if ending else 0
+    following = [[]] * count if following is None else following
     lengths = [max(new, len(tokens)) for tokens in following]
     _check_lengths(inner, prompts, lengths, each)
-    # The last row is one that nobody asked for.
-    prompts, following, texts = [*prompts, [0, 0]], [*following, following[0][:1]], [""] * (count + 1)
+    # The last row is one that nobody asked for: a process of a split backbone may have nothing to answer.
+    prompts, following, texts = [*prompts, [0, 0]], [*following, [0] * scores], [""] * (count + 1)
     losses = torch.zeros(count + 1, dtype=torch.promote_types(inner.dtype, torch.float32))
-    with _prepared(inner, ending), enough_memory("answering" if ending else "measuring losses", LESS_MEMORY):
+    doing = "answering" if ending or each > 1 else "measuring losses"
+    with _prepared(inner, ending), enough_memory(doing, LESS_MEMORY):
         batches = _batches(inner, prompts[:-1], lengths, bool(ending), apart=watch is not None)
         # All processes of a split backbone make the same calls.
         for groups in [*batches, *[[([count], 0)]] * calls_behind(inner, len(batches))]:
-            batch = _Batch(inner, prompts, groups, answers=bool(ending), scores=any(following))
-            if any(following):
+            batch = _Batch(inner, prompts, groups, answers=bool(ending), scores=scores)
+            if scores:
                 losses[batch.places] = batch.losses([following[place] for place in batch.places], bool(ending), watch)
             for place, text in zip(batch.places, batch.answers(ending) if ending else (), strict=False):
                 texts[place] = text.strip()
