@@ -83,8 +83,10 @@ MUTATIONS = (
     ),
     Mutation(
         "masks: a revived weight is zero",
-        "for key, dense in self.dense().items():\n            self.weights[key].copy_(dense).masked_fill_(~keep[key], 0.0)\n            self.stash",
-        "for key, dense in self.weights.items():\n            self.weights[key].copy_(dense).masked_fill_(~keep[key], 0.0)\n            self.stash",
+        "for key, dense in self.dense().items():\n            self.weights[key].copy_(dense).masked_fill_(~keep[key], 0.0)\n"
+        "            self.stash",
+        "for key, dense in self.weights.items():\n            self.weights[key].copy_(dense).masked_fill_(~keep[key], 0.0)\n"
+        "            self.stash",
         (MASKS,),
         "a lower ratio loses what a higher one had masked",
     ),
