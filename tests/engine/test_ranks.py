@@ -178,7 +178,7 @@ leave()
         assert f"<{rank} [[('0', 1), ('0', 2), ('1', 3)], [('0', 4)], []] 0>" in done.stdout
 
 
-# backbone.shard: what comes out is as if it were not split; losses within rounding, as only a whole model reads shared contexts once
+# backbone.shard: what comes out is as if it were not split, within rounding, as only a whole model reads shared contexts once.
 
 HELD = """
 import json, os, sys
