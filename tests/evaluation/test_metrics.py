@@ -35,7 +35,7 @@ def test_signatures_tell_the_rules():
 
 
 def test_outputs_are_of_a_language():
-    with pytest.raises(DataError, match="'chinese' is no language code"):
+    with pytest.raises(DataError, match="'chinese' is not a language code"):
         score(["accuracy"], ["x"], [["x"]], "chinese")
 
 

@@ -24,8 +24,17 @@ def test_every_language_that_a_metric_has_rules_for_is_known_by_its_long_code():
 
 @pytest.mark.parametrize("language", ["swahili", "", "a", "ar ", "zh-", "中文"])
 def test_what_is_no_code_is_refused_in_a_recipe_before_any_work(language):
-    with pytest.raises(DataError, match="is no language code; give one of two or three letters"):
+    with pytest.raises(DataError, match="is not a language code of two or three letters"):
         CorpusSettings(language=language, files={"pool": ("a.jsonl",)})
+
+
+@pytest.mark.parametrize(
+    ("code", "advice"),
+    [("vn", "vi is Vietnamese"), ("JP-x", "ja is Japanese"), ("xx", "such as ar, sw or zh-Hans")],
+)
+def test_two_letters_that_stand_for_no_language_are_refused_with_that_of_the_country(code, advice):
+    with pytest.raises(DataError, match=rf"'{code}' is not a language code \(ISO 639\); {advice}"):
+        CorpusSettings(language=code, files={"pool": ("a.jsonl",)})
 
 
 def test_in_a_chat_the_built_in_completion_is_the_bare_answer_also_where_it_is_written_out():
