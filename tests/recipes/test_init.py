@@ -76,7 +76,9 @@ def start(tmp_path: Path, tiny_backbone_folder: Path, monkeypatch: pytest.Monkey
     monkeypatch.delenv("GRASP_LORA_DATA", raising=False)
     (tmp_path / "tiny-llama").symlink_to(tiny_backbone_folder, target_is_directory=True)
 
-    def call(data: Path, source: tuple[str, ...] = (), output: Path | None = Path("mine.yaml"), **changes: Any) -> Path:
+    def call(
+        data: Path, source: tuple[str, ...] = ("org/english",), output: Path | None = Path("mine.yaml"), **changes: Any
+    ) -> Path:
         options: dict[str, Any] = {"language": "de", "source_language": "en", "backbone": "tiny-llama"} | changes
         return write_recipe(data, output=output, source=source, **options)[0]
 
@@ -171,17 +173,16 @@ def test_questions_adapt_all_linear_layers_at_rates_of_their_own(
     rows: Rows, layers: tuple[str, ...], rates: tuple[float, float], start: Callable[..., Path]
 ) -> None:
     data, source = write(Path("t.jsonl"), rows[:100]), write(Path("s.jsonl"), rows[100:])
-    for sources in ((str(source),), ()):  # there, or still to come
-        recipe, _ = load_recipe(start(data, sources, Path(f"{len(sources)}.yaml")))
-        assert (recipe.lora.target_modules, recipe.final.prune_ratio) == (layers, 0)
-        assert (recipe.source.training.learning_rate, recipe.final.training.learning_rate) == rates
-        for stage in (recipe.target, recipe.controller):  # as the final run, so that all are comparable
-            assert stage.training.learning_rate == rates[1]
+    recipe, _ = load_recipe(start(data, (str(source),)))
+    assert (recipe.lora.target_modules, recipe.final.prune_ratio) == (layers, 0)
+    assert (recipe.source.training.learning_rate, recipe.final.training.learning_rate) == rates
+    for stage in (recipe.target, recipe.controller):  # as the final run, so that all are comparable
+        assert stage.training.learning_rate == rates[1]
 
 
 def test_where_no_gain_of_a_merge_was_shown_the_usual_way_is_asked_for(start: Callable[..., Path]) -> None:
     for name, rows in {"best": questions(60), "continued": completion(60)}.items():
-        final = load_recipe(start(write(Path(f"{name}.jsonl"), rows), (), Path(f"{name}.yaml")))[0].final
+        final = load_recipe(start(write(Path(f"{name}.jsonl"), rows), output=Path(f"{name}.yaml")))[0].final
         assert (final.deliver, final.prune_ratio) == (name, 0)
 
 
@@ -285,7 +286,7 @@ def test_columns_that_cannot_be_are_refused(columns: list[str], said: str, start
 
 def test_rows_without_an_answer_are_left_out_where_the_user_says_so(start: Callable[..., Path]) -> None:
     data, source = write(Path("t.csv"), swahili(60, answers=0.75)), write(Path("s.json"), squad(60, "s"))
-    with pytest.raises(DataError, match=r"t\.csv, line 2: Jibu is empty; .*--skip-unanswered"):
+    with pytest.raises(DataError, match=r"t\.csv, line 2, line 3, .* and 11 more: Jibu is empty; .*--skip-unanswered"):
         start(data, (str(source),), columns=COLUMNS)
     file = start(data, (str(source),), columns=COLUMNS, skip_unanswered=True)
     assert "left out and counted, now 15" in file.read_text(encoding="utf-8")
@@ -426,14 +427,90 @@ def test_a_line_break_is_put_between_prompts_and_answers_where_nothing_else_is(
     assert not [finding for finding in preflight(session) if finding.topic == "prompt"]
 
 
-def test_without_a_source_the_check_says_so(start: Callable[..., Path]) -> None:
-    file = start(write(Path("t.jsonl"), completion(60)))
-    assert "A SOURCE IS STILL MISSING" in file.read_text()
-    with pytest.raises(RecipeError, match=r"there is no source: give data\.source"):
+def test_without_a_source_nothing_is_written(start: Callable[..., Path]) -> None:
+    with pytest.raises(RecipeError, match=r"there is no source: add --source FILE .* for the task completion$"):
+        start(write(Path("t.jsonl"), completion(60)), ())
+    assert sorted(path.name for path in Path().iterdir()) == ["t.jsonl", "tiny-llama"]
+
+
+def test_all_faults_of_a_file_come_at_once(cli: Callable[..., Any], start: Callable[..., Path]) -> None:
+    rows = labelled(60, ["good", "bad"])
+    for number, change in {
+        3: {"text": ""},
+        9: {"text": " "},
+        20: {"label": ""},
+        31: {"id": "7"},
+        40: {"id": "7"},
+    }.items():
+        rows[number] |= change
+    data = write(Path("t.csv"), [{"id": str(100 + i)} | row for i, row in enumerate(rows)])
+    said = cli("init", data, "-l", "de", "--source", "org/english", "--backbone", "tiny-llama").err
+    assert said.splitlines()[0] == "error: 3 faults in the data"
+    assert [line.partition(";")[0] for line in said.splitlines()[1:]] == [
+        "- t.csv, line 5 and line 11: text is empty",
+        "- t.csv, line 22: label is empty",
+        "- 1 ids stand more than once, first 7 (t.csv, line 33 and t.csv, line 42)",
+    ]
+    with pytest.raises(
+        DataError, match=r"^3 faults in the data: t\.csv, line 5 and line 11: text is empty.*; t\.csv, line 22"
+    ):
+        start(data)
+
+
+def test_of_many_faults_the_first_ten_are_told_and_how_many_there_are(start: Callable[..., Path]) -> None:
+    rows = [{"messages": [{"role": f"bot{i}", "content": "x"}, *turns("t", i)]} for i in range(40)]
+    with pytest.raises(DataError, match=r"^40 faults in the data") as caught:
+        start(write(Path("t.jsonl"), rows))
+    assert len(caught.value.lines) == 12
+    assert caught.value.lines[-1] == "- and 30 more"
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("Teks", "Sentimen"), "'Sentimen' looks like labels: say --column text=Teks --column label=Sentimen, or"),
+        (("Teks", "Nomor"), "which fit no task (qa"),
+    ],
+)
+def test_labels_are_offered_where_a_column_repeats_its_values(
+    names: tuple[str, str], said: str, start: Callable[..., Path]
+) -> None:
+    labels = ["positif", "negatif", "netral"] if names[1] == "Sentimen" else [str(i) for i in range(60)]
+    rows = [{names[0]: f"teks {i}", names[1]: labels[i % len(labels)]} for i in range(60)]
+    with pytest.raises(DataError) as caught:
+        start(write(Path("t.csv"), rows))
+    assert said in str(caught.value)
+
+
+def test_a_source_without_a_label_of_the_target_is_refused(start: Callable[..., Path]) -> None:
+    data = write(Path("t.csv"), labelled(60, ["positif", "negatif"]))
+    source = write(
+        Path("s.csv"), [row | {"text": f"s {i}"} for i, row in enumerate(labelled(60, ["positive", "negative"]))]
+    )
+    fault = "the target has negatif, positif, the source negative, positive; write"
+    with pytest.raises(DataError, match=fault):
+        start(data, (str(source),))
+    same = write(
+        Path("same.csv"), [row | {"text": f"s {i}"} for i, row in enumerate(labelled(60, ["positif", "negatif"]))]
+    )
+    file = start(data, (str(same),))
+    same.write_bytes(source.read_bytes())
+    with pytest.raises(DataError, match=fault):
         preflight(Session(*load_recipe(file)))
 
 
-def test_questions_on_the_embedded_model_have_a_source_that_comes_along(
+def test_one_text_with_two_labels_is_named_with_its_rows(
+    start: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = labelled(60, ["good", "bad"])
+    rows[8] = {"text": "T  5!", "label": "good"}
+    file = start(write(Path("t.csv"), rows), (str(write(Path("s.csv"), [*map(dict, labelled(60, ["bad", "good"]))])),))
+    told = "one text has different labels: 'bad' in t.csv, line 7 and 'good' in t.csv, line 10"
+    assert told in caplog.messages
+    assert told in [finding.text for finding in preflight(Session(*load_recipe(file)))]
+
+
+def test_questions_on_the_embedded_model_have_a_source_that_is_included(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -442,8 +519,8 @@ def test_questions_on_the_embedded_model_have_a_source_that_comes_along(
     assert (recipe.source.adapters, recipe.data.source, recipe.backbone.name) == (("english-qa",), None, "gemma3-270m")
     assert "included" in file.read_text(encoding="utf-8")
     assert recipe.lora.target_modules == ("all-linear",)
-    other, _ = write_recipe(Path("q.jsonl"), "sw", Path("other.yaml"), [], "en", "tiny-llama")
-    assert load_recipe(other)[0].source.adapters == ()
+    with pytest.raises(RecipeError, match="there is no source"):
+        write_recipe(Path("q.jsonl"), "sw", Path("other.yaml"), [], "en", "tiny-llama")
     adapter = read_adapter("english-qa")
     assert (adapter.name, adapter.backbone, adapter.info.answers and adapter.info.answers.task) == (
         "english-qa", "gemma3-270m", "qa"
@@ -482,7 +559,8 @@ def test_the_backbone_is_that_of_the_source_adapters(start: Callable[..., Path],
     one, other, silent = adapter("one", "org/llama"), adapter("other", "org/gemma"), adapter("silent", None)
     assert load_recipe(start(data, (one,), Path("a.yaml"), backbone=None))[0].backbone.name == "org/llama"
     assert load_recipe(start(data, (one,), Path("b.yaml"), backbone="mine/llama"))[0].backbone.name == "mine/llama"
-    assert load_recipe(start(data, (), Path("c.yaml"), backbone=None))[0].backbone.name == "gemma3-270m"
+    source = (str(write(Path("s.jsonl"), completion(60, "s"))),)
+    assert load_recipe(start(data, source, Path("c.yaml"), backbone=None))[0].backbone.name == "gemma3-270m"
     hub = adapter("hub", "google/gemma-3-270m")  # another program's, trained on the hub's weights
     assert load_recipe(start(data, (hub,), Path("d.yaml"), backbone=None))[0].backbone.name == "google/gemma-3-270m"
     (tmp_path / "hub/grasp_lora.json").write_text(json.dumps({"embedded": True}))
@@ -658,8 +736,6 @@ def test_labels_of_both_languages_are_written_alike(start: Callable[..., Path]) 
 def test_the_command_says_what_comes_next(cli: Callable[..., Any], start: Callable[..., Path]) -> None:
     write(Path("t.jsonl"), completion(60))
     write(Path("s.jsonl"), completion(60, "s"))
-    said = cli("init", "t.jsonl", "-l", "de").out
-    assert "no source yet: remove t.yaml and give the same command with --source" in said
     options = ("--source", "s.jsonl", "--backbone", "tiny-llama", "-o", "full.yaml")
     said = cli("init", "t.jsonl", "-l", "de", *options).out
     first, *lines = said.splitlines()
@@ -668,7 +744,7 @@ def test_the_command_says_what_comes_next(cli: Callable[..., Any], start: Callab
     assert lines[1] == "rows: all others, about 45, to train on, 15 to test"
     assert lines[-1] == "next: grasp-lora check full.yaml"
     write(Path("named.jsonl"), [{"question": f"{i}?", "answer": "a"} for i in range(60)])
-    told = cli("init", "named.jsonl", "-l", "de").out
+    told = cli("init", "named.jsonl", "-l", "de", "--source", "s.jsonl").out
     assert "task: completion, where prompt is the column question and completion is the column answer\n" in told
     assert Path("full.yaml").read_text().startswith(f"# yaml-language-server: $schema={SCHEMA_FILE}\n")
     assert Path(SCHEMA_FILE).read_text(encoding="utf-8") == schema_text()

@@ -87,7 +87,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
         "judge run/source --rows fresh.jsonl --language de --save out",
         "export run/adapter -o out --gguf",
         "export run/adapter -o out --fold --dtype bfloat16",
-        "init target.jsonl -l de -o out",
+        "init target.jsonl -l de --source source.jsonl -o out",
     ],
 )
 def test_a_result_is_on_the_disk_before_it_has_its_name(

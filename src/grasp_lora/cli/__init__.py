@@ -86,7 +86,10 @@ def _status() -> int:
     except (GraspError, OSError) as error:  # the second of the terminal, the working folder or a network
         if not is_first():  # mostly the first process has the same to say, and torchrun ends this one before it does
             time.sleep(TIME_TO_SPEAK)
-        print_error(f"error: {error}")
+        first, *more = error.lines if isinstance(error, GraspError) else [str(error)]
+        print_error(f"error: {first}")
+        for line in more:
+            print_error(line)
         return 2
 
 

@@ -128,11 +128,4 @@ def init(
     training = f"all others, about {left}," if target.train is None else target.train
     probed = f", {target.micro_dev} to probe prune ratios on" if target.micro_dev else ""
     say(f"rows: {training} to train on{probed}, {target.test} to test")
-    if recipe.data.source is None and not recipe.source.adapters:
-        say(
-            f"no source yet: remove {file} and give the same command with --source FILE or ADAPTER, or name one in the "
-            "recipe, where it says that a source is missing",
-            style="yellow",
-        )
-        return
     say(f"next: grasp-lora check {shlex.quote(str(file))}", copied=True)

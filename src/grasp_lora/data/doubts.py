@@ -6,8 +6,8 @@ Only what is cheap and certain is looked for. Whether a text is in the right lan
 import re
 from collections.abc import Collection, Iterable
 
-from grasp_lora.data.records import Record, close_label, same_letters
-from grasp_lora.text.display import escaped
+from grasp_lora.data.records import Record, close_label, same_label, same_letters
+from grasp_lora.text.display import escaped, quoted
 
 MOST_SLIPS = 2  # rows of a label that may be a slip of another
 
@@ -33,6 +33,19 @@ def likely_slips(labels: Iterable[tuple[str, str]]) -> dict[str, str]:
             question = f"did you mean {meant}, which {len(places[meant])} rows have?"
             slips[label] = f"{escaped(label)} in {' and '.join(rows)}: {question}"
     return slips
+
+
+def with_two_labels(records: Iterable[Record]) -> list[str]:
+    """Return a line for each text, but for case and marks, that stands in several rows with different labels."""
+    rows_of: dict[str, dict[str, Record]] = {}
+    for record in records:
+        rows_of.setdefault(record.marks[0], {}).setdefault(same_label(record.answer), record)
+    return [
+        "one text has different labels: "
+        + " and ".join(f"{quoted(record.answer)} in {record.where}" for record in list(rows.values())[:3])
+        for rows in rows_of.values()
+        if len(rows) > 1
+    ]
 
 
 def beside_context(records: Collection[Record]) -> list[Record]:

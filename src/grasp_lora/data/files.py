@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from grasp_lora.errors import DataError
 from grasp_lora.storage.reading import expanded, is_file, reading
 from grasp_lora.text.characters import INVISIBLE
-from grasp_lora.text.display import escaped, listed, quoted
+from grasp_lora.text.display import escaped, listed, places, quoted
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +82,16 @@ def read_file(name: str, path: Path, sheet: str | None = None) -> Table:
     return Table(named, rows, of_cells=in_sheets or suffix in (".csv", ".tsv"))
 
 
+def sheets_of(path: Path) -> list[str]:
+    """The sheets of a workbook that are not hidden; none of another file."""
+    if path.suffix.lower() not in WORKBOOKS:
+        return []
+    from python_calamine import CalamineWorkbook, SheetVisibleEnum
+
+    with CalamineWorkbook.from_path(path) as book:
+        return [entry.name for entry in book.sheets_metadata if entry.visible == SheetVisibleEnum.Visible]
+
+
 def _text(path: Path, name: str) -> str:
     data = path.read_bytes()
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # such as Excel's "Unicode text"
@@ -123,6 +133,7 @@ def _named(rows: Iterable[tuple[str, list[str]]]) -> Iterator[Row]:
     White space and invisible marks around and in the names of columns do not count.
     """
     columns: list[str] = []
+    uneven: list[str] = []
     for where, cells in rows:
         if not any(cell.strip() for cell in cells):
             continue
@@ -132,8 +143,11 @@ def _named(rows: Iterable[tuple[str, list[str]]]) -> Iterator[Row]:
                 raise DataError(f"{where}: the column {quoted(twice[0])} stands twice; rename one")
             continue
         if len(cells) != len(columns):
-            raise DataError(f"{where}: the number of cells differs from the {len(columns)} columns")
+            uneven.append(where)
+            continue
         yield Row(where, {column: cell for column, cell in zip(columns, cells, strict=True) if column})
+    if uneven:
+        raise DataError(f"{places(uneven)}: the number of cells differs from the {len(columns)} columns")
 
 
 def _csv(path: Path, name: str, delimiter: str | None = None) -> Iterator[Row]:
@@ -205,7 +219,7 @@ def _parquet(path: Path, name: str) -> Iterator[Row]:
 
 def _workbook(path: Path, name: str, sheet: str | None = None) -> Iterator[Row]:
     """Read a sheet of a workbook: values as they are stored, a formula's as it was last computed."""
-    from python_calamine import CalamineWorkbook, SheetVisibleEnum
+    from python_calamine import CalamineWorkbook
 
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
@@ -216,8 +230,7 @@ def _workbook(path: Path, name: str, sheet: str | None = None) -> Iterator[Row]:
     with CalamineWorkbook.from_path(path) as book:
         if sheet not in (None, *book.sheet_names):
             raise DataError(f"{name} has no sheet {quoted(sheet)}; it has {listed(book.sheet_names)}")
-        shown = (entry.name for entry in book.sheets_metadata if entry.visible == SheetVisibleEnum.Visible)
-        title = sheet or next(shown, book.sheet_names[0])
+        title = sheet or [*sheets_of(path), book.sheet_names[0]][0]
         cells = book.get_sheet_by_name(title).to_python(skip_empty_area=False)
     where = f"{name}, sheet {quoted(title)}"
     return _named((f"{where}, row {number}", list(map(_cell, row))) for number, row in enumerate(cells, start=1))

@@ -13,7 +13,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from os.path import normpath
@@ -24,12 +24,17 @@ from grasp_lora.data.tasks import TASKS, task_fields
 from grasp_lora.errors import DataError
 from grasp_lora.storage.reading import reading
 from grasp_lora.text.characters import INVISIBLE
-from grasp_lora.text.display import listed, quoted
+from grasp_lora.text.display import escaped, listed, places, quoted
 
 OPTIONAL_COLUMNS = ("id", "group", "title", "references", "messages")
 FIELDS = frozenset(OPTIONAL_COLUMNS).union(*((*task.inputs, task.answer) for task in TASKS.values()))
 XLSUM_COLUMNS = {"id": "id", "title": "title", "document": "text", "summary": "summary"}
 MOST_LABELS = 200  # more are texts, which a model should write
+MOST_FAULTS = 10  # that a message names
+UNANSWERED = (
+    "; give it an answer, or remove it; a recipe can set data.skip_unanswered to true (`init` has --skip-unanswered), which "
+    "leaves such rows out and counts them"
+)
 NEAR = 0.75  # from this share of letters in common on (difflib's ratio): one of four may be another
 
 # What speakers are to chat templates.
@@ -136,6 +141,7 @@ def make_pool(
     columns = columns or {}
     counts: Counter[str] = Counter()
     records: list[Record] = []
+    faults: dict[str, list[str]] = {}  # of what is wrong the rows
     for table in tables:
         layout = find_layout(table, task, columns)
         if layout.task not in (None, task):
@@ -149,22 +155,37 @@ def make_pool(
         named = layout.columns or columns
         has_ids = any(not is_blank(row.values.get(named.get("id", "id"))) for row in rows)
         for number, (where, values) in enumerate(rows, start=1):
-            with reading(where):
-                if table.of_cells:
-                    _refuse_written_lists(values, named)
-                record = _record(values, task, named, f"{normpath(table.name)}:{number}", has_ids)
-                if isinstance(record, Record):
-                    record = replace(record, where=where)
-                    records.append(_trimmed(record, counts) if layout.trims and task != "completion" else record)
-                elif skip_unanswered or record is None:
-                    counts["unanswerable"] += 1
-                else:
-                    raise ValueError(
-                        f"{record}; give it an answer, or remove it; a recipe can set data.skip_unanswered to true (`init` has "
-                        "--skip-unanswered), which leaves such rows out and counts them"
-                    )
-    _check_ids(records)
+            record: Record | str | None = None
+            try:
+                with reading(where):
+                    if table.of_cells:
+                        _refuse_written_lists(values, named)
+                    record = _record(values, task, named, f"{normpath(table.name)}:{number}", has_ids)
+            except DataError as error:
+                faults.setdefault(str(error).removeprefix(f"{escaped(where)}: "), []).append(where)
+                continue
+            if isinstance(record, Record):
+                record = replace(record, where=where)
+                records.append(_trimmed(record, counts) if layout.trims and task != "completion" else record)
+            elif skip_unanswered or record is None:
+                counts["unanswerable"] += 1
+            else:
+                faults.setdefault(f"{record}{UNANSWERED}", []).append(where)
+    _refuse(faults, _repeated_ids(records))
     return Pool(tuple(records), counts["mapped"], counts["removed"], counts["unanswerable"], counts["answers_trimmed"])
+
+
+def _refuse(faults: Mapping[str, Sequence[str]], repeated: str | None) -> None:
+    """Raise what is wrong with rows, all of it at once: each fault with its rows, the first ten of many."""
+    lines = [f"{places(rows)}: {fault}" for fault, rows in faults.items()]
+    if repeated:
+        lines.append(repeated)
+    if len(lines) == 1:
+        raise DataError(lines[0])
+    if lines:
+        rest = len(lines) - MOST_FAULTS
+        more = [f"and {rest} more"] if rest > 0 else []
+        raise DataError(f"{len(lines)} faults in the data", [*lines[:MOST_FAULTS], *more])
 
 
 def find_layout(table: Table, task: str | None, columns: Columns | None = None) -> Layout:
@@ -242,6 +263,20 @@ def check_labels(labels: Iterable[str], where: str) -> tuple[str, ...]:
     return different
 
 
+def check_shared(target: Iterable[str], source: Iterable[str]) -> None:
+    """Check that source and target have at least one label in common: else nothing is learned of the source.
+
+    Raises:
+        DataError: they have none.
+    """
+    ours, theirs = sorted(set(target)), sorted(set(source))
+    if theirs and not {*ours} & {*theirs}:
+        raise DataError(
+            f"source and target have no label in common: the target has {listed(ours)}, the source {listed(theirs)}; write "
+            "labels that mean the same alike"
+        )
+
+
 def close_label(label: str, labels: Iterable[str]) -> str | None:
     """Return the one that is written most alike, None where none is near."""
     return next(iter(difflib.get_close_matches(label, list(labels), 1, NEAR)), None)
@@ -285,19 +320,19 @@ def _in_small_letters(table: Table, named_columns: Columns) -> dict[str, str]:
     return renamed
 
 
-def _check_ids(records: list[Record]) -> None:
-    places: dict[str, list[str]] = {}
+def _repeated_ids(records: list[Record]) -> str | None:
+    rows_of: dict[str, list[str]] = {}
     for record in records:
-        places.setdefault(record.id, []).append(record.where)
-    twice = {identity: where for identity, where in places.items() if len(where) > 1}
-    if twice:
-        numbers = all(identity.isdigit() for identity in twice)
-        shown = [f"{identity} ({' and '.join(twice[identity][:2])})" for identity in list(twice)[:5]]
-        raise DataError(
-            f"{len(twice)} ids stand more than once, first {listed(shown)}; every record needs its own id, "
-            "and no file may be listed twice"
-            + ("; where these number the rows of each file, rename the column id" if numbers else "")
-        )
+        rows_of.setdefault(record.id, []).append(record.where)
+    twice = {identity: rows for identity, rows in rows_of.items() if len(rows) > 1}
+    if not twice:
+        return None
+    numbers = all(identity.isdigit() for identity in twice)
+    shown = [f"{identity} ({' and '.join(twice[identity][:2])})" for identity in list(twice)[:5]]
+    return (
+        f"{len(twice)} ids stand more than once, first {listed(shown)}; every record needs its own id, and no file may be listed "
+        "twice" + ("; where these number the rows of each file, rename the column id" if numbers else "")
+    )
 
 
 def is_blank(value: object) -> bool:

@@ -20,7 +20,16 @@ from grasp_lora.data.data_settings import CorpusSettings, DataSettings
 from grasp_lora.data.encode import Encoder, Example, Tally, check_tokenizer, encode_labels
 from grasp_lora.data.files import Table, name_of_file, read_file, read_hub, resolve_file
 from grasp_lora.data.groups import by_group, join_groups, keys_with_turns
-from grasp_lora.data.records import Pool, Record, check_labels, close_label, make_pool, same_label, same_text
+from grasp_lora.data.records import (
+    Pool,
+    Record,
+    check_labels,
+    check_shared,
+    close_label,
+    make_pool,
+    same_label,
+    same_text,
+)
 from grasp_lora.data.tasks import resolve_template, task_fields
 from grasp_lora.errors import DataError
 from grasp_lora.text.display import listed, quoted
@@ -497,6 +506,7 @@ def count_labels(named: Sequence[str], splits: Mapping[str, Sequence[Example]]) 
                 )
     if faults:
         raise DataError("; ".join(list(faults.values())[:5]))
+    check_shared(labels, (label for name, counts in counts_of.items() if name.startswith("source") for label in counts))
     for name, loss in (("train", "nothing is learned of it"), ("test", "the scores say nothing of it")):
         if missing := [label for label in labels if splits[name] and not counts_of[name][label]]:
             logger.warning("no %s row has the label %s: %s", name, listed(missing), loss)

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from grasp_lora.data.doubts import beside_context, likely_slips, untranslated
+from grasp_lora.data.doubts import beside_context, likely_slips, untranslated, with_two_labels
 from grasp_lora.data.encode import Example, Tally
 from grasp_lora.data.splits import SPLITS, group_numbers, group_size, read_shares
+from grasp_lora.data.tasks import task_fields
 from grasp_lora.engine.check import check
 from grasp_lora.engine.comparison import expected_width
 from grasp_lora.engine.methods import most_trained
@@ -177,6 +178,8 @@ def _strange_rows(session: Session) -> Iterator[Finding]:
             yield _warning(
                 "rows", f"{len(rows)} of {len(target)} target rows {fault}, first {first}; correct or remove them"
             )
+    for line in with_two_labels(target) if task_fields(data.task).chooses else ():
+        yield _warning("labels", line)
 
 
 def _in_order(where: str) -> tuple[int, str]:

@@ -8,11 +8,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from grasp_lora.data.doubts import likely_slips
-from grasp_lora.data.files import DEMO_PREFIX, Table, read_file
+from grasp_lora.data.doubts import likely_slips, with_two_labels
+from grasp_lora.data.files import DEMO_PREFIX, Table, read_file, sheets_of
 from grasp_lora.data.records import (
     FIELDS,
     LAYOUTS,
+    MOST_LABELS,
     OPTIONAL_COLUMNS,
     Record,
     check_labels,
@@ -151,9 +152,18 @@ def read_corpus(
     table = read_file(name, path, sheet=sheet)
     # A source may have columns of other names than the target, where the user named those of the target.
     chosen = {field: column for field, column in (columns or {}).items() if option or column in table.columns}
-    data_task, renamed = find_layout(table, None, chosen).task, dict[str, str]()
-    if data_task is None:
-        data_task, renamed = _guess(table, task, chosen, option or "--source-column")
+    column_option = option or "--source-column"
+    try:
+        data_task, renamed = _task_of(table, task, chosen, column_option)
+    except DataError as error:
+        others = sheets_of(path)[1:] if sheet is None else []
+        fitting = [title for title in others if _fits(read_file(name, path, sheet=title), task, chosen, column_option)]
+        if not fitting:
+            raise
+        raise DataError(
+            f"the first sheet of {name} has the columns {listed(table.columns)}, which fit no task; those of "
+            f"{quoted(fitting[0])} do: add {column_option.replace('column', 'sheet')} {shlex.quote(fitting[0])}"
+        ) from error
     if find_layout(table, data_task, chosen) is LAYOUTS["xlsum"]:
         renamed = {}  # the reader knows them
     if task not in (None, data_task):
@@ -168,7 +178,22 @@ def read_corpus(
         labels = check_labels((record.answer for record in pool.records), name)
         for question in likely_slips((record.answer, record.where) for record in pool.records).values():
             logger.warning("%s", question)
+        for line in with_two_labels(pool.records):
+            logger.warning("%s", line)
     return Corpus(written, data_task, renamed, pool.records, pool.unanswerable, sheet, labels)
+
+
+def _task_of(table: Table, task: str | None, chosen: Mapping[str, str], option: str) -> tuple[str, dict[str, str]]:
+    """Return the task that a table is of, and its columns that are called otherwise."""
+    known = find_layout(table, None, chosen).task
+    return (known, {}) if known is not None else _guess(table, task, chosen, option)
+
+
+def _fits(table: Table, task: str | None, chosen: Mapping[str, str], option: str) -> bool:
+    try:
+        return task in (None, _task_of(table, task, chosen, option)[0])
+    except DataError:
+        return False
 
 
 def relative(place: str, folder: Path) -> str:
@@ -255,6 +280,12 @@ def _no_task(table: Table, by_name: Mapping[str, str], option: str) -> str:
             f"{table.name} has whole texts ({columns}), and no answers to learn: there is no language modelling. Split each text "
             "into prompt and completion, or give the columns of a task"
         )
+    if labels := _labelled(table):
+        pairs = zip(COLUMNS["classification"], labels, strict=True)
+        return (
+            f"{table.name} has the columns {columns}, which fit no task by their names; {quoted(labels[1])} looks like labels: "
+            f"say {_options(pairs, option)}, or name the columns of another task"
+        )
     # The task of which most columns are there; of several, one with as many fields as there are columns.
     fields = max(
         COLUMNS.values(),
@@ -272,3 +303,14 @@ def _no_task(table: Table, by_name: Mapping[str, str], option: str) -> str:
         f"{table.name} has the columns {columns}, which fit no task ({tasks}; instructions: instruction, input, output; or "
         f"messages); {named}rename them{separated}"
     )
+
+
+def _labelled(table: Table) -> tuple[str, str] | None:
+    """A column of texts and one of labels, where there are no others: at most a tenth as many values as rows."""
+    columns = [column for column in table.columns if column.lower() not in OPTIONAL_COLUMNS]
+    if len(columns) != 2:
+        return None
+    values = {column: {str(row.values.get(column)) for row in table.rows} for column in columns}
+    text, label = sorted(columns, key=lambda column: -len(values[column]))
+    few = 2 <= len(values[label]) <= min(len(table.rows) // 10, MOST_LABELS) < len(values[text])
+    return (text, label) if few else None

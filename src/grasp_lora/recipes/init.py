@@ -16,7 +16,7 @@ from typing import Any
 
 from grasp_lora.data.files import DEMO_PREFIX, READERS, resolve_file
 from grasp_lora.data.groups import by_group, join_groups, keys_with_turns
-from grasp_lora.data.records import Record, check_labels
+from grasp_lora.data.records import Record, check_labels, check_shared
 from grasp_lora.data.splits import HELD_OUT, PAPER_SIZES, assign
 from grasp_lora.data.tasks import FALLBACK_LANGUAGE, TEMPLATES, built_in_template
 from grasp_lora.errors import AdapterError, DataError, RecipeError
@@ -78,8 +78,8 @@ def write_recipe(
         data: CSV, TSV, XLSX, JSON, JSONL, parquet or SQuAD JSON of the target language, at least 30 examples.
         language: its language, such as `ar`.
         output: the recipe file; None for the name of the data with `.yaml`, in the working folder.
-        source: data files of the rich language, or PEFT adapters trained on it (folders, hub ids, or `english-qa`, which comes
-            along); empty takes `english-qa` for questions on the embedded backbone, and else leaves it to the reader.
+        source: data files of the rich language, or PEFT adapters trained on it (folders, hub ids, or `english-qa`, which is
+            included); empty takes `english-qa` for questions on the embedded backbone.
         source_language: language of the source data.
         backbone: hub id, folder or `gemma3-270m`; None for the one that the adapters in `source` name, or else `gemma3-270m`.
         columns: such as `question=Swali`: columns of the data that are not called as the field.
@@ -94,7 +94,7 @@ def write_recipe(
         The recipe file; about how many rows are left for training, since held-out splits take whole groups.
 
     Raises:
-        GraspError: the data cannot be used, the source is neither data nor adapter, or the recipe exists already.
+        GraspError: the data cannot be used, the source is missing or neither data nor adapter, or the recipe exists already.
     """
     # No command takes the default name for an option.
     file = Path(f"{data.stem.lstrip('-') or 'mine'}.yaml") if output is None else output
@@ -138,7 +138,13 @@ def write_recipe(
     ]
     for corpus in sources if target.labels else ():
         check_labels((*target.labels, *corpus.labels), f"{target.name} and {corpus.name}")
+    check_shared(target.labels, (label for corpus in sources for label in corpus.labels))
     sizes = choose_sizes(target, sources, MICRO_DEV if learn_ratio else 0)
+    if not source:
+        raise RecipeError(
+            "there is no source: add --source FILE with examples of a rich language, or --source ADAPTER, trained on them; both "
+            f"for the task {target.task}"
+        )
     text = _render(
         file,
         target,

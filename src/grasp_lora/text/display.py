@@ -4,7 +4,7 @@ A control character can move the cursor or recolour what follows, a bidirectiona
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 # C0 and C1 controls, line and paragraph separator, what embeds, overrides or isolates a direction, halves of surrogate pairs.
 # The marks U+200E, U+200F and U+061C move nothing beside them: Arabic needs them.
@@ -12,6 +12,7 @@ CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069
 SURROGATES = re.compile("[\ud800-\udfff]")
 _MOST_SHOWN = 80
 _MOST_LISTED = 20
+_MOST_PLACES = 4
 
 
 def one_line(text: str) -> str:
@@ -71,3 +72,17 @@ def listed(names: Iterable[object]) -> str:
     shown = [escaped(name if len(name) <= _MOST_SHOWN else name[:_MOST_SHOWN] + "...") for name in all_names]
     more = len(shown) - _MOST_LISTED
     return ", ".join(shown[:_MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+def places(rows: Sequence[str]) -> str:
+    """Return places of rows for a message: the first whole, of others what differs, of many how many more there are.
+
+    >>> places(["a.csv, line 2"]), places(["a.csv, line 2", "a.csv, line 9", "b.csv, line 3"])
+    ('a.csv, line 2', 'a.csv, line 2, line 9 and b.csv, line 3')
+    """
+    first, *others = rows
+    file, more = f"{first.rpartition(', ')[0]}, ", len(rows) - _MOST_PLACES
+    shown = [first, *(row.removeprefix(file) for row in others[: _MOST_PLACES - 1])]
+    if more > 0:
+        return f"{', '.join(shown)} and {more} more"
+    return " and ".join(filter(None, [", ".join(shown[:-1]), shown[-1]]))
