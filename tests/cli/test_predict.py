@@ -136,6 +136,37 @@ def test_a_question_is_put_into_the_prompt_of_the_training_and_cleaned_as_rows_a
     assert asked[-1][0] == ["<bos>what?\n"]
 
 
+def test_on_a_terminal_the_fields_are_asked_for_in_turn(
+    cli: Cli, asked: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def typed(*lines: str | type[BaseException]) -> None:
+        left = iter(lines)
+
+        def read(prompt: str) -> str:
+            names.append(prompt.split()[0])
+            line = next(left)
+            if not isinstance(line, str):
+                raise line
+            return line
+
+        monkeypatch.setattr("builtins.input", read)
+
+    names: list[str] = []
+    standard_input(monkeypatch, b"")
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    typed("one text", "where?", "when?", "", "another", "who?", "", "")
+    assert cli("predict", "qa").out == "so\n" * 3
+    assert names == ["context", *["question"] * 3, "context", "question", "question", "context"]
+    told = [("one text", "where?"), ("one text", "when?"), ("another", "who?")]
+    wanted = ["<bos>" + QA_TEMPLATE.format(context=context, question=question) for context, question in told]
+    assert [prompts for prompts, *_ in asked] == [[prompt] for prompt in wanted]
+    for end in ("", EOFError, KeyboardInterrupt):
+        typed("what?", end)
+        result = cli("predict", "talks")
+        assert (result.status, result.out, result.err) == (0, "so\n", "")
+        assert asked[-1][0] == ["<bos>what?\n"]  # as in its training
+
+
 def test_a_prompt_of_another_form_and_a_text_that_is_cut_get_a_note(cli: Cli, asked: list[Any]) -> None:
     whole = QA_TEMPLATE.format(context="c", question="q")
     assert cli("predict", "qa", whole).err == ""

@@ -99,7 +99,8 @@ def test_check_says_what_can_be_chosen(tiny_workspace) -> None:
     )
     assert texts["warning"] == "no row of the target has never; add rows, or delete it from data.labels"
     Path("source.jsonl").write_text(
-        "".join(json.dumps({"text": f"s {i}", "label": ("ja", "no")[i % 2]}) + "\n" for i in range(20)), encoding="utf-8"
+        "".join(json.dumps({"text": f"s {i}", "label": ("ja", "no")[i % 2]}) + "\n" for i in range(20)),
+        encoding="utf-8",
     )
     findings = preflight(session_of())
     assert [one.text for one in findings if (one.level, one.topic) == ("warning", "labels")] == [

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +24,10 @@ def predict(
     adapter: AdapterArgument,
     prompts: Annotated[
         list[str] | None,
-        typer.Argument(help="Whole prompts, or a file of rows; without any, one prompt a line from standard input."),
+        typer.Argument(
+            help="Whole prompts, or a file of rows. Without any, you are asked for a question; what is piped in is one "
+            "prompt a line."
+        ),
     ] = None,
     question: Annotated[
         str | None, typer.Option(help="A question, put into the prompt that the adapter was trained with.")
@@ -66,11 +70,11 @@ def predict(
     trust_remote_code: TrustOption = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
-    """Answer with an adapter: prompts, one answer a line; a question; or the rows of a file.
+    """Answer with an adapter: prompts, one answer a line; a question; the rows of a file; or what you type.
 
     A prompt is whole, as the adapter was trained on it; --question, --context and rows are put into that form.
     """
-    from grasp_lora.engine.predict import is_rows, predict_question, predict_rows, predict_texts
+    from grasp_lora.engine.predict import is_rows, predict_question, predict_rows, predict_texts, predict_typed
     from grasp_lora.engine.run_folder import ADAPTER_FOLDER
 
     log_to_terminal(False)
@@ -97,11 +101,14 @@ def predict(
     }.items():
         if wrong:
             raise RecipeError(problem)
+    answers: Iterable[str]
     if texts:
         answers = [predict_question(adapter, texts, **settings)]
     elif rows is not None:
         predictions = predict_rows(adapter, rows, output, sheet=sheet, **settings)
         answers = [] if output else [json.dumps(row, ensure_ascii=False) for row in predictions]
+    elif not (prompts or jsonl) and sys.stdin and sys.stdin.isatty():
+        answers = predict_typed(adapter, _typed, **settings)
     else:
         answers = predict_texts(adapter, prompts or _prompts_on_standard_input(jsonl), **settings)
     if jsonl and rows is None:
@@ -109,13 +116,21 @@ def predict(
     on_terminal = sys.stdout.isatty()
     if not on_terminal and isinstance(sys.stdout, io.TextIOWrapper):  # else what Windows takes for a pipe's encoding
         sys.stdout.reconfigure(encoding="utf-8")
-    if rows is None and len(answers) > 1 and not (on_terminal or jsonl):
+    if rows is None and isinstance(answers, list) and len(answers) > 1 and not (on_terminal or jsonl):
         broken = next((number for number, answer in enumerate(answers, start=1) if "\n" in answer), None)
         if broken is not None:
             text = "answer %d has several lines, so there are more lines than prompts; add --jsonl, which writes one line each"
             logger.warning(text, broken)
     for answer in answers:
         sys.stdout.write((escaped(answer) if on_terminal else answer) + "\n")
+
+
+def _typed(field: str) -> str:
+    """Ask for a field on the terminal; the end of the input and Ctrl-C end the command."""
+    try:
+        return input(f"{field} (empty line to go back or end): ")
+    except (EOFError, KeyboardInterrupt):
+        raise typer.Exit from None
 
 
 def _prompts_on_standard_input(jsonl: bool) -> list[str]:

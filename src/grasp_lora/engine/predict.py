@@ -190,7 +190,6 @@ def predict_question(place: str, texts: Mapping[str, str], *arguments: Any, **se
     """
     adapter = read_adapter(place)
     form = adapter.info.answers or Answers()
-    texts = {name: clean_text(text, Counter()) for name, text in texts.items()}  # as rows of files are
     task, template = _templates_of(form)
     wanted = fields_of(template.prompt)
     fields = dict(zip(wanted, texts.values(), strict=True)) if len(wanted) == len(texts) == 1 else dict(texts)
@@ -204,9 +203,38 @@ def predict_question(place: str, texts: Mapping[str, str], *arguments: Any, **se
     if problem:
         raise DataError(f"adapter {place} {problem}")
     _check_texts({f"--{name}": text for name, text in texts.items()})
-    unused = dict.fromkeys(task_fields(task).inputs, "")
     with asking(place, *arguments, adapter=adapter, **settings) as asked:
-        return asked.records([Record("the question", unused | fields, "", (), frozenset())])[0]
+        return asked.records([_question(task, fields)])[0]
+
+
+def predict_typed(place: str, read: Callable[[str], str], *arguments: Any, **settings: Any) -> Iterator[str]:
+    """Answer what is typed: the fields of the adapter's prompt are asked for in turn, the last one again after each answer.
+
+    An empty text for the last field goes back to the first one, and an empty first field ends it.
+
+    Args:
+        place: PEFT adapter, a folder or a hub id.
+        read: name of a field -> its text.
+        arguments, settings: of `asking`.
+
+    Raises:
+        GraspError: as of `asking`; or a text is no valid one.
+    """
+    adapter = read_adapter(place)
+    task, template = _templates_of(adapter.info.answers or Answers())
+    *before, last = fields_of(template.prompt)
+    with asking(place, *arguments, adapter=adapter, **settings) as asked:
+        while True:
+            fields: dict[str, str] = {}
+            for name in before:
+                fields[name] = read(name)
+                if not fields[name].strip():
+                    return
+            while (text := read(last)).strip():
+                _check_texts(fields | {last: text})
+                yield asked.records([_question(task, fields | {last: text})])[0]
+            if not before:
+                return
 
 
 def predict_rows(
@@ -261,6 +289,12 @@ def _templates_of(form: Answers) -> tuple[str, Template]:
     prompt = PLAIN.prompt if form.prompt is None and task == "completion" else form.prompt or ""
     check_template("the adapter's prompt", prompt, fields.inputs)
     return task, Template(prompt, form.completion or "{" + fields.answer + "}")
+
+
+def _question(task: str, fields: Mapping[str, str]) -> Record:
+    """A record without an answer; fields that the adapter's prompt leaves out are empty, and texts clean as those of files."""
+    clean = {name: clean_text(text, Counter()) for name, text in fields.items()}
+    return Record("the question", dict.fromkeys(task_fields(task).inputs, "") | clean, "", (), frozenset())
 
 
 def _check_texts(texts: Mapping[str, str]) -> None:
