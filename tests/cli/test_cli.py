@@ -281,7 +281,7 @@ def test_check_says_what_to_expect(cli: Cli, tiny_workspace: Path) -> None:
     result = cli("check", "tiny.yaml", "--set", "seed=7")
     assert "source_train 12, source_dev 4, train 10, dev 6, micro_dev 4, test 8" in output(result)
     assert "3 rounds" in result.out
-    assert result.out.endswith("next: grasp-lora run tiny.yaml --set seed=7\n")
+    assert result.out.endswith(". Next: grasp-lora run tiny.yaml --set seed=7\n")
     assert result.err == ""
     assert contents(tiny_workspace) == before
 

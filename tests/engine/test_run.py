@@ -464,7 +464,10 @@ class TestOther:
 
     def test_recipe(self, finished_run: Path) -> None:
         before = files_of(finished_run)
-        with pytest.raises(RecipeError, match=r"another recipe \(seed is 42 there and 7 here\); choose another folder"):
+        with pytest.raises(
+            RecipeError,
+            match=r"\(seed is 42 there and 7 here\); to go on with it, repeat --set seed=42, or choose another",
+        ):
             run_tiny("seed=7")
         assert files_of(finished_run) == before
 

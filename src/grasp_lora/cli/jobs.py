@@ -67,8 +67,8 @@ def check(
             say(Text.assemble(mark, (f"{finding.topic:<10} ", "bold"), one_line(finding.text)))
     changes = [part for override in overrides or [] for part in ("--set", override)]
     command = shlex.join(["grasp-lora", "run", recipe, *changes, *["--allow-code"] * allow_code])
-    summary = f"{warnings} warning{'' if warnings == 1 else 's'} above" if warnings else "nothing stands in the way"
-    say(f"{summary}; next: {command}", copied=True)
+    summary = f"{warnings} warning{'' if warnings == 1 else 's'} above" if warnings else "No problems found"
+    say(f"{summary}. Next: {command}", copied=True)
 
 
 def _run(
@@ -122,10 +122,10 @@ def _run(
     if metrics.best_step == 0:
         say(DISCARDED, style="yellow")
     say(f"adapter {result.adapter}   report {folder / REPORT_FILE}")
-    if (folder / PROMPT_FILE).is_file():
-        say(f"try it: {words.predict_command(folder)}", copied=True)
     if command := words.command_for_texts(record, folder):
-        say(f"with a text of your own: {command}", copied=True)
+        say(f"ask it: {command}", copied=True)
+    elif (folder / PROMPT_FILE).is_file():
+        say(f"ask it: {words.predict_command(folder)}", copied=True)
     say(f"to the hub: {words.upload_command(folder)}", copied=True)
     say(f"in your own program: {result.adapter / CARD_FILE} holds the lines of Python")
     if step := words.next_step(record, recipe, overrides, folder, allow_code):

@@ -21,7 +21,8 @@ from grasp_lora.engine.comparison import (
     expected_width,
     summary,
 )
-from grasp_lora.engine.methods import METHODS, most_trained
+from grasp_lora.engine.methods import METHODS
+from grasp_lora.engine.plan import most_trained
 from grasp_lora.engine.results import read_if_there
 from grasp_lora.engine.run_folder import COMPARE_FOLDER, STORE_FOLDER, check_place
 from grasp_lora.engine.session import Session
@@ -184,7 +185,8 @@ class _Work:
         groups, seeds = len(set(group_numbers(test))), 1 if self.settings.folds else len(self.settings.seeds)
         metrics = list(self.sessions[0].metrics)
         ready = [name for name, row in self.rows.items() if row.unavailable is None]
-        source, seeded = most_trained(ready, self.sessions[0], len(self.settings.grid))
+        trained = most_trained(ready, self.sessions[0], len(self.settings.grid))
+        source, seeded = trained.pop("source", 0), sum(trained.values())
         once = 1 if not self.settings.folds else len(self.batches)  # a fold has source rows of its own
         self.progress.note(
             f"trains on at most {source * once + seeded * len(self.batches)} examples, and {len(ready)} methods answer "

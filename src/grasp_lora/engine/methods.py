@@ -5,7 +5,7 @@ Paper: baselines of the main table; more that a reviewer would ask for.
 """
 
 import importlib.util
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -233,58 +233,3 @@ METHODS: dict[str, Method] = {
     "delivered": Method("what a run hands over", _delivered),
     "grasp_paper": Method("GRASP, preset paper", _grasp(in_paper=True), _paper_has_no_rounds, paper=True),
 }
-
-# The trainings of each method; those of one name are shared.
-_TO_MERGE, _IN_PAPER = {"source", "target"}, {"source", "apart"}
-_TO_PRUNE = _TO_MERGE | {"controller", "final"}
-TRAININGS: dict[str, set[str]] = {
-    "source_only": {"source"},
-    "target_only": {"apart"},
-    "continued": {"source", "continued"},
-    "joint": {"joint"},
-    "ties": _IN_PAPER,
-    "dare_ties": _IN_PAPER,
-    "lorahub": _IN_PAPER,
-    "merged": _TO_MERGE,
-    "adaptive_merge": _IN_PAPER | {"adaptive"},
-    "grid_paper": _IN_PAPER | {"paper grid"},
-    "grid": _TO_MERGE | {"grid"},
-    "grasp": _TO_PRUNE,
-    "delivered": _TO_PRUNE | {"continued", "unpruned"},
-    "grasp_paper": _IN_PAPER | {"paper controller", "paper final"},
-}
-
-
-def most_trained(names: Collection[str], session: Session, ratios: int = 0) -> tuple[int, int]:
-    """How many examples methods train on at most: the source adapter, once, and all else, with each seed.
-
-    A dev set may stop trainings early. Methods from outside are not counted.
-
-    Args:
-        ratios: of a grid.
-    """
-    recipe, splits = session.recipe, session.splits
-    trains = {part for name in names for part in TRAININGS.get(name, ())}
-    if recipe.final.prune_ratio is not None:
-        trains -= {"controller"}
-    if "continued" not in names and recipe.final.deliver == "grasp":
-        trains -= {"continued"}
-    if recipe.final.deliver != "grasp" or recipe.final.prune_ratio is not None:
-        trains -= {"unpruned"}
-    if list(names) == ["delivered"] and recipe.final.deliver == "continued":
-        trains = {"source", "continued"}
-    final, own = recipe.final.training.epochs, recipe.target.training.epochs
-    if recipe.target.on is None:
-        trains = (trains - {"apart"}) | ({"target"} if "apart" in trains else set())  # one and the same
-    epochs = {
-        **dict.fromkeys(("target", "apart"), 0 if recipe.target.adapter else own),
-        "controller": recipe.controller.training.epochs,
-        "paper controller": recipe.controller.training.epochs,
-        "grid": ratios * final,
-        "paper grid": ratios * final,
-    }
-    seeded = sum(epochs.get(part, final) for part in trains - {"source", "joint"}) * len(splits.train)
-    source = 0 if recipe.source.adapters else recipe.source.training.epochs * len(splits.source_train)
-    rows = max(1, round(own)) * len(splits.train)  # of the target; as many of the source
-    joint = rows + min(rows, len(splits.source_train)) if "joint" in trains else 0
-    return round(source if "source" in trains else 0), round(seeded + joint)

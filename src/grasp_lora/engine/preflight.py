@@ -22,13 +22,12 @@ from grasp_lora.data.splits import SPLITS, group_numbers, group_size, read_share
 from grasp_lora.data.tasks import task_fields
 from grasp_lora.engine.check import check
 from grasp_lora.engine.comparison import expected_width
-from grasp_lora.engine.methods import most_trained
+from grasp_lora.engine.plan import planned
 from grasp_lora.engine.session import Session
 from grasp_lora.models.adapters import attached, fresh_adapter
 from grasp_lora.models.backbone import is_quantised, supports_logits_to_keep, without_peft
 from grasp_lora.models.generation import answer
 from grasp_lora.models.loss import collate, example_losses
-from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.storage.memory import enough_memory, peak_memory
 from grasp_lora.text.characters import are_glued
 from grasp_lora.text.display import listed, one_line
@@ -262,38 +261,17 @@ def _plan(session: Session) -> Iterator[Finding]:
         text = f"the controller will run {most}{rounds} round{'' if rounds == 1 else 's'}"
         hint = "; raise controller.training.epochs or lower controller.rounds.every"
         yield _warning("rounds", text + hint) if few else _ok("rounds", text)
-    trained, probed, _ = _cost(session)
+    plan = planned(session)
+    trained, probed = sum(plan.trained.values()), plan.probed
     passes = TRAINED_AS_MEASURED * trained + probed
     text = f"at most {trained} training examples and {probed} probed ones, {passes} forward passes"
     yield _ok("cost", f"{text}; dev losses and answers come on top")
     test = splits.test
     width = expected_width(
-        list(session.metrics), len(test), _systems(recipe) - 1, group_size(test), len(set(group_numbers(test))), seeds=1
+        list(session.metrics), len(test), plan.systems - 1, group_size(test), len(set(group_numbers(test))), seeds=1
     )
     if width:
         yield _ok("power", f"in the report of the run, {width}")
-
-
-def _systems(recipe: Recipe) -> int:
-    """How many systems a run measures at most: the backbone alone, the merge, GRASP's result, and the adapters before them."""
-    sources = max(1, len(recipe.source.adapters))
-    if recipe.final.deliver == "continued":
-        return 2 + sources
-    rivals = 2 * (recipe.final.deliver == "best")  # `continued`, and its mean with GRASP's result
-    unpruned = recipe.final.deliver == "grasp" and recipe.final.prune_ratio is None
-    return 3 + sources + (recipe.target.on != "source") + rivals + unpruned
-
-
-def _cost(session: Session) -> tuple[int, int, float]:
-    """How many examples are trained on, probed, and measured for dev losses at most."""
-    recipe, splits, probed = session.recipe, session.splits, 0
-    source, seeded = most_trained(["delivered"], session)
-    if recipe.final.prune_ratio is None:
-        rounds = len(recipe.controller.round_steps(len(splits.train)))
-        probed = rounds * recipe.controller.probed_examples(len(session.probe_pool))
-    # Once an epoch.
-    looks = source / max(1, len(splits.source_train)) * len(splits.source_dev)
-    return source + seeded, probed, looks + seeded / len(splits.train) * len(splits.dev)
 
 
 @contextmanager
@@ -345,8 +323,13 @@ def _measured(session: Session) -> list[Finding]:
             prompts, right = [row.prompt_ids for row in few], [row.completion_ids for row in few]
             answer(adapted, tokenizer, prompts, recipe.generation, labels=splits.labels, right=right)
             answered = (time.perf_counter() - started) / len(few)
-    (training_rows, probed, looked_at), systems = _cost(session), _systems(recipe)
-    total = training_rows * trained + (probed + looked_at) * measured + systems * len(splits.test) * answered
+    plan = planned(session)
+    # Dev losses are measured once an epoch.
+    trained_rows = sum(plan.trained.values())
+    source = plan.trained.get("source", 0)
+    looks = source / max(1, len(splits.source_train)) * len(splits.source_dev)
+    looks += (trained_rows - source) / len(splits.train) * len(splits.dev)
+    total = trained_rows * trained + (plan.probed + looks) * measured + plan.systems * len(splits.test) * answered
     on_gpu = model.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if on_gpu else peak_memory()
     size = (

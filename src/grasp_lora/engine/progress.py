@@ -16,6 +16,15 @@ class Progress:
     def note(self, text: str) -> None:
         """Take a sentence that a reader should know beforehand."""
 
+    def planned(self, steps: int, passes: float, answers: float) -> None:
+        """A run begins.
+
+        Args:
+            steps: trainings and systems, at most.
+            passes: forward passes of all of them, about; 0 where that is not foretold.
+            answers: those that the answers of one system take.
+        """
+
     def method(self, title: str, number: int, total: int) -> None:
         """A row of a comparison begins: the `number`-th of `total`, counted from 1."""
 

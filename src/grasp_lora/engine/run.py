@@ -13,6 +13,7 @@ from pathlib import Path
 from grasp_lora.engine import deliver
 from grasp_lora.engine.check import check
 from grasp_lora.engine.differences import differences
+from grasp_lora.engine.plan import planned
 from grasp_lora.engine.results import Adapter, Finished, Learned, Measured, each_once
 from grasp_lora.engine.run_folder import (
     ADAPTER_FOLDER,
@@ -37,6 +38,7 @@ from grasp_lora.engine.steps import Parents, Steps, names_of
 from grasp_lora.engine.store import Store
 from grasp_lora.storage.claims import working_in
 from grasp_lora.storage.processes import join, on_first_process
+from grasp_lora.training.training_settings import ANSWER_AS_MEASURED, TRAINED_AS_MEASURED
 
 
 def run(session: Session, folder: Path, grid: Grid | bool = False) -> Run:
@@ -126,6 +128,10 @@ def make(steps: Steps) -> Made:
 
 def main_job(steps: Steps, info: RunInfo, grid: Grid | bool = False) -> Run:
     """Learn the ratio, make GRASP's result and its rivals, measure them, and say which of them is handed over."""
+    plan = planned(steps.session)
+    more, answers = len(steps.grid) if grid is True else 0, ANSWER_AS_MEASURED * len(steps.splits.test)
+    passes = TRAINED_AS_MEASURED * sum(plan.trained.values()) + plan.probed + plan.systems * answers
+    steps.session.progress.planned(len(plan.trained) + plan.systems + more, 0 if more else passes, answers)
     made = make(steps)
     learned, rivals = made.learned, made.systems
     systems = {deliver.ALONE: steps.alone(), **rivals}

@@ -310,7 +310,7 @@ def begin(folder: Path, session: Session) -> RunInfo:
     changed = [what for key, what in facts.items() if getattr(before, key) != getattr(now, key)]
     problem = ""
     if before.recipe_hash not in session.recipe.choices():
-        problem = f"holds a run of another recipe ({_differences(folder, session.recipe)}); "
+        problem = f"holds a run of another recipe {_differences(folder, session.recipe)}"
     elif before.dtype != now.dtype:
         problem = f"was begun with backbone.dtype {before.dtype}, which is {now.dtype} here; set it to that, or "
     elif changed:
@@ -371,12 +371,16 @@ def _put_adapter(session: Session, folder: Path, adapter: Adapter) -> None:
 
 
 def _differences(folder: Path, recipe: Recipe) -> str:
-    """Which settings differ from those of the run in the folder."""
+    """Which settings differ from those of the run in the folder, and how to repeat its own, where they are few and no paths."""
     theirs = _flat(parse((folder / RECIPE_FILE).read_text(encoding="utf-8"), RECIPE_FILE))
     ours = _flat(parse(recipe.to_yaml(folder), "the recipe"))
     keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
     shown = [f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here" for key in keys[:DIFFERENCES_SHOWN]]
-    return ", ".join(shown) + (f" and {len(keys) - len(shown)} more" if len(keys) > len(shown) else "")
+    more = f" and {len(keys) - len(shown)} more" if len(keys) > len(shown) else ""
+    changes = [shlex.quote(f"{key}={json.dumps(theirs.get(key))}") for key in keys]
+    simple = not more and not any(isinstance(theirs.get(key), list) or "/" in str(theirs.get(key)) for key in keys)
+    again = f"to go on with it, repeat {' '.join(f'--set {change}' for change in changes)}, or " if simple else ""
+    return f"({', '.join(shown)}{more}); {again}"
 
 
 def _flat(content: Any, path: str = "") -> dict[str, Any]:

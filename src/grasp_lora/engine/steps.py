@@ -252,11 +252,12 @@ class Steps:
         made = self.store.step(name, inputs, Trained, work, trains=True)
         return _adapter_of(made, [] if on is None else [on], rows)
 
-    def finetune(self, start: Adapter, prune_ratio: float) -> Adapter:
+    def finetune(self, start: Adapter, prune_ratio: float, shown: str = "") -> Adapter:
         """Prune an adapter at a ratio and fine-tune it on the target rows: the final run, or one run of a grid.
 
         Args:
             prune_ratio: fraction in [0, 1].
+            shown: name of the step for the progress.
         """
         stage = self.recipe.final
         mask, training, dev = stage.mask_of(self.recipe.mask), stage.training, self.splits.dev
@@ -288,12 +289,12 @@ class Steps:
                 return self._save(folder, trained, rows, result, training, self.splits.train, dev, pruned=True)
 
         rows = _seen_by([start], self.splits.train)
-        made = self.store.step(f"final-{prune_ratio:.2f}", inputs, Trained, work, trains=True)
+        made = self.store.step(f"final-{prune_ratio:.2f}", inputs, Trained, work, trains=True, shown=shown)
         return _adapter_of(made, [start], rows)
 
     def continued(self) -> Adapter:
         """The source adapter, trained on the target rows as the final run is, nothing pruned."""
-        return self.finetune(self.source(), 0.0)
+        return self.finetune(self.source(), 0.0, "continued")
 
     def learn_ratio(self, merged: Adapter) -> Finished[Learned]:
         """Run the controller on a merged adapter, which stays as it is.

@@ -84,7 +84,14 @@ class Store:
         self._failed: dict[str, GraspError] = {}
 
     def step(
-        self, name: str, inputs: Mapping[str, Any], kind: type[R], work: Callable[[Path], R], *, trains: bool = False
+        self,
+        name: str,
+        inputs: Mapping[str, Any],
+        kind: type[R],
+        work: Callable[[Path], R],
+        *,
+        trains: bool = False,
+        shown: str = "",
     ) -> Finished[R]:
         """Return a step: read if it is there, else done now, going on from its own checkpoints.
 
@@ -93,6 +100,7 @@ class Store:
             inputs: everything that decides the result, as plain JSON values, keys of other steps included.
             work: does it, given the folder of the step.
             trains: whether it leaves checkpoints, so that a signal waits for the next one.
+            shown: name for the progress, where it is another.
 
         Raises:
             Busy: another process is at this step.
@@ -116,7 +124,7 @@ class Store:
                         logger.warning(
                             "%s has files that are gone or not as they were written; it is done again", folder
                         )
-                    self._progress.begin(name)
+                    self._progress.begin(shown or name)
                     if self._work:
                         self._work.place = f"at the step {name}"
                     before, started = on_first_process(lambda: _seconds_so_far(folder)), time.perf_counter()

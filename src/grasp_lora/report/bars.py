@@ -1,14 +1,24 @@
 """What an experiment shows in a terminal: one live bar, and a line for each step that is finished; elsewhere the lines alone."""
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bars
 from rich.table import Column
+from rich.text import Text
 
 from grasp_lora.engine.progress import Progress
 from grasp_lora.engine.results import Finished, Learned, Prediction, Tested, Trained
@@ -24,7 +34,8 @@ _TITLES = {  # by the beginning of the step's name
     "target": "train the target adapter",
     "joint": "train on both languages",
     "controller": "learn the prune ratio",
-    "final-0.00": "train, nothing pruned",
+    "continued": "train the source adapter further",
+    "final-0.00": "fine-tune, nothing pruned",
     "final": "prune and fine-tune",
     "merge-weights": "search merge weights",
     "answers": "answer the test prompts",
@@ -32,6 +43,12 @@ _TITLES = {  # by the beginning of the step's name
     "micro_dev-losses": "measure micro-dev losses",
     "test-losses": "measure test losses",
 }
+
+
+class _TimeLeft(TimeRemainingColumn):
+    def render(self, task: Task) -> Text:
+        """Render nothing until the time left is known."""
+        return Text() if task.total is None or task.time_remaining is None else super().render(task).append(" left")
 
 
 class TerminalProgress(Progress):
@@ -45,8 +62,7 @@ class TerminalProgress(Progress):
             TextColumn(text, table_column=Column(no_wrap=False))
             for text in ("{task.description}", "{task.fields[facts]}")
         )
-        times = (TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("left"))
-        columns = (title, BarColumn(bar_width=16), MofNCompleteColumn(), facts, *times)
+        columns = (title, BarColumn(bar_width=16), MofNCompleteColumn(), facts, TimeElapsedColumn(), _TimeLeft())
         self._console = console
         # Rich draws in a notebook by ipywidgets, and warns where they are not there.
         live = console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
@@ -54,8 +70,10 @@ class TerminalProgress(Progress):
         self._task: TaskID | None = None
         self._ratio: float | None = None
         self._answers = answers
-        self._method = self._system = ""
+        self._method = self._system = self._begun = ""
         self._shown: set[str] = set()
+        self._steps = self._done = 0  # of a run
+        self._left = self._answers_take = self._worked = 0.0  # forward passes
         self._began = time.monotonic()
 
     def stop(self) -> None:
@@ -70,6 +88,10 @@ class TerminalProgress(Progress):
         """Say it above the bar."""
         self._say(text)
 
+    def planned(self, steps: int, passes: float, answers: float) -> None:
+        """Say from now on which step it is, and about how long all will take."""
+        self._steps, self._left, self._answers_take, self._began = steps, passes, answers, time.monotonic()
+
     def method(self, title: str, number: int, total: int) -> None:
         """Say which row of a comparison is under way, and about how long the others will take."""
         elapsed = time.monotonic() - self._began
@@ -80,12 +102,17 @@ class TerminalProgress(Progress):
     def system(self, number: int, total: int) -> None:
         """Say which system's answers come, and of how many."""
         self._system = f", system {number} of {total}"
+        self._left = min(self._left, self._answers_take * (total - number + 1))  # trainings may have stopped early
 
     def begin(self, step: str) -> None:
         """Start the bar of a step."""
-        self._ratio = None
-        system = self._system if step.startswith("answers") else ""
-        self._begin(f"{metric_title(step)}{system}{self._method and ': '}{self._method}")
+        self._ratio, self._begun, whole = None, step, ""
+        system = self._system if step.startswith("answers") and not self._steps else ""
+        if self._steps:
+            minutes = (time.monotonic() - self._began) / 60 * self._left / self._worked if self._worked else 0.0
+            left = f", about {math.ceil(minutes)} min left in all" if minutes else ""
+            whole = f"step {min(self._done + 1, self._steps)} of {self._steps}{left}: "
+        self._begin(f"{whole}{metric_title(step)}{system}{self._method and ': '}{self._method}")
 
     def step(self, report: Mapping[str, float]) -> None:
         """Move the bar of a training."""
@@ -106,11 +133,15 @@ class TerminalProgress(Progress):
         if step.key in self._shown or not isinstance(step.result, Trained | Learned | Tested):
             return
         self._shown.add(step.key)
+        passes = self._answers_take if isinstance(step.result, Tested) else step.result.passes
+        self._left, self._done = max(0.0, self._left - passes), self._done + 1
+        self._worked += 0 if step.repeated else passes
         if step.repeated and self._method:
             return
         took = "already done" if step.repeated else f"{step.seconds:.1f} s"
         system = self._system if isinstance(step.result, Tested) else ""
-        self._say(f"{metric_title(step.name):<26} {took:>12}   {_facts(step.result)}{system}")
+        name = step.name if step.repeated else self._begun
+        self._say(f"{metric_title(name):<32} {took:>12}   {_facts(step.result)}{system}")
 
     def scored(self, system: str, predictions: Sequence[Prediction]) -> None:
         """Print the first answers of a system, with what each is worth and what was expected."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from grasp_lora.text.checking import require
 
 TRAINED_AS_MEASURED = 2  # forward passes that a training example counts as: the frozen backbone has no weight gradients
+ANSWER_AS_MEASURED = 3  # about what an answer counts as, where the time left is told
 
 MOST_EPOCHS = 10_000  # the rounds of a run are planned one by one
 
