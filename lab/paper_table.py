@@ -2,8 +2,8 @@
 
     python lab/paper_table.py        # the tables at the head of docs/results.md
 
-Ours: Gemma 3 270M, from `lab/results/compare-*/compare.json`. Theirs: Llama 3 8B Instruct, 100 test rows, mean of three seeds
-(Hassan and Chen 2026, main tables).
+Ours: Gemma 3 270M, from `compare.json` of the records below; those of MLQA are older, with `spread` in the place of `grasp`.
+Theirs: Llama 3 8B Instruct, 100 test rows, mean of three seeds (Hassan and Chen 2026, main tables).
 """
 
 import json
@@ -11,13 +11,15 @@ import sys
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-SETTINGS = ("xlsum-ar", "mlqa-ar", "xlsum-zh", "mlqa-zh")
+SETTINGS = {
+    "xlsum-ar": "paper-xlsum-ar", "mlqa-ar": "compare-mlqa-ar", "xlsum-zh": "paper-xlsum-zh", "mlqa-zh": "compare-mlqa-zh",
+}  # fmt: skip
 METRICS = {"xlsum": ("bleu", "rougeL"), "mlqa": ("exact_match", "f1")}
 ROWS = {  # method -> title; the paper's rows first
     "zero_shot": "zero shot", "target_only": "target only (LoRA)", "ties": "TIES", "lorahub": "LoRAHub",
     "adaptive_merge": "adaptive merge", "grid_paper": "the same, grid of 8", "grasp_paper": "GRASP, preset `paper`",
     "source_only": "source only", "continued": "`continued`", "joint": "joint", "grid": "grid of 8, our final runs",
-    "grasp": "GRASP, preset `spread`",
+    "grasp": "GRASP, preset `grasp`; MLQA: `spread`",
 }  # fmt: skip
 PAPER = {  # method -> the two scores of each setting, in their order
     "zero_shot": ((2.05, 10.60), (0, 11.00), (9.39, 20.87), (0, 6.95)),
@@ -46,7 +48,8 @@ def row_of(method: str, found: dict) -> str:
 
 def main() -> None:
     """Print the table."""
-    content = {name: json.loads((RESULTS / f"compare-{name}" / "compare.json").read_text("utf-8")) for name in SETTINGS}
+    files = {name: RESULTS / folder / "compare.json" for name, folder in SETTINGS.items()}
+    content = {name: json.loads(file.read_text("utf-8")) for name, file in files.items()}
     found = {name: {row["method"]: row for row in one["rows"]} for name, one in content.items()}
     heads = [
         f"{name} ({len(one['seeds'])} seed{'s' * (len(one['seeds']) > 1)}, {one['test_examples']} rows)"

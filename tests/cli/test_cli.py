@@ -363,7 +363,7 @@ def test_the_end_of_a_run_names_systems_and_metrics_as_the_report_does(cli: Cli,
         "Backbone alone",
         "Merged, not trained",
         "Exact match",
-        "Take this adapter: the merge of both adapters, pruned at",
+        "Not usable yet (test ROUGE-L 0.0): the merge of both adapters, pruned at",
     ):
         assert name in shown
     assert "exact_match" not in shown

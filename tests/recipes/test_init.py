@@ -331,6 +331,20 @@ def test_a_language_without_templates_gets_the_english_ones_to_translate(
     assert "no built-in" not in caplog.text
 
 
+def test_prompts_of_translations_name_the_language_to_translate_into(start: Callable[..., Path]) -> None:
+    def translations(name: str, count: int) -> Path:
+        return write(Path(name), [{"source": f"one {i}", "target": f"satu {i}"} for i in range(count)])
+
+    data, source = translations("t.jsonl", 40), str(translations("s.jsonl", 60))
+    with pytest.raises(RecipeError, match=r"give the language that s\.jsonl is translated into with --source-language"):
+        start(data, [source], language="ace", source_language=None)
+    file = start(data, [source], language="ace", source_language="id")
+    splits = Session(*load_recipe(file)).splits
+    assert splits.train[0].prompt.endswith("\nTranslation into Acehnese:")
+    assert splits.source_train[0].prompt.endswith("\nTranslation into Indonesian:")
+    assert splits.train[0].prompt.startswith("Text: one ")
+
+
 def test_limits_follow_the_lengths_of_the_file(start: Callable[..., Path]) -> None:
     rows = [{"prompt": f"{i} " + "neno " * 300, "completion": "jibu " * 40} for i in range(60)]
     recipe, _ = load_recipe(start(write(Path("t.jsonl"), rows)))

@@ -194,6 +194,25 @@ def test_what_the_hub_reads_of_a_card(run: Run, folder: Path, tmp_path: Path) ->
     assert "base = str(embedded_folder())" in snippet_of(text)
 
 
+@pytest.mark.parametrize(
+    ("system", "ratio", "language", "tags"),
+    [
+        ("continued", 0.0, "ar", ["cross-lingual-transfer"]),
+        ("averaged", 0.0, "ar", ["adapter-merging", "cross-lingual-transfer"]),
+        ("grasp", 0.4, "en", ["adapter-merging", "pruning"]),
+    ],
+)
+def test_the_tags_say_what_was_done(
+    run: Run, folder: Path, tmp_path: Path, system: str, ratio: float, language: str, tags: list[str]
+) -> None:
+    run = with_recipe(run, data={"source": {"language": "en"}, "target": {"language": language}})
+    run = with_metrics(with_delivered(run, name=system), prune_ratio=ratio)
+    run = with_metrics(run, systems=run.metrics.systems | {system: run.metrics.systems["grasp"]})
+    run = replace(run, predictions=run.predictions | {system: run.predictions["grasp"]})
+    front = card(run, folder, tmp_path).split("---\n", 2)[1]
+    assert yaml.safe_load(front)["tags"] == ["lora", "grasp-lora", *tags]
+
+
 def test_the_recipe_in_the_card_stays_in_its_block_and_names_no_place(run: Run, folder: Path, tmp_path: Path) -> None:
     prompt, files = "\n````\n<b> /x/y \u202e {prompt}", [r"C:\Users\me\a.json", "/home/me/b.json", "../../c/d.json"]
     data: dict[str, Any] = {"root": "../a/root", "target": {"files": files}, "prompt": prompt}

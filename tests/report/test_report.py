@@ -291,9 +291,20 @@ def test_a_model_that_is_weak_at_its_task_is_told_of_with_what_helps(
     run: Run, tmp_path: Path, score: float | None, weak: bool
 ) -> None:
     run = with_scores(run, grasp={"exact_match": 13.0, "f1": score})
-    text = "The model is weak at this task: test F1 24.9 of 100. What helps most: a larger backbone (backbone.name), and more"
+    text = "Its test F1 is 24.9; below 25 most answers are no use. What helps most: a larger backbone (backbone.name), and more"
     assert (text in (warning_of(run) or "")) is weak
     assert (text in text_of(run, tmp_path)) is weak
+    assert verdict(run).startswith("Not usable yet (test F1 24.9): the merge") is weak
+    assert verdict(run).startswith("Take this adapter: the merge") is not weak
+
+
+def test_what_beats_the_backbone_alone_may_not_be_usable_yet(run: Run) -> None:
+    run = with_scores(run, grasp={"chrf++": 34.9, "bleu": 40.0})
+    assert verdict(run).startswith("Not usable yet (test chrF++ 34.9): ")
+    sure = PairedComparison(9.0, 5.0, 13.0, 0.01, 0.95, 100, 1000)
+    run = with_metrics(run, differences={"zero_shot": Difference("chrf++", 34.9, 25.9, sure, None)})
+    assert verdict(run).startswith("Better than the backbone alone, but not usable yet (test chrF++ 34.9): ")
+    assert verdict(with_scores(run, grasp={"chrf++": 35.0})).startswith("Take this adapter: ")
 
 
 def test_without_a_dev_set_there_is_no_column_of_its_losses(run: Run) -> None:
@@ -344,7 +355,7 @@ def test_a_run_without_test_rows_has_a_report_and_a_card(run: Run, tmp_path: Pat
 def test_a_language_with_a_script_has_its_name_and_its_code(run: Run, tmp_path: Path) -> None:
     run = with_recipe(run, data={"target": {"language": "zh_Hans"}})
     page = text_of(run, tmp_path)
-    assert "English to Chinese" in page
+    assert "English (source), Chinese (target)" in page
     assert 'lang="zh-Hans"' in page
     assert "- zh\n" in card(run, tmp_path)
 
@@ -552,7 +563,7 @@ def test_a_rival_is_named_once(run: Run, theirs: float, named_by: str) -> None:
     ("source", "backbone", "told"),
     [
         (True, True, r"It answers better than the source adapter: F1 61.0 against 49.0, \+12.0 \(\+6.0 to \+18.0\),"),
-        (False, True, "It answers better than the backbone alone: .* No gain on the source adapter is shown."),
+        (False, True, "It answers better than the backbone alone: .* No gain over the source adapter is shown."),
         (False, False, "not shown to be better than the source adapter or the backbone alone. Beside the source adapter: F1 61.0 against"),
     ],
 )  # fmt: skip

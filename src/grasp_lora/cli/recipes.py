@@ -76,7 +76,12 @@ def init(
             help="Prompt that the given adapters were trained on, with the fields of the rows in braces and \\n for a line break."
         ),
     ] = None,
-    source_language: Annotated[str, typer.Option(help="Language of the source data, a code like that.")] = "en",
+    source_language: Annotated[
+        str | None,
+        typer.Option(
+            help="Language of the source data, a code like that; of translations the one it is translated into.  [default: en]"
+        ),
+    ] = None,
     column: Annotated[
         list[str] | None,
         typer.Option(metavar="FIELD=COLUMN", help="A column of another name, such as question=Swali. May be repeated."),

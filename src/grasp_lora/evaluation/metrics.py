@@ -47,7 +47,7 @@ class Metric:
             such as "no model for sw", or to None. It raises a RecipeError where something has to be installed first.
         title: what it is called where it is printed.
         leads: whether it comes first in tables and verdicts, wherever it was computed.
-        in_points: whether full marks are 100, and good answers come near.
+        usable: score below which most answers are no use; None where that is not known.
         below_zero: whether scores may be.
         spread: standard deviation over examples of the difference of two systems, each the mean of three seeds: the largest of
             the planned ones in `lab/results`, rounded up. None where that is not known.
@@ -59,7 +59,7 @@ class Metric:
     lack: Callable[[str], str | None] | None = None
     title: str = ""
     leads: bool = False
-    in_points: bool = False
+    usable: float | None = None
     below_zero: bool = False
     spread: float | None = None
 
@@ -69,7 +69,7 @@ class Metric:
 
 
 METRICS: dict[str, Metric] = {  # in the order of columns
-    "accuracy": Metric(accuracy, "share of labels that are right", title="Accuracy", in_points=True, spread=33.0),
+    "accuracy": Metric(accuracy, "share of labels that are right", title="Accuracy", usable=25.0, spread=33.0),
     "macro_f1": Metric(
         macro_f1,
         "mean of the F1 of each label that occurs in the references",
@@ -81,13 +81,14 @@ METRICS: dict[str, Metric] = {  # in the order of columns
         "chrF++ of the corpus, by sacrebleu: shared pieces of words, and words",
         chrf_from_statistics,
         title="chrF++",
+        usable=35.0,
     ),
     "f1": Metric(
         token_f1,
         "overlap of the tokens with the best gold answer (MLQA rules)",
         title="F1",
         leads=True,
-        in_points=True,
+        usable=25.0,
         spread=26.0,
     ),
     "rougeL": Metric(
@@ -95,7 +96,7 @@ METRICS: dict[str, Metric] = {  # in the order of columns
         "F-measure of the longest common subsequence of words",
         title="ROUGE-L",
         leads=True,
-        in_points=True,
+        usable=15.0,
         spread=9.0,
     ),
     "exact_match": Metric(
@@ -103,7 +104,7 @@ METRICS: dict[str, Metric] = {  # in the order of columns
         "share of answers that equal a gold answer (MLQA rules)",
         title="Exact match",
         leads=True,
-        in_points=True,
+        usable=25.0,
         spread=28.0,
     ),
     "bertscore": Metric(

@@ -31,7 +31,7 @@ from grasp_lora.storage.reading import expanded, is_file, is_folder, is_there, r
 from grasp_lora.storage.writing import write_whole
 from grasp_lora.text.characters import are_glued
 from grasp_lora.text.display import listed
-from grasp_lora.text.languages import language_code
+from grasp_lora.text.languages import language_code, language_name
 
 SOURCE_COLUMN = "--source-column"
 MOST_SOURCE = 1000  # an epoch of them takes minutes on two CPU cores
@@ -60,7 +60,7 @@ def write_recipe(
     language: str,
     output: Path | None,
     source: Sequence[str],
-    source_language: str,
+    source_language: str | None,
     backbone: str | None = None,
     *,
     columns: Sequence[str] = (),
@@ -80,7 +80,7 @@ def write_recipe(
         output: the recipe file; None for the name of the data with `.yaml`, in the working folder.
         source: data files of the rich language, or PEFT adapters trained on it (folders, hub ids, or `english-qa`, which is
             included); empty takes `english-qa` for questions on the embedded backbone.
-        source_language: language of the source data.
+        source_language: language of the source data, of translations that of its answers; None for English.
         backbone: hub id, folder or `gemma3-270m`; None for the one that the adapters in `source` name, or else `gemma3-270m`.
         columns: such as `question=Swali`: columns of the data that are not called as the field.
         source_columns: the same for source files; empty takes those of `columns` that they have.
@@ -99,7 +99,7 @@ def write_recipe(
     # No command takes the default name for an option.
     file = Path(f"{data.stem.lstrip('-') or 'mine'}.yaml") if output is None else output
     _refuse_existing(file)
-    for code in (language, source_language):
+    for code in filter(None, (language, source_language)):
         language_code(code)
     target_columns, other_columns = parse_columns(columns), parse_columns(source_columns, SOURCE_COLUMN)
     target = read_corpus(
@@ -111,7 +111,7 @@ def write_recipe(
         option="--column",
         skip_unanswered=skip_unanswered,
     )
-    if not source and target.task == "qa" and source_language == "en" and backbone in (None, EMBEDDED_NAME):
+    if not source and target.task == "qa" and source_language in (None, "en") and backbone in (None, EMBEDDED_NAME):
         source = [EMBEDDED_ADAPTER]
     files, adapters = _sort_out([str(expanded(place)) if place.startswith("~") else place for place in source])
     if target_adapter and not adapters:
@@ -119,6 +119,12 @@ def write_recipe(
             f"--target-adapter {target_adapter} is merged with an adapter of the rich language; give that with --source"
             + (f", which is the data file {files[0]} now, or leave --target-adapter out to train both" if files else "")
         )
+    if target.task == "translation" and files and source_language is None:
+        raise RecipeError(
+            f"{target.name} holds translations: give the language that {listed(files)} {'are' if files[1:] else 'is'} translated "
+            "into with --source-language, such as --source-language id"
+        )
+    source_language = source_language or "en"
     given = [*adapters, *([target_adapter] if target_adapter else [])]
     learn_ratio = learn_ratio or target_adapter is not None
     backbone = backbone or _backbone_of(given)
@@ -139,6 +145,10 @@ def write_recipe(
     for corpus in sources if target.labels else ():
         check_labels((*target.labels, *corpus.labels), f"{target.name} and {corpus.name}")
     check_shared(target.labels, (label for corpus in sources for label in corpus.labels))
+    if target.task == "translation" and asked["prompt"] is None:
+        codes = (language, source_language) if sources else (language,)
+        words = {code: f"Text: {{source}}\nTranslation into {language_name(code)}:" for code in codes}
+        asked |= {"prompt": words, "completion": " {target}"}
     sizes = choose_sizes(target, sources, MICRO_DEV if learn_ratio else 0)
     if not source:
         raise RecipeError(

@@ -33,7 +33,7 @@ from grasp_lora.text.names import last_part
 
 SIDES = ("source", "target")
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-TAGS = ["lora", "grasp-lora", "adapter-merging", "pruning", "cross-lingual-transfer"]
+TAGS = ["lora", "grasp-lora"]  # and what was done
 
 
 def write_model_card(run: Run, folder: Path, adapter_folder: Path) -> Path:
@@ -95,6 +95,12 @@ def _front_matter(run: Run, backbone: str, system: str, corpora: Sequence[Corpus
     embedded = backbone == PUBLIC_NAME
     codes = [language_code(corpus.language) for corpus in reversed(corpora)]
     data_sets = [corpus.hub[0] for corpus in reversed(corpora) if corpus.hub and HUB_ID.fullmatch(corpus.hub[0])]
+    merged = system != "continued"
+    happened = {
+        "adapter-merging": merged,
+        "pruning": merged and run.metrics.prune_ratio > 0.0,
+        "cross-lingual-transfer": len(set(codes)) > 1,
+    }
     card = ModelCardData(
         model_name=run.info.name,
         library_name="peft",
@@ -103,7 +109,7 @@ def _front_matter(run: Run, backbone: str, system: str, corpora: Sequence[Corpus
         language=list(dict.fromkeys(codes)) or None,
         datasets=list(dict.fromkeys(data_sets)) or None,
         pipeline_tag="text-generation",
-        tags=TAGS,
+        tags=[*TAGS, *(tag for tag, done in happened.items() if done)],
         eval_results=_results(run, system) or None,
     )
     return card.to_yaml() + "\n"

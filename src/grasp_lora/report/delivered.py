@@ -30,7 +30,7 @@ CONTINUED = "a source adapter was trained further on the target rows"
 MERGED = "a source and a target adapter were merged"
 SUMMED = "a target adapter was trained on top of a source adapter and added to it"  # with `target.on`
 FEW_ROWS, FOLDS = 200, 4  # of all target rows: below that a test split alone tells little
-WEAK = 25  # points of the main metric, below which most answers are no use
+LOW_SCORE = "docs/how-to/low-score.md"
 NOTHING_LEARNED = "No adapter is shown to be better than the backbone alone."
 
 
@@ -48,7 +48,28 @@ def verdict(run: Run) -> str:
     if discarded(run, delivered.name):
         taken += ", not trained further (no step lowered the dev loss)"
     start = f"{NOTHING_LEARNED} Handed over all the same" if delivered.nothing_learned else "Take this adapter"
+    if not delivered.nothing_learned and (why := _unusable(run)):
+        alone = run.metrics.differences.get("zero_shot")
+        better = alone is not None and alone.score is not None and alone.score.verdict == "better"
+        start = f"{'Better than the backbone alone, but not usable yet' if better else 'Not usable yet'} ({why[0]})"
     return f"{start}: {taken}.{_surpassed(run)}"
+
+
+def _unusable(run: Run) -> list[str]:
+    """Why most answers of what is handed over are no use: the fact, and what it is measured by; empty where that is not so."""
+    scores, guess = run.metrics.systems[run.metrics.delivered.name].metrics, best_guess(run)
+    right, main = scores.get("accuracy"), main_metric(list(scores))
+    score, usable = scores.get(main), METRICS[main].usable if main in METRICS else None
+    if right is not None and guess is not None and right <= guess[1]:
+        return [
+            f"{right:.1f} % right",
+            f"It answers {right:.1f} % of the {run.metrics.test_examples} test rows right, and {guess[0]} every time would "
+            f"have {guess[1]:.1f} %.",
+        ]
+    if score is not None and usable is not None and score < usable:
+        said = f"test {in_text(metric_title(main))}"
+        return [f"{said} {score:.1f}", f"Its {said} is {score:.1f}; below {usable:.0f} most answers are no use."]
+    return []
 
 
 def _surpassed(run: Run) -> str:
@@ -77,7 +98,7 @@ def gain(run: Run) -> str | None:
     if better:
         text = f"It answers better than {names[better]}: {text}"
         left = dict.fromkeys(names[name] for name in verdicts if verdicts[name] != "better")
-        return text + (f" No gain on {' and '.join(left)} is shown." if left else "")
+        return text + (f" No gain over {' and '.join(left)} is shown." if left else "")
     beside = f". Beside {names[first]}" if len(set(names.values())) > 1 else ""
     return f"It is not shown to be better than {' or '.join(dict.fromkeys(names.values()))}{beside}: {text}"
 
@@ -200,22 +221,12 @@ def made_of(name: str, run: Run) -> str:
 
 def warning_of(run: Run) -> str | None:
     """What has to be known before the adapter is taken, as sentences; None where there is nothing."""
-    metrics, guess = run.metrics, best_guess(run)
-    warnings = [metrics.delivered.warning] if metrics.delivered.warning else []
-    scores = metrics.systems[metrics.delivered.name].metrics
-    right, main = scores.get("accuracy"), main_metric(list(scores))
-    score, weak = scores.get(main), False
-    if main in METRICS and METRICS[main].in_points and score is not None and score < WEAK:
-        weak = True
-        warnings.append(f"The model is weak at this task: test {metric_title(main)} {score:.1f} of 100.")
-    if right is not None and guess is not None and right <= guess[1]:
-        weak = True
-        warnings.append(
-            f"It answers {right:.1f} % of the {metrics.test_examples} test rows right, and {guess[0]} every time would "
-            f"have {guess[1]:.1f} %. Take it only if more test rows show that it is better."
-        )
-    if weak:
-        warnings.append("What helps most: a larger backbone (backbone.name), and more rows.")
+    warnings = [run.metrics.delivered.warning] if run.metrics.delivered.warning else []
+    if unusable := _unusable(run):
+        warnings += [
+            unusable[1],
+            f"What helps most: a larger backbone (backbone.name), and more rows. More: {LOW_SCORE}.",
+        ]
     return " ".join(warnings) or None
 
 

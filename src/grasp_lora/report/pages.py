@@ -165,8 +165,9 @@ def sizes_of(run: Run, splits: Sequence[str] = SPLITS) -> str:
 
 
 def languages_of(corpora: Sequence[CorpusSettings]) -> str:
-    """The languages of data, by their names."""
-    return " to ".join(language_name(corpus.language) for corpus in corpora)
+    """The languages of data, by their names; of two the first is the source."""
+    roles = ("source", "target")[-len(corpora) :]
+    return ", ".join(f"{language_name(each.language)} ({role})" for each, role in zip(corpora, roles, strict=True))
 
 
 def public_name(name: str) -> str:
