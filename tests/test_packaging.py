@@ -90,7 +90,7 @@ def follow_the_last_cell(cli, *changes):
             assert result.status == 0, result.err
         else:
             eval(code, {"gl": called})
-    assert "next: grasp-lora run my-examples.yaml" in result.out
+    assert "Next: grasp-lora run my-examples.yaml" in result.out
     assert [name for name, *_ in called.mock_calls] == ["run", "compare"]
     for call in called.mock_calls:
         assert call.args == ("my-examples.yaml",)

@@ -39,7 +39,7 @@ class TestRule:
     @pytest.mark.parametrize(
         ("setting", "systems", "name", "why"),
         [
-            ("best", ("continued", "grasp", "averaged"), "averaged", "adapters made like it answered best"),
+            ("best", ("continued", "grasp", "averaged"), "averaged", "such adapters answered best"),
             ("best", ("grasp",), "grasp", "lowered no dev loss"),
             ("grasp", ("unpruned", "grasp"), "grasp", "one training learned on the micro-dev rows"),
             ("continued", ("continued",), "continued", "this one training"),

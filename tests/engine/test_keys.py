@@ -91,7 +91,7 @@ OTHER: dict[str, Any] = {  # where not any other value will do
 class Keys(Store):
     """Does nothing, and knows under which key each step would be."""
 
-    def step(self, name: str, inputs: Any, kind: Any, work: Any, *, trains: bool = False) -> Any:
+    def step(self, name: str, inputs: Any, kind: Any, work: Any, *, trains: bool = False, shown: str = "") -> Any:
         return Finished(name, key_of(name, inputs), Path(), None, 0.0, {})  # type: ignore[type-var]
 
 

@@ -57,7 +57,7 @@ def test_out_of_memory_says_what_predict_can_be_given(
     with module.asking(place("float32", **answers), str(tiny_backbone_folder), "cpu") as asked:
         hook = asked.model.register_forward_pre_hook(fail)
         hook_below = asked.model.get_base_model().register_forward_pre_hook(fail)
-        message = r"^the memory does not suffice for answering \(CUDA out of memory\. .*; shorten the prompts"
+        message = r"^too little memory for answering \(CUDA out of memory\. .*; shorten the prompts"
         with pytest.raises(GraspError, match=message):
             asked.texts(["target 1: what?"])
         hook.remove()

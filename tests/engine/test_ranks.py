@@ -287,3 +287,18 @@ def test_what_cannot_be_split_is_refused_before_anything(tiny_workspace: Path, m
             ):
                 run_tiny(folder=tiny_workspace / "run")
     assert not (tiny_workspace / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["PMI_SIZE", "OMPI_COMM_WORLD_SIZE"])
+def test_processes_that_mpi_has_started_are_refused_in_one_line(
+    name: str, tiny_workspace: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "4")
+    for command in (["run", "tiny.yaml", "-o", "run"], ["check", "tiny.yaml"]):
+        result = cli(*command)
+        assert result.status == 2
+        assert f"{name} is 4" in result.err
+        assert result.err.count("\n") == 1
+    assert not Path("run").exists()
+    monkeypatch.setenv(name, "1")
+    assert cli("check", "tiny.yaml").status == 0

@@ -335,9 +335,7 @@ class TestAgain:
 
         with monkeypatch.context() as patch:
             patch.setattr("grasp_lora.training.trainer.example_losses", fail)
-            with pytest.raises(
-                GraspError, match=r"^the memory does not suffice for the training .*gradient_checkpointing"
-            ):
+            with pytest.raises(GraspError, match=r"^too little memory for the training .*gradient_checkpointing"):
                 run_tiny()
         run_tiny("backbone.gradient_checkpointing=true", progress=recorder)
         assert [name.partition("-")[0] for name in recorder.did] == ["final"] * 2

@@ -210,7 +210,7 @@ HUB = "PretrainedConfig.get_config_dict"
         (
             "AutoModelForCausalLM.from_pretrained",
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB."),
-            r"memory does not suffice for backbone .*9\.00 GiB.*set backbone\.quantise to nf4",
+            r"too little memory for backbone .*9\.00 GiB.*set backbone\.quantise to nf4",
         ),
     ],
     ids=["unreachable", "gated", "memory"],

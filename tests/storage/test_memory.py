@@ -28,7 +28,7 @@ def test_what_filled_the_memory_is_free_while_the_error_is_kept(error: Exception
         raise error
 
     with (
-        pytest.raises(GraspError, match=r"^the memory does not suffice for the training .*; take less") as caught,
+        pytest.raises(GraspError, match=r"^too little memory for the training .*; take less") as caught,
         enough_memory("the training", "take less"),
     ):
         fill()

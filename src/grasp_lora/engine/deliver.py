@@ -78,7 +78,10 @@ def expected(steps: Steps, systems: Mapping[str, Adapter], left_out: str = "") -
         )
     if "averaged" not in systems:
         return "grasp", left_out
-    return "averaged", "In trials with few rows adapters made like it answered best. Your rows have no say in this."
+    return (
+        "averaged",
+        "In trials with few rows such adapters answered best. This choice is fixed in advance; your data does not affect it.",
+    )
 
 
 def titles_with(on: str | None, prune_ratio: float | None) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Memory: how much a process had, and one line that says what takes less where it does not suffice."""
+"""Memory: how much a process had, and one line that says what takes less where it runs out."""
 
 import sys
 import traceback
@@ -33,7 +33,7 @@ def enough_memory(work: str, advice: str) -> Iterator[None]:
     """Turn a lack of memory for some work, such as "the training", into one line with advice; other errors pass.
 
     Raises:
-        GraspError: memory does not suffice.
+        GraspError: memory runs out.
     """
     try:
         yield
@@ -45,5 +45,5 @@ def enough_memory(work: str, advice: str) -> Iterator[None]:
         if "CUDA" in str(error):
             advice += "; or, for the processor, set CUDA_VISIBLE_DEVICES= in the environment"
         raise GraspError(
-            f"the memory does not suffice for {work} ({first_line(error)[:200]}); {advice}. What is done stays"
+            f"too little memory for {work} ({first_line(error)[:200]}); {advice}. What is done stays"
         ) from error

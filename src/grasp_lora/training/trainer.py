@@ -120,7 +120,7 @@ def finetune(
 
     Raises:
         DataError: there are no training examples, or one has no prompt or no answer.
-        GraspError: no LoRA weight has a gradient; the loss or a weight became NaN or infinite; the memory does not suffice; or
+        GraspError: no LoRA weight has a gradient; the loss or a weight became NaN or infinite; memory runs out; or
             the folder cannot be written.
         Interrupted: a stop was requested, and a checkpoint was saved.
     """
