@@ -311,6 +311,25 @@ def test_a_workbook_with_a_sheet_for_each_language(start: Callable[..., Path]) -
     assert sizes_of(Path("mine.yaml"))["train"] == 45
 
 
+def test_a_workbook_whose_first_sheet_is_a_note_names_the_sheet_that_fits(start: Callable[..., Path]) -> None:
+    import openpyxl
+
+    book = openpyxl.Workbook()
+    book.active.append(["Made by me; ask before you use it"])
+    book.create_sheet("Empty")
+    hidden = book.create_sheet("Old")
+    hidden.sheet_state = "hidden"
+    for sheet in (hidden, book.create_sheet("Câu hỏi")):
+        for row in [["context", "question", "answer"], *([f"text {i} says", f"{i}?", f"text {i}"] for i in range(60))]:
+            sheet.append(row)
+    book.save("x.xlsx")
+    with pytest.raises(DataError, match=r"--sheet 'Câu hỏi'") as caught:
+        start(Path("x.xlsx"))
+    assert "Old" not in str(caught.value)
+    assert "semicolon" not in str(caught.value)
+    assert start(Path("x.xlsx"), sheet="Câu hỏi").is_file()
+
+
 def test_whole_texts_are_refused_with_a_way_out(start: Callable[..., Path]) -> None:
     with pytest.raises(DataError, match=r"whole texts \(text\).*no language modelling\. Split each text into prompt"):
         start(write(Path("t.jsonl"), [{"text": f"text {i}"} for i in range(60)]))

@@ -157,7 +157,7 @@ def read_corpus(
         data_task, renamed = _task_of(table, task, chosen, column_option)
     except DataError as error:
         others = sheets_of(path)[1:] if sheet is None else []
-        fitting = [title for title in others if _fits(read_file(name, path, sheet=title), task, chosen, column_option)]
+        fitting = [title for title in others if _fits(name, path, title, task, chosen, column_option)]
         if not fitting:
             raise
         raise DataError(
@@ -189,9 +189,9 @@ def _task_of(table: Table, task: str | None, chosen: Mapping[str, str], option: 
     return (known, {}) if known is not None else _guess(table, task, chosen, option)
 
 
-def _fits(table: Table, task: str | None, chosen: Mapping[str, str], option: str) -> bool:
+def _fits(name: str, path: Path, sheet: str, task: str | None, chosen: Mapping[str, str], option: str) -> bool:
     try:
-        return task in (None, _task_of(table, task, chosen, option)[0])
+        return task in (None, _task_of(read_file(name, path, sheet=sheet), task, chosen, option)[0])
     except DataError:
         return False
 
