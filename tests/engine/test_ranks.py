@@ -290,15 +290,9 @@ def test_what_cannot_be_split_is_refused_before_anything(tiny_workspace: Path, m
 
 
 @pytest.mark.parametrize("name", ["PMI_SIZE", "OMPI_COMM_WORLD_SIZE"])
-def test_processes_that_mpi_has_started_are_refused_in_one_line(
+def test_each_process_that_srun_starts_works_by_itself(
     name: str, tiny_workspace: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(name, "4")
-    for command in (["run", "tiny.yaml", "-o", "run"], ["check", "tiny.yaml"]):
-        result = cli(*command)
-        assert result.status == 2
-        assert f"{name} is 4" in result.err
-        assert result.err.count("\n") == 1
-    assert not Path("run").exists()
-    monkeypatch.setenv(name, "1")
-    assert cli("check", "tiny.yaml").status == 0
+    monkeypatch.setenv(name, "4")  # for which accelerate would look for the others, at an address that nobody has told
+    result = cli("run", "tiny.yaml", "-o", "run")
+    assert result.status == 0, result.err

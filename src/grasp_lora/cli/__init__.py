@@ -30,6 +30,7 @@ yours, prune the merge if the recipe asks, train it, and say how well it answers
 Start with [bold]grasp-lora demo[/bold], then [bold]grasp-lora init my-data.csv --language sw[/bold] for your own examples.""",
 )
 INTERRUPTED = 130  # typer's for Ctrl-C
+BY_MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # which accelerate reads
 IN_SEVERAL_PROCESSES = ("run", "demo")
 TIME_TO_SPEAK = 3  # seconds: torchrun ends all processes when one has ended
 
@@ -52,7 +53,12 @@ def _start(
         bool, typer.Option("--version", help="Print the version.", callback=_say_version, is_eager=True)
     ] = False,
 ) -> None:
-    if world_size() > 1 and context.invoked_subcommand not in IN_SEVERAL_PROCESSES:
+    if (
+        world_size() == 1
+    ):  # workers that srun or mpirun starts: accelerate would look for the others, whom nobody has named
+        for name in BY_MPI:
+            os.environ.pop(name, None)
+    elif context.invoked_subcommand not in IN_SEVERAL_PROCESSES:
         raise GraspError(f"{context.invoked_subcommand} runs in one process; start it without torchrun")
 
 

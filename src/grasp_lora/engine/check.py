@@ -1,7 +1,6 @@
 """What is checked at the door, before a run or a comparison begins: what could be known beforehand stops none half way."""
 
 import logging
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,12 +20,6 @@ from grasp_lora.storage.reading import reading
 from grasp_lora.text.display import quoted
 
 logger = logging.getLogger(__name__)
-
-BY_MPI = (
-    "PMI_SIZE",
-    "OMPI_COMM_WORLD_SIZE",
-    "MV2_COMM_WORLD_SIZE",
-)  # of which accelerate would wait for the other processes
 
 
 def check(session: Session) -> None:
@@ -161,12 +154,6 @@ def _check_adapters(session: Session) -> None:
 
 
 def _check_processes(recipe: Recipe) -> None:
-    name = next((name for name in BY_MPI if os.environ.get(name, "") not in ("", "0", "1")), None)
-    if name and world_size() == 1:
-        raise RecipeError(
-            f"{name} is {os.environ[name]}: srun or mpirun has started several processes; start torchrun in one task "
-            "(srun --ntasks=1), or single processes with srun --mpi=none"
-        )
     trained = {
         "source": not recipe.source.adapters,
         "target": not recipe.target.adapter,
