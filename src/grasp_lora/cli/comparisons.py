@@ -54,11 +54,11 @@ def compare(
 ) -> None:
     """Run every baseline and GRASP under one protocol; print the table with uncertainty and cost.
 
-    What a run or an earlier comparison has done in this folder is not done again, and a training that was stopped goes on. Start
-    it several times, and the processes share the work. Methods: zero_shot, source_only, target_only, continued (source adapter
-    on the target data), joint, ties, dare_ties, lorahub, merged (not trained), adaptive_merge (fine-tuned, not pruned),
-    grid_paper (the paper's baseline), grid (of the recipe's own final runs), grasp, delivered (what a run hands over) and
-    grasp_paper.
+    Steps that a run or an earlier comparison finished in this folder are not repeated, and an interrupted training continues.
+    Start it several times to share the work between processes. Methods: zero_shot, source_only, target_only, continued
+    (source adapter on the target data), joint, ties, dare_ties, lorahub, merged (not trained), adaptive_merge (fine-tuned, not
+    pruned), grid_paper (the paper's baseline), grid (of the recipe's own final runs), grasp, delivered (what a run hands over)
+    and grasp_paper.
     """
     log_to_terminal(verbose)
     with loading():

@@ -20,9 +20,9 @@ def run(
     output: OutputOption = None,
     verbose: VerboseOption = False,
 ) -> None:
-    """Do the whole job: adapters, merge, learn the ratio if it is asked for, final run, scores, report.
+    """Run the whole job: adapters, merge, prune ratio if asked for, final run, scores, report.
 
-    Run it again on the same folder to go on after an interruption: completed stages are skipped.
+    Run it again to continue after an interruption; finished steps are skipped.
     """
     log_to_terminal(verbose)
     _run(recipe, overrides or [], output, allow_code)

@@ -34,7 +34,7 @@ def predict(
     ] = None,
     context: Annotated[
         str | None,
-        typer.Option(help="The text that the question is about; or the one text that a prompt has, as for labels."),
+        typer.Option(help="The text that the question is about, or the only text of a prompt, as for labels."),
     ] = None,
     output: Annotated[
         Path | None,
@@ -72,7 +72,7 @@ def predict(
 ) -> None:
     """Answer with an adapter: prompts, one answer a line; a question; the rows of a file; or what you type.
 
-    A prompt is whole, as the adapter was trained on it; --question, --context and rows are put into that form.
+    Whole prompts go to the model as they are; --question, --context and rows are put into the prompt of the training.
     """
     from grasp_lora.engine.predict import is_rows, predict_question, predict_rows, predict_texts, predict_typed
     from grasp_lora.engine.run_folder import ADAPTER_FOLDER

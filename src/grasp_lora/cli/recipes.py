@@ -40,9 +40,9 @@ def init(
     data: Annotated[
         Path,
         typer.Argument(
-            help="Your examples, at least 30: CSV, TSV, XLSX, JSON, JSONL or parquet with columns prompt and completion "
-            "(or question and answer), messages, context, question and answer, document and summary, text and label, or source "
-            "and target; or as Alpaca, ShareGPT or SQuAD have them."
+            help="Your examples, at least 30, as CSV, TSV, XLSX, JSON, JSONL or parquet. Columns: prompt and completion (or "
+            "question and answer); messages; context, question and answer; document and summary; text and label; or source and "
+            "target. The layouts of Alpaca, ShareGPT and SQuAD work as well."
         ),
     ],
     language: Annotated[
@@ -63,12 +63,12 @@ def init(
         str | None,
         typer.Option(
             "--target-adapter",
-            help="PEFT adapter of the target language, to merge with that of --source; the prune ratio of the merge is learned.",
+            help="PEFT adapter of the target language. It is merged with the one of --source, at a learned prune ratio.",
         ),
     ] = None,
     learn_ratio: Annotated[
         bool,
-        typer.Option("--learn-ratio", help="Learn how far to prune the merge, with 16 rows that are probed (GRASP)."),
+        typer.Option("--learn-ratio", help="Learn the prune ratio of the merge (GRASP); 16 rows are set aside for it."),
     ] = False,
     prompt: Annotated[
         str | None,
@@ -79,16 +79,16 @@ def init(
     source_language: Annotated[
         str | None,
         typer.Option(
-            help="Language of the source data, a code like that; of translations the one it is translated into.  [default: en]"
+            help="Code of the language of the source data; for translations, of the language it is translated into. Default: en."
         ),
     ] = None,
     column: Annotated[
         list[str] | None,
-        typer.Option(metavar="FIELD=COLUMN", help="A column of another name, such as question=Swali. May be repeated."),
+        typer.Option(metavar="FIELD=COLUMN", help="Column with another name, such as question=Swali. May be repeated."),
     ] = None,
     source_column: Annotated[
         list[str] | None,
-        typer.Option(metavar="FIELD=COLUMN", help="The same for source data, whose columns have names of their own."),
+        typer.Option(metavar="FIELD=COLUMN", help="The same for the source data, if its columns have other names."),
     ] = None,
     sheet: Annotated[
         str | None, typer.Option(help="Sheet of an .xlsx workbook; default the first that is not hidden.")
@@ -104,7 +104,7 @@ def init(
         ),
     ] = None,
 ) -> None:
-    """Write a commented recipe, with split sizes that fit your own examples, and the schema that editors complete it by."""
+    """Write a commented recipe for your own examples, with split sizes that fit, and a schema for editors."""
     from grasp_lora.recipes.init import write_recipe
     from grasp_lora.recipes.load import load_recipe
 
