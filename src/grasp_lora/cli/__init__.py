@@ -53,9 +53,7 @@ def _start(
         bool, typer.Option("--version", help="Print the version.", callback=_say_version, is_eager=True)
     ] = False,
 ) -> None:
-    if (
-        world_size() == 1
-    ):  # workers that srun or mpirun starts: accelerate would look for the others, whom nobody has named
+    if world_size() == 1:  # else accelerate would wait for the other workers that srun or mpirun has started
         for name in BY_MPI:
             os.environ.pop(name, None)
     elif context.invoked_subcommand not in IN_SEVERAL_PROCESSES:

@@ -80,16 +80,12 @@ class Plan:
 def planned(session: Session) -> Plan:
     """Plan the run of a session; a dev set may stop its trainings early."""
     recipe, probed = session.recipe, 0
-    sources, deliver, learns = (
-        max(1, len(recipe.source.adapters)),
-        recipe.final.deliver,
-        recipe.final.prune_ratio is None,
-    )
+    sources, deliver = max(1, len(recipe.source.adapters)), recipe.final.deliver
+    learns = recipe.final.prune_ratio is None
     if learns:
         rounds = len(recipe.controller.round_steps(len(session.splits.train)))
         probed = rounds * recipe.controller.probed_examples(len(session.probe_pool))
-    rivals = {"best": 2, "grasp": learns}.get(
-        deliver, 0
-    )  # `continued`, and its mean with GRASP's result; the unpruned twin
+    # `continued`, and its mean with GRASP's result; the unpruned twin.
+    rivals = {"best": 2, "grasp": int(learns)}.get(deliver, 0)
     systems = 2 + sources if deliver == "continued" else 3 + sources + (recipe.target.on != "source") + rivals
     return Plan(most_trained(["delivered"], session), probed, systems)
