@@ -5,17 +5,19 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from recorder import rows_of, session_of, step_folders, steps_of
 
-from grasp_lora.engine.check import check
+from grasp_lora.engine.check import check, check_seen
 from grasp_lora.engine.predict import predict_texts
 from grasp_lora.engine.single import merge_folders
 from grasp_lora.errors import AdapterError, GraspError
 from grasp_lora.method.merging import MergeSettings
-from grasp_lora.models.adapter_files import read_adapter
+from grasp_lora.models.adapter_files import Answers, read_adapter
 from grasp_lora.models.export import export_folder
 from grasp_lora.recipes.load import load_recipe
 
@@ -69,6 +71,23 @@ def test_what_makes_scores_too_good_or_too_bad_is_said(finished_run: Path, caplo
     assert not caplog.messages
     check(session_of('data.prompt={de: "Say {prompt}:"}', "source.adapters=[run/adapter]"))
     assert "was trained on prompts of the form '{prompt}', and the recipe asks otherwise" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("prompt", "warned"), [("Text: {source}\nTranslation into Indonesian:", False), ("Say {source}:", True)]
+)
+def test_an_adapter_that_translates_into_another_language_was_asked_alike(
+    prompt: str, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    ours = Answers(task="translation", prompt="Text: {source}\nTranslation into Acehnese:")
+    session: Any = SimpleNamespace(
+        how_to_answer=ours,
+        recipe=SimpleNamespace(data=SimpleNamespace(task="translation")),
+        splits=SimpleNamespace(test=(), dev=(), micro_dev=()),
+    )
+    adapter: Any = SimpleNamespace(name="a", info=SimpleNamespace(rows=(), answers=replace(ours, prompt=prompt)))
+    check_seen(session, adapter)
+    assert bool(caplog.messages) is warned
 
 
 def test_an_adapter_that_was_trained_on_test_rows_is_refused_whatever_their_file(

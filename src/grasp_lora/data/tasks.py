@@ -39,6 +39,7 @@ class Template:
     completion: str
 
 
+INTO = "Text: {source}\nTranslation into "  # of prompts that `init` writes; the language and a colon follow
 ANY_LANGUAGE = "any"
 FALLBACK_LANGUAGE = "en"
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from grasp_lora.data.files import resolve_file
 from grasp_lora.data.splits import SPLITS
-from grasp_lora.data.tasks import TEMPLATES, task_fields
+from grasp_lora.data.tasks import INTO, TEMPLATES, task_fields
 from grasp_lora.engine.session import Session
 from grasp_lora.errors import AdapterError, DataError, RecipeError
 from grasp_lora.method.merging import merge_rule
@@ -89,8 +89,9 @@ def check_seen(session: Session, adapter: LoadedAdapter) -> None:
     alike = (theirs.prompt, theirs.chat_template) == (ours.prompt, ours.chat_template)
     # Each language has a wording of its own, and a source adapter is trained with that of its language.
     built_in = {template.prompt for template in TEMPLATES[session.recipe.data.task].values()}
-    in_two_languages = {theirs.prompt, ours.prompt} <= built_in and not theirs.chat_template
-    if not alike and not in_two_languages:
+    both = {theirs.prompt, ours.prompt}
+    in_two_languages = both <= built_in or all(str(prompt).startswith(INTO) for prompt in both)
+    if not alike and (theirs.chat_template or not in_two_languages):
         text = (
             "adapter %s was trained on prompts of the form %s%s, and the recipe asks otherwise; set data.prompt to it"
         )

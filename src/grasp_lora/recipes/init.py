@@ -18,7 +18,7 @@ from grasp_lora.data.files import DEMO_PREFIX, READERS, resolve_file
 from grasp_lora.data.groups import by_group, join_groups, keys_with_turns
 from grasp_lora.data.records import Record, check_labels, check_shared
 from grasp_lora.data.splits import HELD_OUT, PAPER_SIZES, assign
-from grasp_lora.data.tasks import FALLBACK_LANGUAGE, TEMPLATES, built_in_template
+from grasp_lora.data.tasks import FALLBACK_LANGUAGE, INTO, TEMPLATES, built_in_template
 from grasp_lora.errors import AdapterError, DataError, RecipeError
 from grasp_lora.models.adapter_files import CONFIG_FILE, read_backbone, read_how_asked
 from grasp_lora.models.model_settings import EMBEDDED_ADAPTER, EMBEDDED_NAME
@@ -147,7 +147,7 @@ def write_recipe(
     check_shared(target.labels, (label for corpus in sources for label in corpus.labels))
     if target.task == "translation" and asked["prompt"] is None:
         codes = (language, source_language) if sources else (language,)
-        words = {code: f"Text: {{source}}\nTranslation into {language_name(code)}:" for code in codes}
+        words = {code: f"{INTO}{language_name(code)}:" for code in codes}
         asked |= {"prompt": words, "completion": " {target}"}
     sizes = choose_sizes(target, sources, MICRO_DEV if learn_ratio else 0)
     if not source:
