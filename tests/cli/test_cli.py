@@ -36,6 +36,7 @@ from grasp_lora.recipes.load import load_recipe
 from grasp_lora.recipes.recipe import schema_text
 from grasp_lora.recipes.text import builtin_recipes
 from grasp_lora.report.bars import TerminalProgress
+from grasp_lora.storage.threads import waiting_turns
 from grasp_lora.training import probes
 
 JUDGE = ("judge", "adapter", "--rows", "target.jsonl", "--language", "de", "--backbone", "tiny-llama")
@@ -449,7 +450,8 @@ class TestInterrupted:
 
 
 @pytest.mark.parametrize(
-    ("own", "spins"), [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)]
+    ("own", "spins"),
+    [({}, waiting_turns()), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
 )
 def test_threads_wait_briefly_unless_the_user_says_how(
     own: dict[str, str], spins: str | None, monkeypatch: pytest.MonkeyPatch

@@ -1,5 +1,6 @@
 """A whole run in its folder: complete and consistent files, going on, determinism, and every way to start."""
 
+import json
 import math
 import re
 import shlex
@@ -281,6 +282,21 @@ class TestAgain:
         same_result(Path("run"), reference_run)
         assert set(files_of("run")) - REPORT == FILES
         assert not list(Path("run/store").glob("*/work"))
+
+    def test_a_run_goes_on_with_the_threads_that_it_began_with(
+        self, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        file = finished_run / "run.json"
+        run = read(file)
+        assert run["threads"] == torch.get_num_threads()
+        asked = list[int]()
+        monkeypatch.setattr("grasp_lora.engine.run.use_idle_cores", lambda device, begun_with: asked.append(begun_with))
+        file.write_text(json.dumps(run | {"threads": 7}), encoding="utf-8")
+        run_tiny()
+        del run["threads"]  # of an earlier version
+        file.write_text(json.dumps(run), encoding="utf-8")
+        run_tiny()
+        assert asked == [7, 0]
 
     def test_a_kill_while_the_files_are_written_is_mended(
         self, finished_run: Path, monkeypatch: pytest.MonkeyPatch

@@ -18,6 +18,7 @@ from grasp_lora.cli.terminal import error_console, print_error, say, set_up_outp
 from grasp_lora.errors import BEFORE_IT_BEGAN, STOPPED, GraspError, Interrupted
 from grasp_lora.storage.memory import enough_memory
 from grasp_lora.storage.processes import is_first, world_size
+from grasp_lora.storage.threads import waiting_turns
 
 app = typer.Typer(
     name="grasp-lora",
@@ -108,10 +109,8 @@ def set_up_libraries() -> None:
 
     What the user has set stays.
     """
-    # GNU OpenMP's threads look 300,000 times for work before they sleep, in vain where other work has one of the cores;
-    # those that sleep at once double the time of a training step. lab/busy.py measures it.
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+        os.environ.setdefault("GOMP_SPINCOUNT", waiting_turns())
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else each of its retries is a line
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

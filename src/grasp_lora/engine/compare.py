@@ -24,7 +24,7 @@ from grasp_lora.engine.comparison import (
 from grasp_lora.engine.methods import METHODS
 from grasp_lora.engine.plan import most_trained
 from grasp_lora.engine.results import read_if_there
-from grasp_lora.engine.run_folder import COMPARE_FOLDER, STORE_FOLDER, check_place
+from grasp_lora.engine.run_folder import COMPARE_FOLDER, STORE_FOLDER, check_place, threads_of
 from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import Steps
 from grasp_lora.engine.store import WAIT, Store
@@ -32,6 +32,7 @@ from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.models.adapters import check_target_modules
 from grasp_lora.recipes.text import RECIPE_FILE
 from grasp_lora.storage.claims import Busy, Workplace, claim, working_in
+from grasp_lora.storage.threads import use_idle_cores
 from grasp_lora.storage.writing import write_json, write_whole
 
 logger = logging.getLogger(__name__)
@@ -60,21 +61,22 @@ def compare(
         GraspError: the recipe, the data or an adapter does not fit, or the folder cannot be written; what is on record stays.
         Interrupted: SIGTERM or SIGINT came.
     """
+    check_place(folder)
     with working_in(folder) as work:
+        use_idle_cores(session.recipe.backbone.device, threads_of(folder))
         session.progress.preparing()
-        sessions = _prepared(session, folder, settings)
+        sessions = _prepared(session, settings)
         work.begin(shared=True)
         (folder / COMPARE_FOLDER).mkdir(exist_ok=True)
         return _Work(sessions, work, settings, show).execute()
 
 
-def _prepared(session: Session, folder: Path, settings: ComparisonSettings) -> list[Session]:
+def _prepared(session: Session, settings: ComparisonSettings) -> list[Session]:
     """The sessions of the folds, or the one of the recipe's splits, with everything loaded and checked.
 
     Raises:
-        GraspError: the folder, the recipe, the data or an adapter does not fit, or there are too few test rows.
+        GraspError: the recipe, the data or an adapter does not fit, or there are too few test rows.
     """
-    check_place(folder)
     recipe, folds = session.recipe, settings.folds
     if folds and (problem := why_no_folds(recipe)):
         raise RecipeError(problem)

@@ -32,12 +32,14 @@ from grasp_lora.engine.run_folder import (
     SystemScores,
     begin,
     check_place,
+    threads_of,
 )
 from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import Parents, Steps, names_of
 from grasp_lora.engine.store import Store
 from grasp_lora.storage.claims import working_in
 from grasp_lora.storage.processes import join, on_first_process
+from grasp_lora.storage.threads import use_idle_cores
 from grasp_lora.training.training_settings import ANSWER_AS_MEASURED, TRAINED_AS_MEASURED
 
 
@@ -58,6 +60,7 @@ def run(session: Session, folder: Path, grid: Grid | bool = False) -> Run:
     check_place(folder)
     with working_in(folder) as work:
         join(session.recipe.backbone.device)
+        use_idle_cores(session.recipe.backbone.device, threads_of(folder))
         session.progress.preparing()
         check(session)
         on_first_process(work.begin)

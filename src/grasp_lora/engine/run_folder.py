@@ -22,6 +22,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from grasp_lora.data.splits import SPLITS, group_numbers, hash_of
 from grasp_lora.engine.differences import Difference
 from grasp_lora.engine.results import Adapter, Finished, Learned, Prediction, Trained, read_if_there
@@ -98,6 +100,7 @@ class RunInfo:
     libraries: Mapping[str, str]
     python: str
     processes: int
+    threads: int = 0  # of the processor; runs of earlier versions have no number
     version: int = VERSION
 
     @classmethod
@@ -124,6 +127,7 @@ class RunInfo:
             libraries={name: version(name) for name in (*LIBRARIES, *quantiser)},
             python=platform.python_version(),
             processes=world_size(),
+            threads=torch.get_num_threads(),
         )
 
 
@@ -332,6 +336,12 @@ def _source_kept(folder: Path) -> str:
     trained = next(places, None)
     option = shlex.quote(f'source.adapters=["{trained}"]')
     return f". To another folder its source adapter can be taken along: --set {option}" if trained else ""
+
+
+def threads_of(folder: Path) -> int:
+    """How many threads of the processor the run in a folder began with; 0 where there is none."""
+    before = read_if_there(folder / RUN_FILE, RunInfo)
+    return before.threads if before else 0
 
 
 def check_place(folder: Path) -> None:
