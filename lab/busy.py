@@ -3,8 +3,9 @@
     python lab/busy.py demo-ar
     python lab/busy.py mlqa-ar --set data.root=FOLDER --pairs 5 --output busy.json
 
-Three processes hold the same model: the threads of one look for work a short while before they sleep, as the command line has
-it, those of one sleep at once, and those of one do as torch does where nothing says otherwise. All measurements take turns,
+Four processes hold the same model. The threads of one look for work a short while before they sleep, as the command line has
+it; those of one 3,000 times, as it had; one has a single thread, as a run has that begins beside a busy process; one does as
+torch does where nothing says otherwise. All measurements take turns,
 every second turn backwards; ratios are taken within a turn, and the table has their median and range. Nothing else may run on
 the machine, and the busy process takes one core.
 """
@@ -29,11 +30,17 @@ from grasp_lora.method.masks import MaskSet
 from grasp_lora.models.generation import answer
 from grasp_lora.models.live import live_pairs, segments_of
 from grasp_lora.recipes.load import load_recipe
+from grasp_lora.storage.threads import waiting_turns
 from grasp_lora.training.probes import ProbeSet, calibrate
 
-POLICY = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+POLICY = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 DEFAULT = "as torch does"
-WAYS = {"briefly": {"GOMP_SPINCOUNT": "3000"}, "passively": {"OMP_WAIT_POLICY": "PASSIVE"}, DEFAULT: {}}
+WAYS = {
+    "briefly": {"GOMP_SPINCOUNT": waiting_turns()},
+    "3,000 turns": {"GOMP_SPINCOUNT": "3000"},
+    "not, one thread": {"OMP_NUM_THREADS": "1"},
+    DEFAULT: {},
+}
 ALONE, BESIDE = "alone", "beside one busy process"
 WORKS = ("answering", "training step", "probe")
 BUSY = "while True: pass"

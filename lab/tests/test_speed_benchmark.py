@@ -297,10 +297,11 @@ class TestCommand:
 
 def test_times_beside_a_busy_process_become_ratios_within_a_turn() -> None:
     seconds = {"briefly, alone": 1.5, "briefly, beside one busy process": 3.0,
-               "passively, alone": 2.0, "passively, beside one busy process": 3.0,
+               "3,000 turns, alone": 2.0, "3,000 turns, beside one busy process": 3.0,
+               "not, one thread, alone": 4.0, "not, one thread, beside one busy process": 4.0,
                "as torch does, alone": 1.0, "as torch does, beside one busy process": 4.0}  # fmt: skip
     times = {f"{work}, {which}": [[wall, 2 * wall]] * 3 for work in busy.WORKS for which, wall in seconds.items()}
     found = busy.rows(times)
-    assert [one.ratio for one in found] == [2.0, 1.5, 4.0, 1.5, 2.0] * 3
+    assert [one.ratio for one in found] == [2.0, 1.5, 1.0, 4.0, 1.5, 2.0, 4.0] * 3
     assert found[0].note == "alone it keeps 2.00 cores busy"
     assert found[0].part == "answering"

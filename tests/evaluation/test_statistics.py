@@ -39,8 +39,9 @@ def test_known_answer_of_two_examples():
 
 def test_rounding_makes_no_winner_of_a_tie():
     result = compared([[0.1, 0.1], [0.2, 0.2]], [[0.3, 0.3], [0.0, 0.0]])  # equal once averaged
-    assert (result.difference, result.low, result.high) == (0, 0, 0)
-    assert result.verdict == "no difference shown"
+    assert (result.difference, result.verdict) == (0, "no difference shown")
+    same = compared([[0.1, 0.1], [0.2, 0.2]], [[0.2, 0.2], [0.1, 0.1]], seed=1)
+    assert same.by_run == (-0.1, 0.1)
 
 
 def test_agrees_with_a_slow_implementation():
@@ -60,8 +61,56 @@ def test_agrees_with_a_slow_implementation():
         widened = [student / stats.norm.ppf(tail) * (slow[place] - center) for place in (rank, -1 - rank)]
         low.append(center - max(widened[0], student * spread))
         high.append(center + max(-widened[1], student * spread))
-    # 100 of 4001 draws, the bound included, lie beyond each bound.
-    assert (fast.difference, fast.low, fast.high) == pytest.approx((center, low[99], high[99]), abs=1e-8)
+    # 100 of 4001 draws, the bound included, lie beyond each bound. Then the runs: three of ours, two of theirs.
+    variances = [statistics.pvariance(slow) * 25 / 24, *(
+        statistics.variance([statistics.fmean(run) for run in runs]) / len(runs) for runs in (ours, theirs)
+    )]  # fmt: skip
+    freedom = sum(variances) ** 2 / sum(of**2 / df for of, df in zip(variances, (24, 2, 1), strict=True))
+    tail = 0.025
+    wider = stats.t.ppf(tail, freedom) * math.sqrt(sum(variances)) / stats.t.ppf(tail, 24) / math.sqrt(variances[0])
+    bounds = [center + wider * (bound - center) for bound in (low[99], high[99])]
+    assert (fast.difference, fast.low, fast.high) == pytest.approx((center, *bounds), abs=1e-8)
+    assert fast.by_run == ()  # not as many
+
+
+def interval_of(differences: list[float], seed: int = 0) -> PairedComparison:
+    """Runs that differ from the others by so much on average, on 200 rows."""
+    rows = normal(200, seed)
+    theirs = [normal(200, seed + 10 + run) for run in range(len(differences))]
+    ours = [
+        [value + other + gap - statistics.fmean(rows) for value, other in zip(rows, run, strict=True)]
+        for run, gap in zip(theirs, differences, strict=True)
+    ]
+    return compared(ours, theirs, resamples=2000)
+
+
+def test_an_interval_holds_the_spread_of_the_runs():
+    alike, apart = interval_of([0.5, 0.5, 0.5]), interval_of([1.1, 0.3, 0.1])
+    assert alike.by_run == pytest.approx((0.5, 0.5, 0.5))
+    assert apart.by_run == pytest.approx((1.1, 0.3, 0.1))
+    assert alike.difference == pytest.approx(apart.difference) == pytest.approx(0.5)
+    assert (alike.verdict, apart.verdict) == ("better", "no difference shown")
+    assert alike.high - alike.low == pytest.approx(2 * half_width(1.0, 200), rel=0.1)
+    once = interval_of([0.5])
+    assert once.by_run == ()
+    assert (once.low, once.high) == pytest.approx((alike.low, alike.high), abs=0.03)
+
+
+@pytest.mark.parametrize("gaps", [[5.0, -0.1], [100.0, -1e-3], [-3.0, 0.01]])
+def test_two_runs_that_disagree_in_sign_never_show_a_difference(gaps: list[float]):
+    assert interval_of(gaps).verdict == "no difference shown"
+
+
+def test_rows_that_all_agree_leave_the_spread_of_the_runs():
+    result = compared([[1.0] * 20, [3.0] * 20], [[0.0] * 20, [0.0] * 20])
+    assert (result.low, result.high) == pytest.approx((2 - 12.706, 2 + 12.706), abs=0.01)
+
+
+def test_the_runs_of_a_corpus_score_count_by_their_own_scores():
+    ours = [[[2.0, 1.0]] * 10, [[4.0, 1.0]] * 10]
+    result = compared(ours, [[[1.0, 1.0]] * 10] * 2, corpus_score=mean_of_first)
+    assert result.by_run == (1.0, 3.0)
+    assert result.verdict == "no difference shown"
 
 
 def test_the_interval_of_normal_differences_is_students():

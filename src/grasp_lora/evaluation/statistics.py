@@ -35,6 +35,7 @@ class PairedComparison:
         resamples: how often they were drawn.
         comparisons: how many differences are looked at together.
         higher_is_better: False for a loss.
+        by_run: the difference of each run (seed), where both have as many and more than one; the interval holds their spread.
     """
 
     difference: float
@@ -45,6 +46,7 @@ class PairedComparison:
     resamples: int
     comparisons: int = 1
     higher_is_better: bool = True
+    by_run: tuple[float, ...] = ()
 
     @property
     def verdict(self) -> str:
@@ -87,11 +89,14 @@ def compare_with_baselines(
     Test examples are drawn with replacement, the same ones for all methods, and in whole groups of those that belong together:
     two systems differ alike on the questions of one article, so single draws would make the interval too narrow. Runs are
     averaged within a draw: each example's values where the score is a mean over examples, the corpus scores of the runs
-    otherwise. The interval is about other examples of this kind, not about other seeds. With m baselines together:
+    otherwise. The interval is about other examples of this kind and, with two runs or more, about other seeds; with one run it is
+    about this run. With m baselines together:
 
     - Draws of few examples spread too little. So each one's distance from the observed difference is widened by what separates
       Student's interval of a mean from the percentile one of normal draws at its level, and is never less than Student's.
     - The interval is the percentile interval at 1 - (1 - confidence) / m (Bonferroni), so all of them hold at once.
+    - The spread of the runs' differences widens the interval: its variance is added, and Student's degrees of freedom are those
+      of the sum (Satterthwaite). Two runs that disagree in sign never show a difference.
     - Where n groups would say nothing even if all agreed, m 2^(1 - n) > 1 - confidence (the exact test by signs), the
       interval is stretched to hold 0.
 
@@ -114,7 +119,7 @@ def compare_with_baselines(
         DataError: the examples of a method are fewer than two, or hold a value that is not finite.
 
     Source: Efron & Tibshirani 1993, chapter 13; Koehn 2004 for the resampling of test sets; Hesterberg 2015 for the widening;
-    Davison & Hinkley 1997, section 3.8 for draws of whole groups.
+    Davison & Hinkley 1997, section 3.8 for draws of whole groups; Satterthwaite 1946. Simulated in `lab/seeds.py`.
     """
     if not baselines:
         return {}
@@ -122,8 +127,9 @@ def compare_with_baselines(
     counts = [len(corrected) if name in corrected else 1 for name in baselines]
     tails = torch.tensor([(1.0 - confidence) / 2.0 / count for count in counts], dtype=torch.float64)
     outside = (tails * (resamples + 1) + 1e-9).floor().long()  # draws beyond a bound, the bound included
-    mine = _statistics("ours", ours, corpus_score)
-    others = {name: _statistics(name, runs, corpus_score) for name, runs in baselines.items()}
+    mine, my_runs = _statistics("ours", ours, corpus_score)
+    read = {name: _statistics(name, runs, corpus_score) for name, runs in baselines.items()}
+    others = {name: values for name, (values, _) in read.items()}
     examples = mine.shape[1]
     numbers = {name: number for number, name in enumerate(dict.fromkeys(groups or ()))}
     members = torch.tensor([numbers[name] for name in groups] if groups else range(examples))
@@ -148,6 +154,15 @@ def compare_with_baselines(
     below, above = ((center + bound).round(decimals=_DECIMALS) + 0.0 for bound in (below, above))
     below, above = below.cummax(dim=0).values, above.cummin(dim=0).values
     low, high = (bounds.gather(0, outside[None] - 1)[0] for bounds in (below, above))
+    of_rows = (draws.var(dim=0, correction=0) * units / (units - 1)).tolist()
+    by_run = [my_runs - runs if len(runs) == len(my_runs) > 1 else my_runs[:0] for _, runs in read.values()]
+    held = [
+        _with_spread_of_runs([paired] if len(paired) else [my_runs, runs], rows, units - 1, tail)
+        for paired, (_, runs), rows, tail in zip(by_run, read.values(), of_rows, tails.tolist(), strict=True)
+    ]
+    wider, least = torch.tensor(held, dtype=torch.float64).T
+    low = torch.minimum(center[0] - wider * (center[0] - low), center[0] - least).round(decimals=_DECIMALS) + 0.0
+    high = torch.maximum(center[0] + wider * (high - center[0]), center[0] + least).round(decimals=_DECIMALS) + 0.0
     silent = 2.0 ** (1 - units) > 2.0 * tails
     lows = torch.where(silent, low.clamp(max=0.0), low).tolist()
     highs = torch.where(silent, high.clamp(min=0.0), high).tolist()
@@ -161,6 +176,7 @@ def compare_with_baselines(
             resamples=resamples,
             comparisons=counts[index],
             higher_is_better=higher_is_better,
+            by_run=tuple(by_run[index].round(decimals=_DECIMALS).tolist()),
         )
         for index, name in enumerate(others)
     }
@@ -205,20 +221,39 @@ def compare_all_pairs(
     }
 
 
-def _statistics(name: str, runs: Runs, corpus_score: object) -> Tensor:
-    """Turn the runs of a method into float64 [runs, examples, k]; k is 1 where the score is a mean."""
+def _with_spread_of_runs(runs: Sequence[Tensor], of_rows: float, freedom: int, tail: float) -> tuple[float, float]:
+    """How many times as wide an interval is that holds the spread of runs, too, and half of Student's interval at that spread.
+
+    Args:
+        runs: the differences of the runs, or both methods' scores where they have not as many.
+        of_rows: variance of the difference over draws of the rows, `freedom` its degrees of freedom.
+        tail: probability beyond one bound.
+    """
+    spreads = [(float(of.var()) / len(of), len(of) - 1) for of in runs if len(of) > 1]
+    total = of_rows + sum(variance for variance, _ in spreads)
+    if total == of_rows:
+        return 1.0, 0.0
+    shares = [(of_rows, freedom), *spreads]
+    both = total**2 / sum(variance**2 / degrees for variance, degrees in shares)
+    alone, half = (-stdtrit(degrees, tail) * math.sqrt(of) for degrees, of in ((freedom, of_rows), (both, total)))
+    return max(1.0, half / alone) if alone else 1.0, half
+
+
+def _statistics(name: str, runs: Runs, corpus_score: "Callable[[Tensor], Tensor] | None") -> tuple[Tensor, Tensor]:
+    """Turn the runs of a method into float64 [runs, examples, k], k being 1 where the score is a mean, and the score of each."""
     values = torch.tensor(runs, dtype=torch.float64)
     if values.dim() == (1 if corpus_score is None else 2):
         values = values.unsqueeze(0)
-    if corpus_score is None:
-        # Averaged first, so that a method of several runs costs no more than one.
-        values = values.mean(dim=0, keepdim=True).unsqueeze(-1)
-    if values.dim() != 3 or values.shape[1] < 2 or not bool(values.isfinite().all()):
+    shaped = values.dim() == (2 if corpus_score is None else 3)
+    if not shaped or values.shape[1] < 2 or not bool(values.isfinite().all()):
         raise DataError(
             f"the values of {name} have shape {list(values.shape)}; give each run a finite number, or a row of statistics, "
             "for each of at least 2 test examples"
         )
-    return values
+    if corpus_score is not None:
+        return values, corpus_score(values.sum(dim=1))
+    # Averaged first, so that a method of several runs costs no more than one.
+    return values.mean(dim=0, keepdim=True).unsqueeze(-1), values.mean(dim=1)
 
 
 @lru_cache(maxsize=16)

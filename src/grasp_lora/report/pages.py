@@ -271,16 +271,22 @@ def _sizes(comparison: Comparison) -> str:
 def _drawn(comparison: Comparison) -> str:
     """What the intervals come from, and what they do not say."""
     groups = f", drawn in their {comparison.test_groups} groups" if comparison.test_groups else ""
-    ends = "widened as Student's for few examples. They say what other test examples of this kind would show, not what"
+    ends = "widened as Student's for few examples"
     if comparison.folds:
         return (
             f"Paired bootstrap over the {comparison.test_examples} examples of all folds together{groups}, each tested once, "
-            f"in {comparison.settings.resamples} resamples, {ends} other training examples would, since the folds train on one "
-            "another's. A difference is that of the scores of all examples together, not the mean over the folds."
+            f"in {comparison.settings.resamples} resamples, {ends}. They say what other test examples of this kind would show, "
+            "not what other training examples would, since the folds train on one another's. A difference is that of the scores "
+            "of all examples together, not the mean over the folds."
         )
+    seeds = (
+        " and by the spread of the seeds' differences. They say what other test examples of this kind and other seeds would show"
+        if len(comparison.seeds) > 1
+        else ". They say what other test examples of this kind would show of these very trainings"
+    )
     return (
         f"Paired bootstrap over the {comparison.test_examples} test examples{groups}, the mean over the seeds in each of "
-        f"{comparison.settings.resamples} resamples, {ends} other seeds or another split would."
+        f"{comparison.settings.resamples} resamples, {ends}{seeds}, not what another split would."
     )
 
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from grasp_lora.engine.comparison import Comparison, MeanAndSd, MethodRow, saves_over_confidence
+from grasp_lora.engine.comparison import Against, Comparison, MeanAndSd, MethodRow, saves_over_confidence
 from grasp_lora.engine.differences import Difference, is_number
 from grasp_lora.engine.results import TEST_LOSS, main_metric
 from grasp_lora.engine.run_folder import TRAINED, Run
@@ -343,10 +343,17 @@ def comparison_cost(comparison: Comparison) -> TextTable:
 
 
 def comparison_verdicts(comparison: Comparison) -> TextTable:
-    """The reference method minus each other one, with its interval, for every metric; planned comparisons with their verdicts."""
+    """The reference method minus each other one, with its interval, for every metric; planned comparisons with their verdicts and
+    the difference of each seed."""
     digits = _digits(comparison)
     rows = [
-        [Cell(row.title), *(Cell(_against(row, metric, digits[metric])) for metric in comparison.metrics)]
+        [
+            Cell(row.title),
+            *(
+                Cell(_against(row, metric, digits[metric]) + _by_seed(row.against.get(metric), digits[metric]))
+                for metric in comparison.metrics
+            ),
+        ]
         for row in comparison.finished
         if row.against
     ]
@@ -370,6 +377,12 @@ def _against(row: MethodRow, metric: str, digits: int) -> str:
         return f"{difference} {unit}{verdict} ({SAME_EVERYWHERE})"
     saved = "; over-confidence saved" if metric == TEST_LOSS and saves_over_confidence(row.against) else ""
     return f"{difference} {unit}{verdict} ({low} to {high}){saved}"
+
+
+def _by_seed(interval: Against | None, digits: int) -> str:
+    if interval is None or interval.verdict is None or not interval.by_run:
+        return ""
+    return f"; by seed {', '.join(f'{value:+.{digits}f}' for value in interval.by_run)}"
 
 
 def _verdict(row: MethodRow, comparison: Comparison, digits: Mapping[str, int]) -> str:
